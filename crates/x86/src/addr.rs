@@ -35,7 +35,6 @@ macro_rules! address {
 
             /// Offset of `self` within its page, 0 to 4095.
             #[must_use]
-            #[expect(clippy::cast_possible_truncation, reason = "the offset is below 4096")]
             pub const fn page_offset(self) -> usize {
                 (self.0 & PAGE_MASK) as usize
             }
