@@ -1,0 +1,29 @@
+//! The contract suite: a bare-metal guest that checks what a virtual machine promises.
+//!
+//! It is no cargo package: `guest/embed` compiles it with rustc for the host target and embeds the image.
+//! Tests describe the architecture (SDM, APM); see `guest/README.md` for how to run it and to add a test.
+#![no_std]
+#![no_main]
+#![allow(unsafe_code, reason = "a bare-metal program is nothing else; there is no safe layer below it")]
+#![allow(clippy::undocumented_unsafe_blocks, reason = "one thread, statics and physical memory are its own")]
+#![allow(dead_code, reason = "drivers and helpers are complete sets")]
+#![deny(missing_docs)]
+
+mod apic;
+mod boot;
+mod cpu;
+mod desc;
+mod faults;
+mod harness;
+mod mem;
+mod paging;
+mod runtime;
+mod traps;
+
+const GROUPS: &[&[harness::Test]] = &[faults::TESTS, paging::TESTS];
+
+/// Called by the boot code in long mode.
+#[unsafe(no_mangle)]
+extern "C" fn guest_main() -> ! {
+    harness::main(GROUPS)
+}
