@@ -1,0 +1,86 @@
+//! What can go wrong between a package mirror and a bootable image; each message says what to do next.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why an image could not be fetched, built or listed. Every message is one line.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// A program that fetching relies on is not installed.
+    #[error("{program} is not installed here, so packages cannot be fetched; name a kernel with --kernel (for example /boot/vmlinuz-*)")]
+    NoProgram {
+        /// `apt-get`, `apt-cache` or `dpkg-deb`.
+        program: &'static str,
+    },
+    /// The package sources cannot be reached.
+    #[error("the package sources of this machine cannot be reached ({detail}); check the network, or give --mirror URL")]
+    NoNetwork {
+        /// apt's own words.
+        detail: String,
+    },
+    /// apt knows no such package.
+    #[error("no package source of this machine has {wanted} for {arch}{detail}; see `trellis image list`, or give --mirror URL")]
+    NoPackage {
+        /// The package names that were tried.
+        wanted: String,
+        /// Debian's name of the architecture.
+        arch: &'static str,
+        /// apt's own words in parentheses, or nothing.
+        detail: String,
+    },
+    /// An image name or flavour that does not exist.
+    #[error("{0}")]
+    Unknown(String),
+    /// A program failed.
+    #[error("{program} failed ({status}): {detail}")]
+    Tool {
+        /// The program.
+        program: &'static str,
+        /// Its exit status.
+        status: String,
+        /// Its last words.
+        detail: String,
+    },
+    /// The host's file system refused.
+    #[error("{action} {}: {source}{}", .path.display(), hint(.source))]
+    Io {
+        /// What was being done, as in "writing".
+        action: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A package without what it should hold.
+    #[error("package {package} holds no {what}; choose another flavour (see `trellis image list`)")]
+    BadPackage {
+        /// The package.
+        package: String,
+        /// What was looked for.
+        what: &'static str,
+    },
+    /// There is no place to keep images.
+    #[error("no place to keep images: neither XDG_CACHE_HOME nor HOME is set; set one of them")]
+    NoCacheDirectory,
+}
+
+/// What to do about the commonest host errors.
+fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => "; set XDG_CACHE_HOME to a directory you can write",
+        io::ErrorKind::StorageFull => "; free some space, or set XDG_CACHE_HOME to another disk",
+        _ => "",
+    }
+}
+
+/// Adds the action and the path to an [`io::Error`].
+pub(crate) trait IoContext<T> {
+    /// `result.at("reading", path)`.
+    fn at(self, action: &'static str, path: &Path) -> Result<T, ImageError>;
+}
+
+impl<T> IoContext<T> for io::Result<T> {
+    fn at(self, action: &'static str, path: &Path) -> Result<T, ImageError> {
+        self.map_err(|source| ImageError::Io { action, path: path.to_owned(), source })
+    }
+}
