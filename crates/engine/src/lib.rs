@@ -1,1 +1,29 @@
-//! placeholder
+//! What every engine is to the machine around it: traits, exits and their accounting.
+//!
+//! A vCPU thread calls [`Vcpu::run`] in a loop; the engine comes back with a [`VcpuExit`]. Everything a vCPU
+//! does to devices goes through [`CpuIo`], and everything the outside does to a vCPU goes through [`Signals`].
+
+pub mod exits;
+pub mod io;
+pub mod signals;
+
+pub use exits::{Cause, ExitStats, VcpuExit};
+pub use io::CpuIo;
+pub use signals::Signals;
+
+use x86::CpuState;
+
+/// One virtual CPU as an engine runs it.
+pub trait Vcpu: Send {
+    /// Executes guest instructions until something concerns the machine. `budget` bounds the number of
+    /// instructions (exactly, at the next instruction boundary that takes interrupts), for `--clock icount`.
+    fn run(&mut self, budget: u64) -> VcpuExit;
+    /// The architectural state, complete and up to date.
+    fn save(&mut self) -> CpuState;
+    /// Takes on a state; everything derived from the old one is forgotten.
+    fn restore(&mut self, state: &CpuState);
+    /// Instructions executed so far.
+    fn instructions(&self) -> u64;
+    /// Counted exits and other events.
+    fn stats(&self) -> &ExitStats;
+}

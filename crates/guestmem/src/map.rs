@@ -150,7 +150,7 @@ impl GuestMemory {
     #[inline(always)]
     pub fn page(&self, gfn: Gfn) -> Option<Page> {
         let map = self.entry(gfn)?.map.load(Ordering::Acquire);
-        (map & PRESENT != 0).then(|| Page { hva: Hva(map & !PAGE_MASK), writable: map & READ_ONLY == 0 })
+        (map & PRESENT != 0).then_some(Page { hva: Hva(map & !PAGE_MASK), writable: map & READ_ONLY == 0 })
     }
 
     /// The byte of machine memory behind a guest address.

@@ -1,0 +1,148 @@
+//! Bits of the control registers, EFER, RFLAGS, DR6/DR7 and the numbers of MSRs, named as the manuals name them.
+
+/// RFLAGS (SDM 1 3.4.3).
+#[expect(missing_docs, reason = "the manual's names")]
+pub mod rflags {
+    pub const CF: u64 = 1 << 0;
+    pub const FIXED: u64 = 1 << 1;
+    pub const PF: u64 = 1 << 2;
+    pub const AF: u64 = 1 << 4;
+    pub const ZF: u64 = 1 << 6;
+    pub const SF: u64 = 1 << 7;
+    pub const TF: u64 = 1 << 8;
+    pub const IF: u64 = 1 << 9;
+    pub const DF: u64 = 1 << 10;
+    pub const OF: u64 = 1 << 11;
+    pub const IOPL: u64 = 3 << 12;
+    pub const NT: u64 = 1 << 14;
+    pub const RF: u64 = 1 << 16;
+    pub const VM: u64 = 1 << 17;
+    pub const AC: u64 = 1 << 18;
+    pub const VIF: u64 = 1 << 19;
+    pub const VIP: u64 = 1 << 20;
+    pub const ID: u64 = 1 << 21;
+    /// The six arithmetic flags.
+    pub const STATUS: u64 = CF | PF | AF | ZF | SF | OF;
+    /// Every flag that exists.
+    pub const ALL: u64 = STATUS | FIXED | TF | IF | DF | IOPL | NT | RF | VM | AC | VIF | VIP | ID;
+}
+
+/// CR0 (SDM 3A 2.5).
+#[expect(missing_docs, reason = "the manual's names")]
+pub mod cr0 {
+    pub const PE: u64 = 1 << 0;
+    pub const MP: u64 = 1 << 1;
+    pub const EM: u64 = 1 << 2;
+    pub const TS: u64 = 1 << 3;
+    pub const ET: u64 = 1 << 4;
+    pub const NE: u64 = 1 << 5;
+    pub const WP: u64 = 1 << 16;
+    pub const AM: u64 = 1 << 18;
+    pub const NW: u64 = 1 << 29;
+    pub const CD: u64 = 1 << 30;
+    pub const PG: u64 = 1 << 31;
+    /// Every bit that exists.
+    pub const ALL: u64 = PE | MP | EM | TS | ET | NE | WP | AM | NW | CD | PG;
+}
+
+/// CR4 (SDM 3A 2.5).
+#[expect(missing_docs, reason = "the manual's names")]
+pub mod cr4 {
+    pub const VME: u64 = 1 << 0;
+    pub const PVI: u64 = 1 << 1;
+    pub const TSD: u64 = 1 << 2;
+    pub const DE: u64 = 1 << 3;
+    pub const PSE: u64 = 1 << 4;
+    pub const PAE: u64 = 1 << 5;
+    pub const MCE: u64 = 1 << 6;
+    pub const PGE: u64 = 1 << 7;
+    pub const PCE: u64 = 1 << 8;
+    pub const OSFXSR: u64 = 1 << 9;
+    pub const OSXMMEXCPT: u64 = 1 << 10;
+    pub const UMIP: u64 = 1 << 11;
+    pub const LA57: u64 = 1 << 12;
+    pub const VMXE: u64 = 1 << 13;
+    pub const FSGSBASE: u64 = 1 << 16;
+    pub const PCIDE: u64 = 1 << 17;
+    pub const OSXSAVE: u64 = 1 << 18;
+    pub const SMEP: u64 = 1 << 20;
+    pub const SMAP: u64 = 1 << 21;
+    pub const PKE: u64 = 1 << 22;
+}
+
+/// EFER (APM 2 3.1.7).
+#[expect(missing_docs, reason = "the manual's names")]
+pub mod efer {
+    pub const SCE: u64 = 1 << 0;
+    pub const LME: u64 = 1 << 8;
+    pub const LMA: u64 = 1 << 10;
+    pub const NXE: u64 = 1 << 11;
+    pub const SVME: u64 = 1 << 12;
+    pub const LMSLE: u64 = 1 << 13;
+    pub const FFXSR: u64 = 1 << 14;
+    pub const TCE: u64 = 1 << 15;
+}
+
+/// DR6 and DR7 (SDM 3B 17.2).
+#[expect(missing_docs, reason = "the manual's names")]
+pub mod dr {
+    pub const DR6_BD: u64 = 1 << 13;
+    pub const DR6_BS: u64 = 1 << 14;
+    pub const DR6_BT: u64 = 1 << 15;
+    /// Bits of DR6 that always read as one (no RTM, no bus-lock detection).
+    pub const DR6_FIXED: u64 = 0xffff_0ff0;
+    pub const DR7_GD: u64 = 1 << 13;
+    /// Bit of DR7 that always reads as one.
+    pub const DR7_FIXED: u64 = 1 << 10;
+    /// The eight enable bits L0…G3.
+    pub const DR7_ENABLES: u64 = 0xff;
+}
+
+/// Numbers of model-specific registers (SDM 4, APM 2 appendix A, KVM's documentation for 0x4b56_4dxx).
+#[expect(missing_docs, reason = "the manual's names")]
+pub mod msr {
+    pub const TSC: u32 = 0x10;
+    pub const APIC_BASE: u32 = 0x1b;
+    pub const TSC_ADJUST: u32 = 0x3b;
+    pub const SPEC_CTRL: u32 = 0x48;
+    pub const PRED_CMD: u32 = 0x49;
+    pub const BIOS_SIGN_ID: u32 = 0x8b;
+    pub const MTRRCAP: u32 = 0xfe;
+    pub const ARCH_CAPABILITIES: u32 = 0x10a;
+    pub const SYSENTER_CS: u32 = 0x174;
+    pub const SYSENTER_ESP: u32 = 0x175;
+    pub const SYSENTER_EIP: u32 = 0x176;
+    pub const MCG_CAP: u32 = 0x179;
+    pub const MCG_STATUS: u32 = 0x17a;
+    pub const MISC_ENABLE: u32 = 0x1a0;
+    pub const DEBUGCTL: u32 = 0x1d9;
+    pub const MTRR_PHYS_BASE0: u32 = 0x200;
+    pub const MTRR_FIX64K_00000: u32 = 0x250;
+    pub const PAT: u32 = 0x277;
+    pub const MTRR_DEF_TYPE: u32 = 0x2ff;
+    pub const TSC_DEADLINE: u32 = 0x6e0;
+    pub const X2APIC_FIRST: u32 = 0x800;
+    pub const X2APIC_LAST: u32 = 0x8ff;
+    pub const XSS: u32 = 0xda0;
+    pub const EFER: u32 = 0xc000_0080;
+    pub const STAR: u32 = 0xc000_0081;
+    pub const LSTAR: u32 = 0xc000_0082;
+    pub const CSTAR: u32 = 0xc000_0083;
+    pub const SFMASK: u32 = 0xc000_0084;
+    pub const FS_BASE: u32 = 0xc000_0100;
+    pub const GS_BASE: u32 = 0xc000_0101;
+    pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
+    pub const TSC_AUX: u32 = 0xc000_0103;
+    pub const SYSCFG: u32 = 0xc001_0010;
+    pub const HWCR: u32 = 0xc001_0015;
+    pub const VM_CR: u32 = 0xc001_0114;
+    pub const KVM_WALL_CLOCK_NEW: u32 = 0x4b56_4d00;
+    pub const KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
+}
+
+/// Whether a linear address is canonical with 48 bits (SDM 1 3.3.7.1).
+#[inline(always)]
+#[must_use]
+pub const fn is_canonical(address: u64) -> bool {
+    ((address as i64) << 16 >> 16) as u64 == address
+}
