@@ -79,7 +79,8 @@ core::arch::global_asm!(
 /// An IDT of 256 long-mode gates.
 #[repr(C, align(4096))]
 pub struct Idt(pub [u64; 512]);
-static mut IDT: Idt = Idt([0; 512]);
+/// The IDT of long mode.
+pub static mut IDT: Idt = Idt([0; 512]);
 
 /// A 64-bit TSS with an I/O bitmap (SDM 3A 8.7; APM 2 12.2.5).
 #[repr(C, packed)]

@@ -131,6 +131,7 @@ fn gp_noncanonical() -> Verdict {
     fault(&o, GP, 0, "load")?;
     let o = Ctx::kernel(code64!("mov [rdi], rbx")).rdi(0xffff_7fff_ffff_fff8).run();
     fault(&o, GP, 0, "store")?;
+    mem::Space::active().map(0x7fff_ffff_f000, mem::page(), P | W);
     let o = Ctx::kernel(code64!("mov rbx, [rdi]")).rdi(0x7fff_ffff_fff9).run();
     fault(&o, GP, 0, "load across the canonical boundary")
 }

@@ -15,12 +15,14 @@ mod cpu;
 mod desc;
 mod faults;
 mod harness;
+mod legacy;
 mod mem;
+mod modes;
 mod paging;
 mod runtime;
 mod traps;
 
-const GROUPS: &[&[harness::Test]] = &[faults::TESTS, paging::TESTS];
+const GROUPS: &[&[harness::Test]] = &[faults::TESTS, paging::TESTS, modes::TESTS];
 
 /// Called by the boot code in long mode.
 #[unsafe(no_mangle)]

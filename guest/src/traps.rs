@@ -349,6 +349,7 @@ catch_landing:
     ret
 
 /* enter_ctx(rdi: &Ctx): leaves for the context by IRETQ. */
+.global enter_ctx
 enter_ctx:
     push qword ptr [rdi + 8*22]
     push qword ptr [rdi + 8*21]
@@ -409,6 +410,11 @@ pub fn last() -> Outcome {
 /// Says what a vector does; 0 is to end the innermost [`catch`].
 pub fn set_mode(vector: u8, mode: u8) {
     unsafe { (&raw mut TRAP_MODE).cast::<u8>().add(usize::from(vector)).write_volatile(mode) };
+}
+
+/// What a vector does.
+pub fn mode(vector: u8) -> u8 {
+    unsafe { (&raw const TRAP_MODE).cast::<u8>().add(usize::from(vector)).read_volatile() }
 }
 
 /// How many bytes [`SKIP`] skips.
