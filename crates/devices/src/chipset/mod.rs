@@ -9,6 +9,9 @@
 //! Lock order: device → [`pic::Pic`] / IO-APIC → local APIC. Callbacks out of a device (interrupt lines,
 //! [`PowerControl`], room callbacks) run with the device's lock held and must not lock it again.
 
+pub mod ioapic;
+pub mod irq_router;
+pub mod lapic;
 pub mod pic;
 pub mod pit;
 pub mod rtc;
