@@ -1,0 +1,127 @@
+//! A queue in use: the ring, the memory it lies in, and the interrupt that belongs to it.
+
+use std::sync::Arc;
+
+use guestmem::GuestMemory;
+
+use super::chain::Chain;
+use super::interrupt::Interrupt;
+use super::queue::{Position, Queue, QueueError};
+
+/// A running queue as a device holds it. A driver's mistake breaks it: it looks empty from then on, and the driver is told
+/// to reset the device.
+pub struct ActiveQueue {
+    queue: Queue,
+    index: u16,
+    memory: Arc<GuestMemory>,
+    interrupt: Arc<Interrupt>,
+    broken: bool,
+}
+
+impl ActiveQueue {
+    pub(super) const fn new(
+        queue: Queue,
+        index: u16,
+        memory: Arc<GuestMemory>,
+        interrupt: Arc<Interrupt>,
+    ) -> Self {
+        Self { queue, index, memory, interrupt, broken: false }
+    }
+
+    /// The memory that its chains speak of.
+    #[must_use]
+    pub const fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// How far it has come.
+    #[must_use]
+    pub const fn position(&self) -> Position {
+        self.queue.position()
+    }
+
+    /// Number of descriptors.
+    #[must_use]
+    pub const fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    fn check<T: Default>(&mut self, result: Result<T, QueueError>) -> T {
+        result.unwrap_or_else(|error| {
+            if !self.broken {
+                tracing::debug!(queue = self.index, %error, "virtqueue broken by its driver");
+                self.broken = true;
+                self.interrupt.needs_reset();
+            }
+            T::default()
+        })
+    }
+
+    /// Takes the next chain; false when there is none.
+    pub fn pop(&mut self, chain: &mut Chain) -> bool {
+        if self.broken {
+            return false;
+        }
+        let popped = self.queue.pop(&self.memory, chain);
+        self.check(popped)
+    }
+
+    /// Gives a chain back, with the bytes written into it. Call [`ActiveQueue::signal`] after the last of a batch.
+    pub fn push(&mut self, head: u16, written: u32) {
+        if !self.broken {
+            let pushed = self.queue.push(&self.memory, head, written);
+            self.check(pushed);
+        }
+    }
+
+    /// Interrupts the driver if it wants to know of what was pushed.
+    pub fn signal(&mut self) {
+        if self.broken {
+            return;
+        }
+        let wanted = self.queue.should_signal(&self.memory);
+        if self.check(wanted) {
+            self.interrupt.queue_used(self.index);
+        }
+    }
+
+    /// Tells the driver not to notify for now.
+    pub fn suppress(&mut self) {
+        if !self.broken {
+            let done = self.queue.suppress_notifications(&self.memory);
+            self.check(done);
+        }
+    }
+
+    /// Asks for a notification; true when there is work already.
+    pub fn listen(&mut self) -> bool {
+        if self.broken {
+            return false;
+        }
+        let more = self.queue.want_notifications(&self.memory);
+        self.check(more)
+    }
+
+    /// Serves chains with `serve`, which says how many bytes it wrote, until there are none or `budget` are done: a guest
+    /// that keeps adding chains must not keep a vCPU in here for ever. Signals once per round.
+    pub fn drain(
+        &mut self,
+        chain: &mut Chain,
+        budget: usize,
+        mut serve: impl FnMut(&GuestMemory, &Chain) -> u32,
+    ) {
+        let mut left = budget;
+        loop {
+            self.suppress();
+            while left > 0 && self.pop(chain) {
+                left -= 1;
+                let written = serve(&self.memory, chain);
+                self.push(chain.head, written);
+            }
+            self.signal();
+            if !self.listen() || left == 0 {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! The block device (virtio 1.2 section 5.2) on a raw image.
+//!
+//! One request queue. [`image`] is the host's file, [`request`] what a request does to it, `worker` who does it and when.
+//! The write cache is the host's page cache: a completed write survives the end of this process, however it ends, and a
+//! completed flush survives the host's. When the driver turns the cache off (`writeback` = 0, or no FLUSH negotiated), every
+//! write is made durable before it completes.
+
+pub mod image;
+mod request;
+mod worker;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+pub use image::{Image, ImageError, SECTOR_BYTES};
+use request::{Executor, ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES};
+use worker::Worker;
+
+use super::{Activation, DeviceKind, DeviceState, VirtioDevice, read_config};
+use crate::snapshot::RestoreError;
+
+const QUEUE_SIZES: [u16; 1] = [256];
+/// Most data segments: what a chain of the queue's size holds beside header and status.
+const SEG_MAX: u32 = 254;
+
+/// Feature bits (5.2.3).
+mod bit {
+    pub const SEG_MAX: u64 = 1 << 2;
+    pub const RO: u64 = 1 << 5;
+    pub const BLK_SIZE: u64 = 1 << 6;
+    pub const FLUSH: u64 = 1 << 9;
+    pub const TOPOLOGY: u64 = 1 << 10;
+    pub const CONFIG_WCE: u64 = 1 << 11;
+    pub const DISCARD: u64 = 1 << 13;
+    pub const WRITE_ZEROES: u64 = 1 << 14;
+}
+
+/// Offset of `writeback` in the configuration.
+const WRITEBACK_AT: u64 = 32;
+/// Length of the configuration up to the fields of WRITE_ZEROES.
+const CONFIG_BYTES: usize = 60;
+
+/// What a disk is made of.
+#[derive(Clone, Debug)]
+pub struct BlockOptions {
+    /// The raw image.
+    pub path: PathBuf,
+    /// The guest may not write, and several machines may share the image.
+    pub read_only: bool,
+    /// Requests complete within the notification, for `--clock icount`.
+    pub synchronous: bool,
+    /// The disk's serial number, cut off after 20 bytes.
+    pub serial: String,
+}
+
+impl BlockOptions {
+    /// A writable disk with a thread of its own.
+    #[must_use]
+    pub fn new(path: &Path) -> Self {
+        let serial = "trellis".to_owned();
+        Self { path: path.to_owned(), read_only: false, synchronous: false, serial }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct State {
+    sectors: u64,
+    read_only: bool,
+    writeback: bool,
+    features: u64,
+}
+
+/// A virtio disk.
+pub struct Block {
+    name: String,
+    sectors: u64,
+    read_only: bool,
+    writeback: bool,
+    /// Negotiated features, 0 before.
+    features: u64,
+    worker: Worker,
+}
+
+impl Block {
+    /// A disk named `name`.
+    ///
+    /// # Errors
+    /// When the image cannot be used, or no thread can be had.
+    pub fn new(name: &str, options: &BlockOptions) -> Result<Self, ImageError> {
+        let image = Image::open(&options.path, options.read_only)?;
+        let (sectors, read_only) = (image.sectors(), image.read_only());
+        let mut id = [0; ID_BYTES];
+        for (to, from) in id.iter_mut().zip(options.serial.bytes()) {
+            *to = from;
+        }
+        let worker = Worker::new(Executor::new(image, id), options.synchronous, name)
+            .map_err(|source| ImageError::Host { path: options.path.clone(), source })?;
+        Ok(Self { name: name.to_owned(), sectors, read_only, writeback: true, features: 0, worker })
+    }
+
+    /// 5.2.5.2: without FLUSH, or with the cache turned off, writes are durable when they complete.
+    fn settle_cache(&self) {
+        let through = if self.features & bit::CONFIG_WCE != 0 {
+            !self.writeback
+        } else {
+            self.features & bit::FLUSH == 0
+        };
+        self.worker.set_write_through(through);
+    }
+
+    /// `struct virtio_blk_config` (5.2.4).
+    fn config(&self) -> [u8; CONFIG_BYTES] {
+        let mut c = [0; CONFIG_BYTES];
+        let mut put = |at: usize, bytes: &[u8]| c[at..at + bytes.len()].copy_from_slice(bytes);
+        let ranges = u32::try_from(MAX_RANGES).unwrap_or(1);
+        put(0, &self.sectors.to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
+        put(20, &512u32.to_le_bytes()); // blk_size
+        put(24, &[3, 0]); // physical blocks of 2^3 logical ones: the host's pages
+        put(26, &8u16.to_le_bytes()); // min_io_size in blocks
+        put(WRITEBACK_AT as usize, &[u8::from(self.writeback)]);
+        put(34, &1u16.to_le_bytes()); // num_queues
+        put(36, &MAX_RANGE_SECTORS.to_le_bytes());
+        put(40, &ranges.to_le_bytes());
+        put(44, &8u32.to_le_bytes()); // discard_sector_alignment
+        put(48, &MAX_RANGE_SECTORS.to_le_bytes());
+        put(52, &ranges.to_le_bytes());
+        put(56, &[1]); // write_zeroes_may_unmap
+        c
+    }
+}
+
+impl VirtioDevice for Block {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind { id: 2, transitional_id: 0x1001, class: 0x01_0000 }
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn features(&self) -> u64 {
+        let always = bit::SEG_MAX | bit::BLK_SIZE | bit::FLUSH | bit::TOPOLOGY | bit::CONFIG_WCE;
+        always | if self.read_only { bit::RO } else { bit::DISCARD | bit::WRITE_ZEROES }
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn config_read(&self, offset: u64, data: &mut [u8]) {
+        read_config(&self.config(), offset, data);
+    }
+
+    fn config_write(&mut self, offset: u64, data: &[u8]) {
+        if let (WRITEBACK_AT, &[value]) = (offset, data)
+            && self.features & bit::CONFIG_WCE != 0
+        {
+            self.writeback = value & 1 != 0;
+            self.settle_cache();
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) {
+        self.features = activation.features;
+        self.settle_cache();
+        self.worker.start(activation.queues.into_iter().next().flatten());
+    }
+
+    fn reset(&mut self) {
+        self.worker.reset();
+        self.features = 0;
+        self.writeback = true;
+    }
+
+    fn notify(&mut self, queue: u16) {
+        if queue == 0 {
+            self.worker.kick();
+        }
+    }
+
+    fn save(&self) -> DeviceState {
+        let queues = vec![self.worker.drain()];
+        let state = State {
+            sectors: self.sectors,
+            read_only: self.read_only,
+            writeback: self.writeback,
+            features: self.features,
+        };
+        DeviceState { queues, data: serde_json::to_value(state).expect("plain data serialises") }
+    }
+
+    fn restore(&mut self, data: &Value) -> Result<(), RestoreError> {
+        let state = State::deserialize(data)
+            .map_err(|source| RestoreError::Damaged { name: self.name.clone(), source })?;
+        if (state.sectors, state.read_only) != (self.sectors, self.read_only) {
+            let why = format!(
+                "it was a disk of {} sectors{}, this one has {}{}",
+                state.sectors,
+                if state.read_only { ", read-only" } else { "" },
+                self.sectors,
+                if self.read_only { ", read-only" } else { "" },
+            );
+            return Err(RestoreError::Unfit { name: self.name.clone(), why });
+        }
+        self.reset();
+        self.writeback = state.writeback;
+        self.features = state.features;
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.worker.counters().list()
+    }
+
+    fn shutdown(&mut self) {
+        if let Err(error) = self.worker.stop() {
+            tracing::error!(disk = self.name, %error, "could not make the disk durable");
+        }
+    }
+}

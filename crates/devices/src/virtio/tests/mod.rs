@@ -1,0 +1,1 @@
+//! Devices behind their PCI transport, driven as a guest drives them.
