@@ -1,4 +1,143 @@
-//! The command-line program `trellis` (see `main.rs`); a library so that its parts can be tested.
+//! The command-line program `trellis`; a library so that its parts can be tested.
+//!
+//! The way of the data: [`cli`] and [`config`] read what the user wrote → [`options`] gives it one form and its defaults →
+//! [`prepare`] opens files and fetches an [`image`] if need be → [`launch`] assembles and runs the machine on the
+//! [`terminal`].
 
+pub mod cli;
+pub mod config;
 pub mod image;
+pub mod launch;
+pub mod options;
+pub mod prepare;
 pub mod suggest;
+pub mod terminal;
+
+use std::ffi::OsString;
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use cli::{Cli, Command, ImageCommand};
+use image::{Cache, ImageError, ImageSpec, Progress, Sources};
+use options::VmFlags;
+use prepare::PrepareError;
+
+/// Exit status of a wrong command line or file.
+const USAGE: u8 = 2;
+
+/// Runs the program with `arguments` (the first is its name) and returns its exit status.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    start_logging();
+    let code = match Cli::try_parse_from(arguments) {
+        Ok(cli) => execute(cli.command).unwrap_or_else(|error| report(&error)),
+        Err(error)
+            if !error.use_stderr()
+                || error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
+        {
+            let status = if error.use_stderr() { USAGE } else { 0 };
+            // A closed pipe is no reason to complain about help.
+            let _ = error.print();
+            ExitCode::from(status)
+        }
+        Err(error) => report(&usage(cli::one_line(&error))),
+    };
+    terminal::restore();
+    code
+}
+
+/// A mistake of the user's.
+fn usage(text: String) -> anyhow::Error {
+    PrepareError::Usage(text).into()
+}
+
+/// Prints `error` as one line and returns its status.
+fn report(error: &anyhow::Error) -> ExitCode {
+    terminal::restore();
+    let text = format!("{error:#}");
+    eprintln!("trellis: error: {}", text.lines().map(str::trim).collect::<Vec<_>>().join(" "));
+    match error.downcast_ref::<PrepareError>() {
+        Some(PrepareError::Usage(_)) => ExitCode::from(USAGE),
+        _ => ExitCode::FAILURE,
+    }
+}
+
+/// Log lines go to standard error, chosen by `TRELLIS_LOG` (as in `TRELLIS_LOG=debug` or `devices=trace`).
+fn start_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("TRELLIS_LOG");
+    let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    // Only a second call in one process (tests) fails.
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).try_init();
+}
+
+/// Carries out a command.
+fn execute(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Boot { image, machine } => boot(machine.into_flags(image)),
+        Command::Run { file, machine } => {
+            let file = config::read(&file).map_err(usage)?;
+            boot(machine.into_flags(None).or(file))
+        }
+        Command::Image { command } => image_command(command),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            cli::completions(shell, &mut script);
+            print_out(&script)
+        }
+        Command::Man { output } => {
+            let mut page = Vec::new();
+            cli::man(output.as_deref(), &mut page)?;
+            print_out(&page)
+        }
+    }
+}
+
+/// Prepares and runs a machine.
+fn boot(flags: VmFlags) -> anyhow::Result<ExitCode> {
+    launch::launch(prepare::prepare(flags.resolve())?)
+}
+
+/// `trellis image …`.
+fn image_command(command: ImageCommand) -> anyhow::Result<ExitCode> {
+    match command {
+        ImageCommand::List { json: false } => print_out(image::list::table(&Cache::of_user()?).as_bytes()),
+        ImageCommand::List { json: true } => {
+            print_out(format!("{:#}\n", image::list::json(&Cache::of_user()?)).as_bytes())
+        }
+        ImageCommand::Fetch { image, mirror, suite, arch, flavour } => {
+            let spec =
+                image_spec(&image, arch, flavour.as_deref()).map_err(|error| usage(error.to_string()))?;
+            let sources = mirror.map_or(Sources::Host, |url| Sources::Mirror { url, suite });
+            let fetched = image::fetch(&spec, &sources, &Progress::new()).map_err(|error| match error {
+                ImageError::Unknown(text) => usage(text),
+                other => other.into(),
+            })?;
+            let (manifest, directory) = (&fetched.manifest, fetched.directory.display());
+            print_out(format!("{} {} is in {directory}\n", manifest.name, manifest.version()).as_bytes())
+        }
+    }
+}
+
+/// The image that `trellis image fetch IMAGE --arch --flavour` means.
+fn image_spec(name: &str, arch: Option<image::Arch>, flavour: Option<&str>) -> Result<ImageSpec, ImageError> {
+    if name == "debian" {
+        return ImageSpec::from_options(arch, flavour);
+    }
+    let spec = ImageSpec::from_name(name)?;
+    if arch.is_some_and(|arch| arch != spec.arch) || flavour.is_some_and(|flavour| flavour != spec.flavour) {
+        return Err(ImageError::Unknown(format!(
+            "'{name}' already names flavour and architecture; drop --flavour and --arch"
+        )));
+    }
+    Ok(spec)
+}
+
+/// Writes to standard output; a reader that has gone away is no error.
+fn print_out(bytes: &[u8]) -> anyhow::Result<ExitCode> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}

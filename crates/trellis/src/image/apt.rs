@@ -123,18 +123,32 @@ impl Apt {
     ///
     /// # Errors
     /// Network and disk.
-    pub fn download(&self, package: &Package, directory: &Path, progress: &Progress) -> Result<PathBuf, ImageError> {
+    pub fn download(
+        &self,
+        package: &Package,
+        directory: &Path,
+        progress: &Progress,
+    ) -> Result<PathBuf, ImageError> {
         let target = directory.join(&package.name);
         fs::create_dir_all(&target).at("creating", &target)?;
         let mut command = self.command("apt-get");
-        command.args(["download", "-o", "APT::Status-Fd=1"]).arg(format!("{}={}", package.name, package.version));
+        command
+            .args(["download", "-o", "APT::Status-Fd=1"])
+            .arg(format!("{}={}", package.name, package.version));
         command.current_dir(&target);
         let (status, complaints) = run_with_progress(command, "apt-get", progress)?;
-        let mut entries = fs::read_dir(&target).at("reading", &target)?.filter_map(Result::ok).map(|entry| entry.path());
+        let mut entries =
+            fs::read_dir(&target).at("reading", &target)?.filter_map(Result::ok).map(|entry| entry.path());
         match entries.find(|path| path.extension().is_some_and(|extension| extension == "deb")) {
             Some(file) if status.success() => Ok(file),
-            _ if is_network_trouble(&complaints) => Err(ImageError::NoNetwork { detail: first_line(&complaints) }),
-            _ => Err(ImageError::Tool { program: "apt-get download", status: status.to_string(), detail: first_line(&complaints) }),
+            _ if is_network_trouble(&complaints) => {
+                Err(ImageError::NoNetwork { detail: first_line(&complaints) })
+            }
+            _ => Err(ImageError::Tool {
+                program: "apt-get download",
+                status: status.to_string(),
+                detail: first_line(&complaints),
+            }),
         }
     }
 
@@ -151,7 +165,11 @@ impl Apt {
 
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        command.arg("-c").arg(self.root.join("apt.conf")).env("LC_ALL", "C").env("DEBIAN_FRONTEND", "noninteractive");
+        command
+            .arg("-c")
+            .arg(self.root.join("apt.conf"))
+            .env("LC_ALL", "C")
+            .env("DEBIAN_FRONTEND", "noninteractive");
         command.stdin(Stdio::null());
         command
     }
@@ -162,12 +180,21 @@ impl Apt {
 /// # Errors
 /// dpkg-deb cannot be started, or fails.
 pub fn unpack(package: &Path, directory: &Path) -> Result<(), ImageError> {
-    let output = Command::new("dpkg-deb").arg("-x").arg(package).arg(directory).output().at("running", Path::new("dpkg-deb"))?;
+    let output = Command::new("dpkg-deb")
+        .arg("-x")
+        .arg(package)
+        .arg(directory)
+        .output()
+        .at("running", Path::new("dpkg-deb"))?;
     if output.status.success() {
         return Ok(());
     }
     let lines: Vec<String> = String::from_utf8_lossy(&output.stderr).lines().map(str::to_owned).collect();
-    Err(ImageError::Tool { program: "dpkg-deb", status: output.status.to_string(), detail: first_line(&lines) })
+    Err(ImageError::Tool {
+        program: "dpkg-deb",
+        status: output.status.to_string(),
+        detail: first_line(&lines),
+    })
 }
 
 fn is_installed(program: &str) -> bool {
@@ -178,7 +205,12 @@ fn is_installed(program: &str) -> bool {
 /// The text of our apt.conf (apt.conf(5)); read after the machine's own, so it wins.
 fn configuration(root: &Path, arch: Arch) -> String {
     let root = root.display();
-    let hooks = ["APT::Update::Pre-Invoke", "APT::Update::Post-Invoke", "APT::Update::Post-Invoke-Success", "DPkg::Post-Invoke"];
+    let hooks = [
+        "APT::Update::Pre-Invoke",
+        "APT::Update::Post-Invoke",
+        "APT::Update::Post-Invoke-Success",
+        "DPkg::Post-Invoke",
+    ];
     let mut text: String = hooks.iter().map(|hook| format!("#clear {hook};\n")).collect();
     text.push_str(&format!(
         r#"#clear Acquire::IndexTargets;
@@ -210,16 +242,24 @@ Dir::Log "{root}/log";
 fn mirror_line(url: &str, suite: Option<&str>, os_release: &str) -> Result<String, ImageError> {
     let schemes = ["http://", "https://", "file:", "copy:", "ftp://"];
     if !schemes.iter().any(|scheme| url.starts_with(scheme)) || url.contains(char::is_whitespace) {
-        return Err(ImageError::Unknown(format!("'{url}' is no mirror; give a URL as in --mirror http://deb.debian.org/debian")));
+        return Err(ImageError::Unknown(format!(
+            "'{url}' is no mirror; give a URL as in --mirror http://deb.debian.org/debian"
+        )));
     }
-    let codename = os_release_value(os_release, "VERSION_CODENAME").or_else(|| os_release_value(os_release, "UBUNTU_CODENAME"));
-    let suite = suite.map(str::to_owned).or(codename).filter(|suite| !suite.is_empty() && !suite.contains(char::is_whitespace));
+    let codename = os_release_value(os_release, "VERSION_CODENAME")
+        .or_else(|| os_release_value(os_release, "UBUNTU_CODENAME"));
+    let suite = suite
+        .map(str::to_owned)
+        .or(codename)
+        .filter(|suite| !suite.is_empty() && !suite.contains(char::is_whitespace));
     let Some(suite) = suite else {
         return Err(ImageError::Unknown("--mirror needs a suite here, as in --suite bookworm".to_owned()));
     };
-    let keyrings = ["/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/ubuntu-archive-keyring.gpg"];
+    let keyrings =
+        ["/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/ubuntu-archive-keyring.gpg"];
     let present: Vec<&str> = keyrings.into_iter().filter(|path| Path::new(path).is_file()).collect();
-    let options = if present.is_empty() { String::new() } else { format!("[signed-by={}] ", present.join(",")) };
+    let options =
+        if present.is_empty() { String::new() } else { format!("[signed-by={}] ", present.join(",")) };
     Ok(format!("deb {options}{url} {suite} main\n"))
 }
 
@@ -267,7 +307,8 @@ fn run_with_progress(
     }
     let status = child.wait().at("waiting for", Path::new(program))?;
     let text = errors.join().unwrap_or_default();
-    let complaints = text.lines().filter(|line| line.starts_with("E: ") || line.starts_with("W: ")).map(str::to_owned);
+    let complaints =
+        text.lines().filter(|line| line.starts_with("E: ") || line.starts_with("W: ")).map(str::to_owned);
     Ok((status, complaints.collect()))
 }
 
@@ -297,7 +338,11 @@ fn is_network_trouble(complaints: &[String]) -> bool {
 /// The complaint to show: the first that names a cause, errors before warnings, without apt's prefix.
 fn first_line(complaints: &[String]) -> String {
     let specific = |line: &&String| line.contains("Failed to fetch") || line.contains("Could not");
-    let chosen = complaints.iter().find(specific).or_else(|| complaints.iter().find(|line| line.starts_with("E: "))).or(complaints.first());
+    let chosen = complaints
+        .iter()
+        .find(specific)
+        .or_else(|| complaints.iter().find(|line| line.starts_with("E: ")))
+        .or(complaints.first());
     let text = chosen.map_or("no reason given", String::as_str);
     let text = text.trim_start_matches("E: ").trim_start_matches("W: ");
     text.split_whitespace().collect::<Vec<_>>().join(" ")

@@ -82,7 +82,8 @@ impl Cache {
     /// # Errors
     /// Neither `XDG_CACHE_HOME` nor `HOME` is set.
     pub fn of_user() -> Result<Self, ImageError> {
-        let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let absolute =
+            |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
         let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
         base.map(|base| Self::at(&base.join("trellis"))).ok_or(ImageError::NoCacheDirectory)
     }
@@ -151,15 +152,19 @@ impl Cache {
         let directory = self.image_directory(name);
         let text = fs::read_to_string(directory.join("manifest.json")).ok()?;
         let manifest: Manifest = serde_json::from_str(&text).ok()?;
-        let whole = |file: &FileEntry| fs::metadata(directory.join(&file.name)).is_ok_and(|data| data.len() == file.len_bytes);
-        (manifest.format == initramfs::FORMAT && manifest.name == name && manifest.files.iter().all(whole)).then_some(manifest)
+        let whole = |file: &FileEntry| {
+            fs::metadata(directory.join(&file.name)).is_ok_and(|data| data.len() == file.len_bytes)
+        };
+        (manifest.format == initramfs::FORMAT && manifest.name == name && manifest.files.iter().all(whole))
+            .then_some(manifest)
     }
 
     /// All whole images, by name.
     #[must_use]
     pub fn list(&self) -> Vec<Manifest> {
         let entries = fs::read_dir(self.images()).into_iter().flatten().filter_map(Result::ok);
-        let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        let mut names: Vec<String> =
+            entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
         names.sort();
         names.iter().filter(|name| !name.starts_with('.')).filter_map(|name| self.load(name)).collect()
     }
@@ -209,7 +214,11 @@ mod tests {
             flavour: "test".to_owned(),
             release: "6.1".to_owned(),
             append: String::new(),
-            packages: vec![PackageEntry { name: "p".to_owned(), version: "1".to_owned(), sha256: String::new() }],
+            packages: vec![PackageEntry {
+                name: "p".to_owned(),
+                version: "1".to_owned(),
+                sha256: String::new(),
+            }],
             files: vec![file],
         };
         fs::write(built.join("manifest.json"), serde_json::to_string(&manifest).unwrap()).unwrap();

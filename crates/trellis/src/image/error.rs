@@ -7,19 +7,25 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// A program that fetching relies on is not installed.
-    #[error("{program} is not installed here, so packages cannot be fetched; name a kernel with --kernel (for example /boot/vmlinuz-*)")]
+    #[error(
+        "{program} is not installed here, so packages cannot be fetched; name a kernel with --kernel (for example /boot/vmlinuz-*)"
+    )]
     NoProgram {
         /// `apt-get`, `apt-cache` or `dpkg-deb`.
         program: &'static str,
     },
     /// The package sources cannot be reached.
-    #[error("the package sources of this machine cannot be reached ({detail}); check the network, or give --mirror URL")]
+    #[error(
+        "the package sources of this machine cannot be reached ({detail}); check the network, or give --mirror URL"
+    )]
     NoNetwork {
         /// apt's own words.
         detail: String,
     },
     /// apt knows no such package.
-    #[error("no package source of this machine has {wanted} for {arch}{detail}; see `trellis image list`, or give --mirror URL")]
+    #[error(
+        "no package source of this machine has {wanted} for {arch}{detail}; see `trellis image list`, or give --mirror URL"
+    )]
     NoPackage {
         /// The package names that were tried.
         wanted: String,
@@ -67,7 +73,9 @@ pub enum ImageError {
 /// What to do about the commonest host errors.
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => "; set XDG_CACHE_HOME to a directory you can write",
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            "; set XDG_CACHE_HOME to a directory you can write"
+        }
         io::ErrorKind::StorageFull => "; free some space, or set XDG_CACHE_HOME to another disk",
         _ => "",
     }

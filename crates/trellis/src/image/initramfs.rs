@@ -12,7 +12,21 @@ const INIT: &[u8] = include_bytes!("init.sh");
 pub const FORMAT: u32 = 1;
 
 const DIRECTORIES: &[&str] = &[
-    "bin", "sbin", "usr", "usr/bin", "usr/sbin", "etc", "dev", "proc", "sys", "root", "run", "tmp", "mnt", "lib", "lib/modules",
+    "bin",
+    "sbin",
+    "usr",
+    "usr/bin",
+    "usr/sbin",
+    "etc",
+    "dev",
+    "proc",
+    "sys",
+    "root",
+    "run",
+    "tmp",
+    "mnt",
+    "lib",
+    "lib/modules",
 ];
 
 /// An initramfs that ends in a shell, for kernel release `release`.
@@ -60,7 +74,14 @@ mod tests {
     fn shell_initramfs_holds_init_and_busybox() {
         let bytes = shell(b"BUSYBOX", "6.1", &ModuleSet::default());
         let text = String::from_utf8_lossy(&bytes);
-        for part in ["init\0", "bin/busybox\0", "BUSYBOX", "dev/console\0", "lib/modules/6.1/modules.dep\0", "TRAILER!!!"] {
+        for part in [
+            "init\0",
+            "bin/busybox\0",
+            "BUSYBOX",
+            "dev/console\0",
+            "lib/modules/6.1/modules.dep\0",
+            "TRAILER!!!",
+        ] {
             assert!(text.contains(part), "{part}");
         }
     }

@@ -16,7 +16,12 @@ struct Row {
 /// The list for people.
 #[must_use]
 pub fn table(cache: &Cache) -> String {
-    let mut rows = vec![Row { name: "NAME".into(), version: "VERSION".into(), size: "SIZE".into(), place: "WHERE".into() }];
+    let mut rows = vec![Row {
+        name: "NAME".into(),
+        version: "VERSION".into(),
+        size: "SIZE".into(),
+        place: "WHERE".into(),
+    }];
     for manifest in cache.list() {
         rows.push(Row {
             version: manifest.version().to_owned(),
@@ -27,10 +32,20 @@ pub fn table(cache: &Cache) -> String {
     }
     for (spec, about) in ImageSpec::known() {
         if cache.load(&spec.name()).is_none() {
-            rows.push(Row { name: spec.name(), version: "-".into(), size: "-".into(), place: format!("{} # {about}", fetch_command(&spec)) });
+            rows.push(Row {
+                name: spec.name(),
+                version: "-".into(),
+                size: "-".into(),
+                place: format!("{} # {about}", fetch_command(&spec)),
+            });
         }
     }
-    rows.push(Row { name: "contract".into(), version: "-".into(), size: "-".into(), place: "built in # contract tests: trellis boot contract".into() });
+    rows.push(Row {
+        name: "contract".into(),
+        version: "-".into(),
+        size: "-".into(),
+        place: "built in # contract tests: trellis boot contract".into(),
+    });
     render(&rows)
 }
 
@@ -68,7 +83,11 @@ fn fetch_command(spec: &ImageSpec) -> String {
 fn render(rows: &[Row]) -> String {
     let width = |cell: fn(&Row) -> &str| rows.iter().map(|row| cell(row).len()).max().unwrap_or(0);
     let (name, version, size) = (width(|row| &row.name), width(|row| &row.version), width(|row| &row.size));
-    rows.iter().map(|row| format!("{:name$}  {:version$}  {:>size$}  {}\n", row.name, row.version, row.size, row.place)).collect()
+    rows.iter()
+        .map(|row| {
+            format!("{:name$}  {:version$}  {:>size$}  {}\n", row.name, row.version, row.size, row.place)
+        })
+        .collect()
 }
 
 #[cfg(test)]

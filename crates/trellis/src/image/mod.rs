@@ -46,7 +46,8 @@ impl Image {
     fn cached(cache: &Cache, name: &str) -> Option<Self> {
         let manifest = cache.load(name)?;
         let directory = cache.image_directory(name);
-        let initrd = manifest.files.iter().any(|file| file.name == "initrd").then(|| directory.join("initrd"));
+        let initrd =
+            manifest.files.iter().any(|file| file.name == "initrd").then(|| directory.join("initrd"));
         Some(Self { kernel: directory.join("vmlinuz"), manifest, directory, initrd })
     }
 }
@@ -69,7 +70,11 @@ pub fn ensure(spec: &ImageSpec, progress: impl FnOnce() -> Progress) -> Result<I
         return Ok(image);
     }
     let progress = progress();
-    progress.line(&format!("fetching {} first (once; it is kept in {})", spec.name(), cache.image_directory(&spec.name()).display()));
+    progress.line(&format!(
+        "fetching {} first (once; it is kept in {})",
+        spec.name(),
+        cache.image_directory(&spec.name()).display()
+    ));
     fetch(spec, &Sources::Host, &progress)
 }
 
@@ -84,7 +89,9 @@ pub fn fetch(spec: &ImageSpec, sources: &Sources, progress: &Progress) -> Result
     let mut apt = Apt::new(&cache.apt_directory(&state_key(spec.arch, sources)), spec.arch, sources)?;
     apt.update(progress)?;
     let packages = resolve(&apt, spec)?;
-    if let Some(image) = Image::cached(&cache, &spec.name()).filter(|image| is_current(&image.manifest, &packages)) {
+    if let Some(image) =
+        Image::cached(&cache, &spec.name()).filter(|image| is_current(&image.manifest, &packages))
+    {
         return Ok(image);
     }
     let scratch = cache.scratch()?;
@@ -95,7 +102,8 @@ pub fn fetch(spec: &ImageSpec, sources: &Sources, progress: &Progress) -> Result
     build(spec, entries, &tree, &built)?;
     cache.install(&built, &spec.name())?;
     progress.percent(100.0);
-    Image::cached(&cache, &spec.name()).ok_or(ImageError::BadPackage { package: spec.name(), what: "readable manifest" })
+    Image::cached(&cache, &spec.name())
+        .ok_or(ImageError::BadPackage { package: spec.name(), what: "readable manifest" })
 }
 
 /// The name of apt's private state: lists of different sources must not mix.
@@ -141,18 +149,30 @@ fn is_kernel_part(name: &str) -> bool {
 
 /// Whether a cached image was made of exactly these packages.
 fn is_current(manifest: &Manifest, packages: &[Package]) -> bool {
-    let same = |(entry, package): (&PackageEntry, &Package)| entry.name == package.name && entry.version == package.version;
+    let same = |(entry, package): (&PackageEntry, &Package)| {
+        entry.name == package.name && entry.version == package.version
+    };
     manifest.packages.len() == packages.len() && manifest.packages.iter().zip(packages).all(same)
 }
 
 /// Downloads and unpacks `packages` into `tree`.
-fn download(apt: &Apt, packages: &[Package], scratch: &Path, tree: &Path, progress: &Progress) -> Result<Vec<PackageEntry>, ImageError> {
+fn download(
+    apt: &Apt,
+    packages: &[Package],
+    scratch: &Path,
+    tree: &Path,
+    progress: &Progress,
+) -> Result<Vec<PackageEntry>, ImageError> {
     let mut entries = Vec::new();
     for package in packages {
         progress.stage(&format!("fetching {} {}", package.name, package.version));
         let file = apt.download(package, scratch, progress)?;
         let content = fs::read(&file).at("reading", &file)?;
-        entries.push(PackageEntry { name: package.name.clone(), version: package.version.clone(), sha256: sha256(&content) });
+        entries.push(PackageEntry {
+            name: package.name.clone(),
+            version: package.version.clone(),
+            sha256: sha256(&content),
+        });
         progress.stage(&format!("unpacking {}", package.name));
         apt::unpack(&file, tree)?;
     }
@@ -163,15 +183,18 @@ fn download(apt: &Apt, packages: &[Package], scratch: &Path, tree: &Path, progre
 fn build(spec: &ImageSpec, packages: Vec<PackageEntry>, tree: &Path, built: &Path) -> Result<(), ImageError> {
     fs::create_dir_all(built).at("creating", built)?;
     let package = packages.first().map_or_else(|| spec.name(), |package| package.name.clone());
-    let kernel = find_kernel(spec, tree).ok_or(ImageError::BadPackage { package: package.clone(), what: "kernel" })?;
+    let kernel =
+        find_kernel(spec, tree).ok_or(ImageError::BadPackage { package: package.clone(), what: "kernel" })?;
     let kernel_content = fs::read(&kernel).at("reading", &kernel)?;
     let mut files = vec![write_file(built, "vmlinuz", &kernel_content)?];
     let mut release = String::new();
     if spec.is_linux() {
         let name = kernel.file_name().unwrap_or_default().to_string_lossy();
         release = name.trim_start_matches("vmlinuz-").to_owned();
-        let busybox = ["bin/busybox", "usr/bin/busybox"].iter().map(|path| tree.join(path)).find(|path| path.is_file());
-        let busybox = busybox.ok_or(ImageError::BadPackage { package: "busybox-static".to_owned(), what: "busybox" })?;
+        let busybox =
+            ["bin/busybox", "usr/bin/busybox"].iter().map(|path| tree.join(path)).find(|path| path.is_file());
+        let busybox = busybox
+            .ok_or(ImageError::BadPackage { package: "busybox-static".to_owned(), what: "busybox" })?;
         let busybox = fs::read(&busybox).at("reading", &busybox)?;
         let directories = ["lib/modules", "usr/lib/modules"].map(|path| tree.join(path).join(&release));
         let modules = match directories.iter().find(|path| path.is_dir()) {
@@ -204,7 +227,9 @@ fn find_kernel(spec: &ImageSpec, tree: &Path) -> Option<PathBuf> {
         (false, Arch::I386) => name.starts_with("memtest86+") && name.ends_with("ia32.bin"),
     };
     let entries = fs::read_dir(tree.join("boot")).ok()?.filter_map(Result::ok);
-    entries.map(|entry| entry.path()).find(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(fits))
+    entries
+        .map(|entry| entry.path())
+        .find(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(fits))
 }
 
 #[cfg(test)]
@@ -222,7 +247,13 @@ mod tests {
     #[test]
     fn build_without_a_kernel_says_so() {
         let directory = tempfile::tempdir().unwrap();
-        let error = build(&ImageSpec::default_debian(), Vec::new(), directory.path(), &directory.path().join("image")).unwrap_err();
+        let error = build(
+            &ImageSpec::default_debian(),
+            Vec::new(),
+            directory.path(),
+            &directory.path().join("image"),
+        )
+        .unwrap_err();
         assert!(error.to_string().contains("holds no kernel"), "{error}");
     }
 
@@ -230,7 +261,11 @@ mod tests {
     fn build_makes_a_whole_image() {
         let directory = tempfile::tempdir().unwrap();
         let tree = directory.path().join("tree");
-        for (path, content) in [("boot/vmlinuz-6.1", "kernel"), ("usr/bin/busybox", "busybox"), ("lib/modules/6.1/kernel/virtio_blk.ko", "x")] {
+        for (path, content) in [
+            ("boot/vmlinuz-6.1", "kernel"),
+            ("usr/bin/busybox", "busybox"),
+            ("lib/modules/6.1/kernel/virtio_blk.ko", "x"),
+        ] {
             fs::create_dir_all(tree.join(path).parent().unwrap()).unwrap();
             fs::write(tree.join(path), content).unwrap();
         }

@@ -98,7 +98,8 @@ impl ModuleSet {
     /// The text of `modules.alias`.
     #[must_use]
     pub fn modules_alias(&self) -> String {
-        let lines = self.iter().flat_map(|module| module.aliases.iter().map(move |alias| (alias, &module.name)));
+        let lines =
+            self.iter().flat_map(|module| module.aliases.iter().map(move |alias| (alias, &module.name)));
         lines.map(|(alias, name)| format!("alias {alias} {name}\n")).collect()
     }
 
@@ -143,7 +144,10 @@ fn normal(name: &str) -> String {
 /// All values of `key` among the NUL-separated strings of `content`.
 fn modinfo(content: &[u8], key: &[u8]) -> Vec<String> {
     let strings = content.split(|byte| *byte == 0);
-    strings.filter_map(|string| string.strip_prefix(key)).map(|value| String::from_utf8_lossy(value).into_owned()).collect()
+    strings
+        .filter_map(|string| string.strip_prefix(key))
+        .map(|value| String::from_utf8_lossy(value).into_owned())
+        .collect()
 }
 
 /// Maps normalized module names to their files below `directory`.

@@ -6,7 +6,19 @@ use super::error::ImageError;
 use crate::suggest;
 
 /// Architecture of a guest system, in Debian's words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    clap::ValueEnum,
+    serde::Serialize,
+    serde::Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Arch {
     /// 64-bit.
@@ -46,7 +58,10 @@ impl Distribution {
     #[must_use]
     pub fn from_os_release(text: &str) -> Self {
         let ids = os_release_value(text, "ID").into_iter().chain(os_release_value(text, "ID_LIKE"));
-        if ids.flat_map(|value| value.split_whitespace().map(str::to_owned).collect::<Vec<_>>()).any(|id| id == "ubuntu") {
+        if ids
+            .flat_map(|value| value.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+            .any(|id| id == "ubuntu")
+        {
             Self::Ubuntu
         } else {
             Self::Debian
@@ -123,13 +138,19 @@ impl ImageSpec {
             Arch::Amd64 => "cloud",
             Arch::I386 => "686-pae",
         });
-        let spelled = !flavour.is_empty() && flavour.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
+        let spelled = !flavour.is_empty()
+            && flavour.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
         let beginning = flavour.starts_with(|c: char| c.is_ascii_alphanumeric());
         if !spelled || !beginning {
-            return Err(ImageError::Unknown(format!("'{flavour}' is no flavour of a kernel{}", suggestion(flavour))));
+            return Err(ImageError::Unknown(format!(
+                "'{flavour}' is no flavour of a kernel{}",
+                suggestion(flavour)
+            )));
         }
         if arch == Arch::I386 && flavour == "cloud" {
-            return Err(ImageError::Unknown("there is no cloud kernel for i386; use --flavour 686-pae".to_owned()));
+            return Err(ImageError::Unknown(
+                "there is no cloud kernel for i386; use --flavour 686-pae".to_owned(),
+            ));
         }
         Ok(Self { arch, flavour: flavour.to_owned() })
     }
@@ -169,9 +190,13 @@ impl ImageSpec {
         let arch = self.arch.name();
         let names: Vec<String> = match (distribution, self.flavour.as_str()) {
             (_, MEMTEST) => vec![MEMTEST.to_owned()],
-            (Distribution::Ubuntu, "cloud") => ["kvm", "virtual", "generic"].map(|name| format!("linux-image-{name}")).to_vec(),
+            (Distribution::Ubuntu, "cloud") => {
+                ["kvm", "virtual", "generic"].map(|name| format!("linux-image-{name}")).to_vec()
+            }
             (Distribution::Debian, "generic") => vec![format!("linux-image-{arch}")],
-            (Distribution::Debian, "rt") if self.arch == Arch::I386 => vec!["linux-image-rt-686-pae".to_owned()],
+            (Distribution::Debian, "rt") if self.arch == Arch::I386 => {
+                vec!["linux-image-rt-686-pae".to_owned()]
+            }
             (_, flavour) => vec![format!("linux-image-{flavour}-{arch}"), format!("linux-image-{flavour}")],
         };
         names
@@ -180,7 +205,10 @@ impl ImageSpec {
     /// All flavours with a name of their own, with a word on each.
     #[must_use]
     pub fn known() -> Vec<(Self, &'static str)> {
-        FLAVOURS.iter().map(|(arch, flavour, about)| (Self { arch: *arch, flavour: (*flavour).to_owned() }, *about)).collect()
+        FLAVOURS
+            .iter()
+            .map(|(arch, flavour, about)| (Self { arch: *arch, flavour: (*flavour).to_owned() }, *about))
+            .collect()
     }
 }
 
@@ -201,7 +229,8 @@ pub fn suggestion(flavour: &str) -> String {
 fn name_suggestion(name: &str) -> String {
     let names: Vec<String> = ImageSpec::known().iter().map(|(spec, _)| spec.name()).collect();
     let known = names.iter().map(String::as_str).chain(["debian", "contract"]);
-    suggest::did_you_mean(name, known).unwrap_or_else(|| "; use debian, contract, or a name of `trellis image list`".to_owned())
+    suggest::did_you_mean(name, known)
+        .unwrap_or_else(|| "; use debian, contract, or a name of `trellis image list`".to_owned())
 }
 
 #[cfg(test)]
@@ -251,7 +280,10 @@ mod tests {
     fn os_release_tells_ubuntu_from_debian() {
         assert_eq!(Distribution::from_os_release("ID=debian\n"), Distribution::Debian);
         assert_eq!(Distribution::from_os_release("ID=ubuntu\nID_LIKE=debian\n"), Distribution::Ubuntu);
-        assert_eq!(Distribution::from_os_release("ID=linuxmint\nID_LIKE=\"ubuntu debian\"\n"), Distribution::Ubuntu);
+        assert_eq!(
+            Distribution::from_os_release("ID=linuxmint\nID_LIKE=\"ubuntu debian\"\n"),
+            Distribution::Ubuntu
+        );
         assert_eq!(Distribution::from_os_release("ID=fedora\n"), Distribution::Debian);
     }
 }

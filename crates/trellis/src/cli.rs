@@ -1,0 +1,351 @@
+//! The command line, as clap sees it, and clap's errors as one line.
+
+use std::path::PathBuf;
+
+use clap::builder::styling::{AnsiColor, Styles};
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueHint};
+
+use crate::image::Arch;
+use crate::options::{
+    CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VmFlags,
+    parse_char_target, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  trellis boot                                     Debian to a shell (fetched once, by apt)
+  trellis boot debian --cpus 2 --memory 1G         the same, larger
+  trellis boot --kernel /boot/vmlinuz --initrd /boot/initrd.img --append console=ttyS0
+  trellis boot contract                            the built-in contract tests
+  trellis run my-vm.toml --stats                   a machine described in a file
+  trellis image list                               what can be booted";
+
+const BOOT_EXAMPLES: &str = "\
+Examples:
+  trellis boot
+      Boots Debian's cloud kernel to a busybox shell; fetches it first if it is not there.
+  trellis boot debian --append 'console=ttyS0 trellis.run=\"cat /proc/cpuinfo\"' --stats
+      Runs one command in the guest, powers off, says where the time went.
+  trellis boot --kernel vmlinuz --initrd initrd --disk root.img --disk data.img,ro --append 'console=ttyS0 root=/dev/vda'
+      A kernel and disks of your own.
+  trellis boot --kernel xen --initrd 'vmlinuz console=hvc0,initrd' --append com1=115200
+      A multiboot kernel with modules: --initrd 'FILE ARGS,FILE ARGS'.
+  trellis boot debian-memtest86+-amd64 --vga text --memory 64M
+      An image by its name in `trellis image list`.
+
+Keys on a terminal: Ctrl-A X quits, Ctrl-A H shows the others. Ctrl-C goes to the guest.
+
+Exit status: 0 guest powered off (or reset, with --no-reboot); (v << 1) | 1 for v written to port 0xf4 with
+--isa-debug-exit; 3 triple fault; 124 time-out; 1 failure; 2 usage.";
+
+const RUN_EXAMPLES: &str = "\
+A file looks like this; every key is optional, and paths are relative to the file:
+  kernel = \"vmlinuz\"               # or: image = \"debian\"
+  initrd = \"initrd.img\"
+  append = \"console=ttyS0\"
+  memory = \"1G\"
+  cpus = 2
+  cpu = \"max,-avx512f\"
+  disk = [\"root.img\", \"data.img,ro\"]
+  serial = \"stdio\"
+  monitor.virtual_exec = \"automatic\"   # software, hardware, automatic
+  monitor.virtual_mmu = \"automatic\"";
+
+const FETCH_EXAMPLES: &str = "\
+Examples:
+  trellis image fetch debian                       the cloud kernel, amd64
+  trellis image fetch debian --flavour generic     the kernel for all machines
+  trellis image fetch debian --flavour 686-pae     a 32-bit kernel
+  trellis image fetch debian --flavour memtest86+  the memory tester
+  trellis image fetch debian --flavour 6.12-cloud  any linux-image-FLAVOUR-ARCH that your package sources have
+  trellis image fetch debian --mirror http://deb.debian.org/debian --suite bookworm
+
+Packages come from the sources in /etc/apt, through a private apt state: no root, and nothing of the machine's own
+apt changes. Images are kept in $XDG_CACHE_HOME/trellis (~/.cache/trellis).";
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Green.on_default().bold())
+    .usage(AnsiColor::Green.on_default().bold())
+    .literal(AnsiColor::Cyan.on_default().bold())
+    .placeholder(AnsiColor::Cyan.on_default());
+
+/// Runs unmodified x86 operating systems in an ordinary process, with or without hardware virtualization.
+#[derive(Debug, Parser)]
+#[command(name = "trellis", version, styles = STYLES, after_help = EXAMPLES, max_term_width = 110)]
+#[command(arg_required_else_help = true, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a guest: Debian, the contract tests, or a kernel of yours
+    #[command(after_help = BOOT_EXAMPLES)]
+    Boot {
+        /// debian, contract, or a name of `trellis image list`; without it and without --kernel: debian
+        #[arg(value_name = "IMAGE")]
+        image: Option<String>,
+        /// The machine.
+        #[command(flatten)]
+        machine: Box<MachineArgs>,
+    },
+    /// Boot the machine that a TOML file describes; options override it
+    #[command(after_help = RUN_EXAMPLES)]
+    Run {
+        /// The file
+        #[arg(value_name = "VM.toml", value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        /// The machine.
+        #[command(flatten)]
+        machine: Box<MachineArgs>,
+    },
+    /// Show and fetch bootable images
+    Image {
+        /// What to do.
+        #[command(subcommand)]
+        command: ImageCommand,
+    },
+    /// Print a completion script for your shell
+    #[command(
+        after_help = "Example:\n  trellis completions bash > ~/.local/share/bash-completion/completions/trellis"
+    )]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    #[command(
+        after_help = "Examples:\n  trellis man | man -l -\n  trellis man --output ~/.local/share/man/man1"
+    )]
+    Man {
+        /// Write the pages of all subcommands into this directory instead
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        output: Option<PathBuf>,
+    },
+}
+
+/// `trellis image …`.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Show what is cached and what can be fetched
+    List {
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Fetch a kernel and busybox with apt, and build an initramfs
+    #[command(after_help = FETCH_EXAMPLES)]
+    Fetch {
+        /// debian (on Ubuntu: Ubuntu's kernel), or a name of `trellis image list`
+        #[arg(value_name = "IMAGE")]
+        image: String,
+        /// Take the packages from this archive instead of the sources in /etc/apt
+        #[arg(long, value_name = "URL", value_hint = ValueHint::Url)]
+        mirror: Option<String>,
+        /// The suite of the mirror, as in bookworm; without it this machine's
+        #[arg(long, requires = "mirror")]
+        suite: Option<String>,
+        /// Architecture of the kernel
+        #[arg(long)]
+        arch: Option<Arch>,
+        /// Which kernel: cloud, generic, rt, 686-pae, 686, memtest86+, or the middle of a package name
+        #[arg(long)]
+        flavour: Option<String>,
+    },
+}
+
+/// The options that describe a machine.
+#[derive(Args, Debug, Default)]
+pub struct MachineArgs {
+    /// Kernel: bzImage, ELF (PVH or plain), or multiboot
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Guest")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk; multiboot modules as 'FILE ARGS,FILE ARGS'
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Guest")]
+    initrd: Option<String>,
+    /// Kernel command line
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true, help_heading = "Guest")]
+    append: Option<String>,
+    /// A disk: a raw image file or block device; again for more
+    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk, help_heading = "Guest")]
+    disks: Vec<DiskSpec>,
+    /// Guest memory, as in 512M or 2G; a number alone is MiB [default: 512M]
+    #[arg(long, short = 'm', value_name = "SIZE", value_parser = parse_memory, allow_hyphen_values = true, help_heading = "Machine")]
+    memory: Option<u64>,
+    /// Number of CPUs, 1 to 16 [default: 1]
+    #[arg(long, value_name = "N", value_parser = parse_cpus, allow_hyphen_values = true, help_heading = "Machine")]
+    cpus: Option<u32>,
+    /// CPU model: max, host, x86-64-v1 … v4, and features as in max,-avx512f [default: max]
+    #[arg(long, value_name = "MODEL[,+F,-F]", value_parser = parse_cpu, help_heading = "Machine")]
+    cpu: Option<String>,
+    /// What executes guest instructions [default: auto]
+    #[arg(long, help_heading = "Machine")]
+    engine: Option<EngineChoice>,
+    /// What translates guest addresses [default: auto]
+    #[arg(long, help_heading = "Machine")]
+    mmu: Option<MmuChoice>,
+    /// Guest time: the host's, or counted instructions, which is reproducible [default: host]
+    #[arg(long, help_heading = "Machine")]
+    clock: Option<ClockChoice>,
+    /// The first serial port: stdio, file:FILE, none [default: stdio]
+    #[arg(long, value_name = "TARGET", value_parser = parse_char_target, help_heading = "Devices")]
+    serial: Option<CharTarget>,
+    /// VGA text mode in the terminal [default: none]
+    #[arg(long, help_heading = "Devices")]
+    vga: Option<VgaChoice>,
+    /// The debug console (ports 0x402 and 0xe9): stdio, file:FILE, none [default: none]
+    #[arg(long, value_name = "TARGET", value_parser = parse_char_target, help_heading = "Devices")]
+    debugcon: Option<CharTarget>,
+    /// A write of v to port 0xf4 ends with status (v << 1) | 1
+    #[arg(long, help_heading = "Devices")]
+    isa_debug_exit: bool,
+    /// A reset of the guest ends the run
+    #[arg(long, help_heading = "Run")]
+    no_reboot: bool,
+    /// End after so many seconds, with status 124
+    #[arg(long, value_name = "SECONDS", value_parser = parse_timeout, allow_hyphen_values = true, help_heading = "Run")]
+    timeout: Option<f64>,
+    /// Say at the end where the time went; with =FILE as JSON
+    #[arg(long, value_name = "FILE", value_parser = parse_stats, num_args = 0..=1, require_equals = true,
+          default_missing_value = "-", help_heading = "Run")]
+    stats: Option<StatsTarget>,
+    /// Write a trace of exits and events
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Run")]
+    trace: Option<PathBuf>,
+    /// Save and restore the whole machine whenever the guest asks for it
+    #[arg(long, hide = true)]
+    save_at_marker: bool,
+}
+
+impl MachineArgs {
+    /// The options as [`VmFlags`].
+    #[must_use]
+    pub fn into_flags(self, image: Option<String>) -> VmFlags {
+        VmFlags {
+            image,
+            kernel: self.kernel,
+            initrd: self.initrd,
+            append: self.append,
+            disks: self.disks,
+            memory_bytes: self.memory,
+            cpus: self.cpus,
+            cpu: self.cpu,
+            engine: self.engine,
+            mmu: self.mmu,
+            serial: self.serial,
+            vga: self.vga,
+            debugcon: self.debugcon,
+            isa_debug_exit: self.isa_debug_exit,
+            no_reboot: self.no_reboot,
+            timeout_seconds: self.timeout,
+            stats: self.stats,
+            trace: self.trace,
+            clock: self.clock,
+            save_at_marker: self.save_at_marker,
+        }
+    }
+}
+
+/// Writes the completion script for `shell`.
+pub fn completions(shell: clap_complete::Shell, output: &mut dyn std::io::Write) {
+    clap_complete::generate(shell, &mut Cli::command(), "trellis", output);
+}
+
+/// Writes the manual page to `output`, or those of all subcommands into a directory.
+///
+/// # Errors
+/// The output cannot be written.
+pub fn man(directory: Option<&std::path::Path>, output: &mut dyn std::io::Write) -> std::io::Result<()> {
+    match directory {
+        Some(directory) => clap_mangen::generate_to(Cli::command(), directory),
+        None => clap_mangen::Man::new(Cli::command()).render(output),
+    }
+}
+
+/// A clap error as one line: what is wrong, the nearest that is right, where the help is.
+#[must_use]
+pub fn one_line(error: &clap::Error) -> String {
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.clone()),
+        Some(ContextValue::Strings(texts)) if !texts.is_empty() => Some(texts.join(", ")),
+        _ => None,
+    };
+    let source = std::error::Error::source(error).map(ToString::to_string);
+    if let (ErrorKind::ValueValidation, Some(reason)) = (error.kind(), source) {
+        let option = context(ContextKind::InvalidArg).unwrap_or_default();
+        return format!("{}: {reason}", option.split(' ').next().unwrap_or_default());
+    }
+    let rendered = error.render().to_string();
+    let first: Vec<&str> = rendered.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+    let mut line = first.join(" ").trim_start_matches("error: ").to_owned();
+    let nearest = [ContextKind::SuggestedArg, ContextKind::SuggestedValue, ContextKind::SuggestedSubcommand];
+    match nearest.into_iter().find_map(context) {
+        Some(name) => line.push_str(&format!("; did you mean '{name}'?")),
+        None => line.push_str("; see trellis --help"),
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error_of(arguments: &[&str]) -> String {
+        let all = std::iter::once("trellis").chain(arguments.iter().copied());
+        one_line(&Cli::try_parse_from(all).unwrap_err())
+    }
+
+    #[test]
+    fn command_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_error_is_one_line_with_advice() {
+        let cases: &[(&[&str], &str)] = &[
+            (&["boot", "--memroy", "1G"], "--memory"),
+            (&["bot"], "did you mean 'boot'"),
+            (&["boot", "--engine", "interpp"], "did you mean 'interp'"),
+            (&["boot", "--memory", "0"], "too little"),
+            (&["boot", "--memory", "1B"], "too little"),
+            (&["boot", "--cpus", "1000"], "from 1 to 16"),
+            (&["boot", "--cpus", "-1"], "from 1 to 16"),
+            (&["boot", "--cpu", "hots"], "did you mean 'host'"),
+            (&["boot", "--serial", "stido"], "did you mean 'stdio'"),
+            (&["boot", "--timeout", "x"], "seconds"),
+            (&["boot", "debian", "contract"], "contract"),
+            (&["run"], "VM.toml"),
+            (&["image", "fetch", "debian", "--arch", "amd46"], "amd64"),
+        ];
+        for (arguments, expected) in cases {
+            let line = error_of(arguments);
+            assert!(line.contains(expected) && !line.contains('\n'), "{arguments:?}: {line}");
+        }
+    }
+
+    #[test]
+    fn stats_takes_its_file_only_with_an_equals_sign() {
+        let stats = |arguments: &[&str]| match Cli::try_parse_from(arguments).unwrap().command {
+            Command::Boot { machine, image } => (machine.stats, image),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(
+            stats(&["trellis", "boot", "--stats", "contract"]),
+            (Some(StatsTarget::Print), Some("contract".into()))
+        );
+        assert_eq!(stats(&["trellis", "boot", "--stats=a.json"]).0, Some(StatsTarget::File("a.json".into())));
+    }
+
+    #[test]
+    fn completions_and_man_know_boot() {
+        let (mut script, mut page) = (Vec::new(), Vec::new());
+        completions(clap_complete::Shell::Bash, &mut script);
+        man(None, &mut page).unwrap();
+        assert!(String::from_utf8_lossy(&script).contains("boot"));
+        assert!(String::from_utf8_lossy(&page).contains("boot"));
+    }
+}

@@ -1,0 +1,359 @@
+//! `VM.toml`: a machine described in a file.
+//!
+//! Keys are those of the command line; `monitor.virtual_exec` and `monitor.virtual_mmu` are the field's names for the choice
+//! of engine and MMU. Paths are relative to the file. An unknown key is an error that names the nearest one.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::options::{
+    CharTarget, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VirtualExec, VmFlags, parse_char_target,
+    parse_choice, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
+};
+use crate::suggest;
+
+const KEYS: &[&str] = &[
+    "image",
+    "kernel",
+    "initrd",
+    "append",
+    "disk",
+    "memory",
+    "cpus",
+    "cpu",
+    "engine",
+    "mmu",
+    "serial",
+    "vga",
+    "debugcon",
+    "isa_debug_exit",
+    "no_reboot",
+    "timeout",
+    "stats",
+    "trace",
+    "clock",
+    "monitor",
+];
+const MONITOR_KEYS: &[&str] = &["virtual_exec", "virtual_mmu"];
+
+/// A value that may be written as a number or as a string.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Number {
+    Integer(i64),
+    Float(f64),
+    Text(String),
+}
+
+impl Number {
+    fn text(&self) -> String {
+        match self {
+            Self::Integer(value) => value.to_string(),
+            Self::Float(value) => value.to_string(),
+            Self::Text(text) => text.clone(),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Switch {
+    Bool(bool),
+    Text(String),
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MonitorTable {
+    virtual_exec: Option<String>,
+    virtual_mmu: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    image: Option<String>,
+    kernel: Option<PathBuf>,
+    initrd: Option<String>,
+    append: Option<String>,
+    disk: Option<OneOrMany>,
+    memory: Option<Number>,
+    cpus: Option<Number>,
+    cpu: Option<String>,
+    engine: Option<String>,
+    mmu: Option<String>,
+    serial: Option<String>,
+    vga: Option<String>,
+    debugcon: Option<String>,
+    #[serde(default)]
+    isa_debug_exit: bool,
+    #[serde(default)]
+    no_reboot: bool,
+    timeout: Option<Number>,
+    stats: Option<Switch>,
+    trace: Option<PathBuf>,
+    clock: Option<String>,
+    #[serde(default)]
+    monitor: MonitorTable,
+}
+
+/// Reads the file at `path`.
+///
+/// # Errors
+/// One line: the file, the place in it, what is wrong, what to do.
+pub fn read(path: &Path) -> Result<VmFlags, String> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| format!("cannot read {}: {error}; name a TOML file", path.display()))?;
+    let base = path.parent().unwrap_or(Path::new(""));
+    parse(&text, base).map_err(|error| format!("{}{error}", path.display()))
+}
+
+/// Parses the text of a file whose paths are relative to `base`. Errors begin with `:LINE: ` or `: `.
+fn parse(text: &str, base: &Path) -> Result<VmFlags, String> {
+    let mut table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
+        let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].lines().count().max(1));
+        format!(":{line}: {}", error.message().replace('\n', ", "))
+    })?;
+    unquote_dotted_keys(&mut table);
+    check_keys(text, &table)?;
+    let file: File = table.try_into().map_err(|error: toml::de::Error| {
+        // The error displays as "MESSAGE\nin `KEY`\n".
+        let shown = error.to_string();
+        let key = shown.split('`').rev().nth(1).filter(|key| KEYS.contains(key)).unwrap_or_default();
+        let reason = error
+            .message()
+            .replace("data did not match any variant of untagged enum", "a value of the wrong type, not")
+            .replace('\n', ", ");
+        format!(
+            "{} {reason}{}",
+            place(text, key),
+            if key.is_empty() { String::new() } else { format!(" in '{key}'; see trellis run --help") }
+        )
+    })?;
+    flags(file, base, text)
+}
+
+/// `"monitor.virtual_exec" = …`, quoted, means the dotted key.
+fn unquote_dotted_keys(table: &mut toml::Table) {
+    for name in MONITOR_KEYS {
+        if let Some(value) = table.remove(&format!("monitor.{name}"))
+            && let toml::Value::Table(monitor) =
+                table.entry("monitor").or_insert_with(|| toml::Value::Table(toml::Table::new()))
+        {
+            monitor.insert((*name).to_owned(), value);
+        }
+    }
+}
+
+/// Refuses keys that there are not, naming the nearest.
+fn check_keys(text: &str, table: &toml::Table) -> Result<(), String> {
+    let check = |key: &str, known: &[&str], prefix: &str| {
+        if known.contains(&key) {
+            return Ok(());
+        }
+        let spelled = key.replace('-', "_");
+        let hint = suggest::nearest(&spelled, known.iter().copied()).map_or_else(
+            || format!("; keys are {}", known.join(", ")),
+            |name| format!("; did you mean '{prefix}{name}'?"),
+        );
+        Err(format!("{} there is no key '{prefix}{key}'{hint}", place(text, key)))
+    };
+    for (key, value) in table {
+        check(key, KEYS, "")?;
+        if let ("monitor", toml::Value::Table(monitor)) = (key.as_str(), value) {
+            monitor.keys().try_for_each(|key| check(key, MONITOR_KEYS, "monitor."))?;
+        }
+    }
+    Ok(())
+}
+
+/// `:LINE:` of the first line that speaks of `key`, or `:`.
+fn place(text: &str, key: &str) -> String {
+    let of_key = |line: &str| {
+        let name = line.split(['=', '#']).next().unwrap_or_default();
+        !key.is_empty() && name.split(['.', '"', '\'', '[', ']', ' ', '\t']).any(|part| part == key)
+    };
+    text.lines().position(of_key).map_or_else(|| ":".to_owned(), |line| format!(":{}:", line + 1))
+}
+
+/// Turns the file into flags, value by value.
+fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
+    fn value<T, V>(
+        text: &str,
+        key: &str,
+        value: Option<V>,
+        parse: impl Fn(V) -> Result<T, String>,
+    ) -> Result<Option<T>, String> {
+        value.map(parse).transpose().map_err(|reason| format!("{} {key}: {reason}", place(text, key)))
+    }
+    let choice = |name: &str| format!("{} {name}", place(text, name));
+    let engine = value(text, "engine", file.engine, |name| parse_choice(&name))?;
+    let exec = value(text, "virtual_exec", file.monitor.virtual_exec, |name| parse_choice(&name))?;
+    let mmu: Option<MmuChoice> = value(text, "mmu", file.mmu, |name| parse_choice(&name))?;
+    let virtual_mmu: Option<MmuChoice> =
+        value(text, "virtual_mmu", file.monitor.virtual_mmu, |name| parse_choice(&name))?;
+    if engine.is_some() && exec.is_some() {
+        return Err(format!(
+            "{}: 'engine' and 'monitor.virtual_exec' say the same; remove one",
+            choice("engine")
+        ));
+    }
+    if mmu.is_some() && virtual_mmu.is_some() {
+        return Err(format!("{}: 'mmu' and 'monitor.virtual_mmu' say the same; remove one", choice("mmu")));
+    }
+    let disks = match file.disk {
+        None => Vec::new(),
+        Some(OneOrMany::One(disk)) => vec![disk],
+        Some(OneOrMany::Many(disks)) => disks,
+    };
+    let disks: Result<Vec<DiskSpec>, String> = disks.iter().map(|disk| relative_disk(base, disk)).collect();
+    Ok(VmFlags {
+        image: file.image,
+        kernel: file.kernel.map(|path| base.join(path)),
+        initrd: file.initrd.map(|initrd| relative_modules(base, &initrd)),
+        append: file.append,
+        disks: disks.map_err(|reason| format!("{} disk: {reason}", place(text, "disk")))?,
+        memory_bytes: value(text, "memory", file.memory, |number| parse_memory(&number.text()))?,
+        cpus: value(text, "cpus", file.cpus, |number| parse_cpus(&number.text()))?,
+        cpu: value(text, "cpu", file.cpu, |name| parse_cpu(&name))?,
+        engine: engine.or(exec.map(engine_of)),
+        mmu: mmu.or(virtual_mmu),
+        serial: value(text, "serial", file.serial, |name| relative_target(base, &name))?,
+        vga: value(text, "vga", file.vga, |name| parse_choice(&name))?,
+        debugcon: value(text, "debugcon", file.debugcon, |name| relative_target(base, &name))?,
+        isa_debug_exit: file.isa_debug_exit,
+        no_reboot: file.no_reboot,
+        timeout_seconds: value(text, "timeout", file.timeout, |number| parse_timeout(&number.text()))?,
+        stats: value(text, "stats", file.stats, |switch| stats_of(base, switch))?.flatten(),
+        trace: file.trace.map(|path| base.join(path)),
+        clock: value(text, "clock", file.clock, |name| parse_choice(&name))?,
+        save_at_marker: false,
+    })
+}
+
+/// `software` leaves the choice among the software engines to the program.
+fn engine_of(exec: VirtualExec) -> EngineChoice {
+    match exec {
+        // The translator will take its place here.
+        VirtualExec::Software => EngineChoice::Interp,
+        VirtualExec::Hardware => EngineChoice::Kvm,
+        VirtualExec::Automatic => EngineChoice::Auto,
+    }
+}
+
+fn relative_disk(base: &Path, text: &str) -> Result<DiskSpec, String> {
+    match base.join(text).to_str() {
+        Some(joined) if !text.is_empty() => parse_disk(joined),
+        _ => parse_disk(text),
+    }
+}
+
+fn relative_target(base: &Path, text: &str) -> Result<CharTarget, String> {
+    Ok(match parse_char_target(text)? {
+        CharTarget::File(path) => CharTarget::File(base.join(path)),
+        other => other,
+    })
+}
+
+/// Makes each file of `FILE ARGS,FILE ARGS` relative to `base`.
+fn relative_modules(base: &Path, text: &str) -> String {
+    if base.join(text).exists() {
+        return base.join(text).display().to_string();
+    }
+    let modules = text.split(',').map(|module| base.join(module).display().to_string());
+    modules.collect::<Vec<_>>().join(",")
+}
+
+fn stats_of(base: &Path, switch: Switch) -> Result<Option<StatsTarget>, String> {
+    Ok(match switch {
+        Switch::Bool(on) => on.then_some(StatsTarget::Print),
+        Switch::Text(text) => Some(match parse_stats(&text)? {
+            StatsTarget::File(path) => StatsTarget::File(base.join(path)),
+            StatsTarget::Print => StatsTarget::Print,
+        }),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::VgaChoice;
+
+    fn parsed(text: &str) -> Result<VmFlags, String> {
+        parse(text, Path::new("/vm"))
+    }
+
+    #[test]
+    fn file_whole_becomes_flags() {
+        let flags = parsed(
+            "kernel = 'vmlinuz'\ninitrd = 'initrd'\nappend = 'console=ttyS0'\nmemory = '1G'\ncpus = 2\ncpu = 'v3'\n\
+             disk = ['a.img', '/b.img,ro']\nserial = 'file:log'\nvga = 'text'\ntimeout = 1.5\nstats = true\n\
+             monitor.virtual_exec = 'software'\nmonitor.virtual_mmu = 'automatic'\n",
+        )
+        .unwrap();
+        assert_eq!(flags.kernel, Some("/vm/vmlinuz".into()));
+        assert_eq!(flags.initrd.as_deref(), Some("/vm/initrd"));
+        assert_eq!((flags.memory_bytes, flags.cpus), (Some(1 << 30), Some(2)));
+        assert_eq!(flags.disks[0].path, Path::new("/vm/a.img"));
+        assert_eq!(flags.disks[1], DiskSpec { path: "/b.img".into(), read_only: true });
+        assert_eq!(flags.serial, Some(CharTarget::File("/vm/log".into())));
+        assert_eq!(flags.vga, Some(VgaChoice::Text));
+        assert_eq!(flags.timeout_seconds, Some(1.5));
+        assert_eq!((flags.engine, flags.mmu), (Some(EngineChoice::Interp), Some(MmuChoice::Auto)));
+        assert_eq!(flags.stats, Some(StatsTarget::Print));
+    }
+
+    #[test]
+    fn monitor_keys_work_as_table_dotted_and_quoted() {
+        for text in [
+            "[monitor]\nvirtual_exec = 'hardware'",
+            "monitor.virtual_exec = 'hardware'",
+            "\"monitor.virtual_exec\" = 'hardware'",
+        ] {
+            assert_eq!(parsed(text).unwrap().engine, Some(EngineChoice::Kvm), "{text}");
+        }
+    }
+
+    #[test]
+    fn mistakes_are_one_line_with_place_and_advice() {
+        let cases = [
+            ("cpus = 1\nmemroy = '1G'", ":2: there is no key 'memroy'; did you mean 'memory'?"),
+            ("monitor.virtual_exc = 'x'", "did you mean 'monitor.virtual_exec'"),
+            ("no-reboot = true", "did you mean 'no_reboot'"),
+            ("\ncpus = 1000", ":2: cpus: a machine cannot have 1000 CPUs"),
+            ("memory = 0", "too little"),
+            ("memory = []", "'memory'"),
+            ("cpu = 3", "'cpu'"),
+            ("no_reboot = 'yes'", "'no_reboot'"),
+            ("monitor = 3", "monitor"),
+            ("monitor.virtual_mmu = 'hardwre'", "did you mean 'hardware'"),
+            ("engine = 'interp'\nmonitor.virtual_exec = 'software'", "remove one"),
+            ("disk = ['a,rx']", "'rx'"),
+            ("cpus = \n", ":1:"),
+            ("this is not toml", ":1:"),
+            ("\u{7f}\u{0}", ":1:"),
+        ];
+        for (text, expected) in cases {
+            let error = parsed(text).unwrap_err();
+            assert!(error.contains(expected) && !error.contains('\n'), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn file_empty_says_nothing() {
+        assert_eq!(parsed("").unwrap(), VmFlags::default());
+    }
+
+    #[test]
+    fn file_missing_names_it() {
+        assert!(read(Path::new("/nonexistent/vm.toml")).unwrap_err().contains("/nonexistent/vm.toml"));
+    }
+}

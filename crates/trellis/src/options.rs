@@ -1,0 +1,494 @@
+//! What a virtual machine is to be: [`VmFlags`] as the user wrote it (command line or file, everything optional), and
+//! [`VmOptions`] with the defaults filled in.
+//!
+//! One parser a value, used by the command line and by `VM.toml` alike.
+
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+
+use crate::suggest;
+
+/// Guest memory without `--memory`.
+pub const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;
+
+/// The most vCPUs of a machine.
+pub const MAX_CPUS: u32 = 16;
+
+/// The least memory that any guest starts in: the first mebibyte of a PC and some above it.
+const MIN_MEMORY_BYTES: u64 = 2 << 20;
+
+/// The models of `--cpu`.
+const CPU_MODELS: &[&str] = &["max", "host", "x86-64-v1", "x86-64-v2", "x86-64-v3", "x86-64-v4"];
+
+/// What executes guest instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EngineChoice {
+    /// The interpreter.
+    Interp,
+    /// The binary translator.
+    Bt,
+    /// Hardware virtualization through /dev/kvm.
+    Kvm,
+    /// The best that is there.
+    #[value(alias = "automatic")]
+    Auto,
+}
+
+/// What translates guest addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MmuChoice {
+    /// Shadow structures kept by software.
+    Software,
+    /// Nested paging of the host CPU.
+    Hardware,
+    /// The best that is there.
+    #[value(alias = "automatic")]
+    Auto,
+}
+
+/// The values of `monitor.virtual_exec`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum VirtualExec {
+    /// Binary translation, or the interpreter where it is not there.
+    Software,
+    /// Hardware virtualization.
+    Hardware,
+    /// The best that is there.
+    #[value(alias = "auto")]
+    Automatic,
+}
+
+/// Where guest time comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ClockChoice {
+    /// The host's clock.
+    Host,
+    /// The count of executed instructions: reproducible bit for bit.
+    Icount,
+}
+
+/// The display.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum VgaChoice {
+    /// VGA text mode, shown in the terminal.
+    Text,
+    /// No VGA.
+    None,
+}
+
+/// Where a character device of the guest leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CharTarget {
+    /// Standard input and output.
+    Stdio,
+    /// Output into a file.
+    File(PathBuf),
+    /// Nowhere.
+    None,
+}
+
+/// Where `--stats` goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StatsTarget {
+    /// A table on standard error.
+    Print,
+    /// JSON into a file.
+    File(PathBuf),
+}
+
+/// One `--disk`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// The raw image file, or block device.
+    pub path: PathBuf,
+    /// The guest may not write it.
+    pub read_only: bool,
+}
+
+/// The options as written. `None` and an empty list are "not said".
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct VmFlags {
+    /// An image of `trellis image list`, `debian` or `contract`.
+    pub image: Option<String>,
+    /// Kernel file.
+    pub kernel: Option<PathBuf>,
+    /// Initrd file; for multiboot kernels `FILE ARGS,FILE ARGS`.
+    pub initrd: Option<String>,
+    /// Kernel command line.
+    pub append: Option<String>,
+    /// Disks.
+    pub disks: Vec<DiskSpec>,
+    /// Guest memory.
+    pub memory_bytes: Option<u64>,
+    /// vCPUs.
+    pub cpus: Option<u32>,
+    /// CPU model and features.
+    pub cpu: Option<String>,
+    /// Engine.
+    pub engine: Option<EngineChoice>,
+    /// MMU.
+    pub mmu: Option<MmuChoice>,
+    /// COM1.
+    pub serial: Option<CharTarget>,
+    /// Display.
+    pub vga: Option<VgaChoice>,
+    /// The debug ports 0x402 and 0xe9.
+    pub debugcon: Option<CharTarget>,
+    /// Port 0xf4 ends the run.
+    pub isa_debug_exit: bool,
+    /// A reset ends the run.
+    pub no_reboot: bool,
+    /// The run ends after so many seconds.
+    pub timeout_seconds: Option<f64>,
+    /// Statistics at the end.
+    pub stats: Option<StatsTarget>,
+    /// A trace of events into a file.
+    pub trace: Option<PathBuf>,
+    /// Clock.
+    pub clock: Option<ClockChoice>,
+    /// Save and restore the whole machine whenever the guest asks (contract suite).
+    pub save_at_marker: bool,
+}
+
+impl VmFlags {
+    /// `self` where it says something, `file` elsewhere. Disks of both, those of the file first; what names the guest
+    /// (image or kernel) on the command line replaces what names it in the file.
+    #[must_use]
+    pub fn or(self, file: Self) -> Self {
+        let names_guest = self.image.is_some() || self.kernel.is_some();
+        Self {
+            image: if names_guest { self.image } else { file.image },
+            kernel: if names_guest { self.kernel } else { file.kernel },
+            initrd: self.initrd.or(file.initrd),
+            append: self.append.or(file.append),
+            disks: file.disks.into_iter().chain(self.disks).collect(),
+            memory_bytes: self.memory_bytes.or(file.memory_bytes),
+            cpus: self.cpus.or(file.cpus),
+            cpu: self.cpu.or(file.cpu),
+            engine: self.engine.or(file.engine),
+            mmu: self.mmu.or(file.mmu),
+            serial: self.serial.or(file.serial),
+            vga: self.vga.or(file.vga),
+            debugcon: self.debugcon.or(file.debugcon),
+            isa_debug_exit: self.isa_debug_exit || file.isa_debug_exit,
+            no_reboot: self.no_reboot || file.no_reboot,
+            timeout_seconds: self.timeout_seconds.or(file.timeout_seconds),
+            stats: self.stats.or(file.stats),
+            trace: self.trace.or(file.trace),
+            clock: self.clock.or(file.clock),
+            save_at_marker: self.save_at_marker || file.save_at_marker,
+        }
+    }
+
+    /// Fills in the defaults.
+    #[must_use]
+    pub fn resolve(self) -> VmOptions {
+        VmOptions {
+            image: self.image,
+            kernel: self.kernel,
+            initrd: self.initrd,
+            append: self.append,
+            disks: self.disks,
+            memory_bytes: self.memory_bytes.unwrap_or(DEFAULT_MEMORY_BYTES),
+            cpus: self.cpus.unwrap_or(1),
+            cpu: self.cpu.unwrap_or_else(|| "max".to_owned()),
+            engine: self.engine.unwrap_or(EngineChoice::Auto),
+            mmu: self.mmu.unwrap_or(MmuChoice::Auto),
+            serial: self.serial.unwrap_or(CharTarget::Stdio),
+            vga: self.vga.unwrap_or(VgaChoice::None),
+            debugcon: self.debugcon.unwrap_or(CharTarget::None),
+            isa_debug_exit: self.isa_debug_exit,
+            no_reboot: self.no_reboot,
+            timeout_seconds: self.timeout_seconds,
+            stats: self.stats,
+            trace: self.trace,
+            clock: self.clock.unwrap_or(ClockChoice::Host),
+            save_at_marker: self.save_at_marker,
+        }
+    }
+}
+
+/// The options of a machine, complete. Fields as in [`VmFlags`].
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "the fields are those of VmFlags, documented there")]
+pub struct VmOptions {
+    pub image: Option<String>,
+    pub kernel: Option<PathBuf>,
+    pub initrd: Option<String>,
+    pub append: Option<String>,
+    pub disks: Vec<DiskSpec>,
+    pub memory_bytes: u64,
+    pub cpus: u32,
+    pub cpu: String,
+    pub engine: EngineChoice,
+    pub mmu: MmuChoice,
+    pub serial: CharTarget,
+    pub vga: VgaChoice,
+    pub debugcon: CharTarget,
+    pub isa_debug_exit: bool,
+    pub no_reboot: bool,
+    pub timeout_seconds: Option<f64>,
+    pub stats: Option<StatsTarget>,
+    pub trace: Option<PathBuf>,
+    pub clock: ClockChoice,
+    pub save_at_marker: bool,
+}
+
+/// Parses `512M`, `1G`, `65536K`, `1T`, `16777216B`, or MiB without a suffix; returns bytes.
+///
+/// # Errors
+/// One line: what is wrong, and an example.
+pub fn parse_memory(text: &str) -> Result<u64, String> {
+    const EXAMPLE: &str = "give a size as in 512M or 1G (a number alone is MiB)";
+    let trimmed = text.trim();
+    let digits = trimmed.len() - trimmed.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, suffix) = trimmed.split_at(digits);
+    let unit = suffix.trim_end_matches("iB").to_ascii_uppercase();
+    let shift = match unit.as_str() {
+        "B" => 0,
+        "K" | "KB" => 10,
+        "" | "M" | "MB" => 20,
+        "G" | "GB" => 30,
+        "T" | "TB" => 40,
+        _ => return Err(format!("'{text}' is no size of memory; {EXAMPLE}")),
+    };
+    if number.is_empty() {
+        return Err(format!("'{text}' is no size of memory; {EXAMPLE}"));
+    }
+    let bytes = number.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    let bytes = bytes.ok_or_else(|| format!("memory of {text} is more than any machine has; {EXAMPLE}"))?;
+    if bytes < MIN_MEMORY_BYTES {
+        return Err(format!(
+            "memory of {text} is too little for any guest; give at least {}M",
+            MIN_MEMORY_BYTES >> 20
+        ));
+    }
+    if bytes % 4096 != 0 {
+        return Err(format!("memory of {text} is not whole pages of 4 KiB; give it in M or G"));
+    }
+    Ok(bytes)
+}
+
+/// Parses the number of vCPUs.
+///
+/// # Errors
+/// One line with the range.
+pub fn parse_cpus(text: &str) -> Result<u32, String> {
+    match text.trim().parse::<u32>() {
+        Ok(cpus) if (1..=MAX_CPUS).contains(&cpus) => Ok(cpus),
+        _ => Err(format!("a machine cannot have {text} CPUs; give a number from 1 to {MAX_CPUS}")),
+    }
+}
+
+/// Checks `MODEL[,+feature,-feature…]`; the features themselves are checked where the CPU is made.
+///
+/// # Errors
+/// One line with the nearest model.
+pub fn parse_cpu(text: &str) -> Result<String, String> {
+    let mut parts = text.split(',');
+    let model = parts.next().unwrap_or_default();
+    let full =
+        if let "v1" | "v2" | "v3" | "v4" = model { format!("x86-64-{model}") } else { model.to_owned() };
+    if !CPU_MODELS.contains(&full.as_str()) {
+        let hint = suggest::did_you_mean(model, CPU_MODELS.iter().copied())
+            .unwrap_or_else(|| format!("; use one of {}", CPU_MODELS.join(", ")));
+        return Err(format!("there is no CPU model '{model}'{hint}"));
+    }
+    let mut cpu = full;
+    for feature in parts {
+        if !feature.starts_with(['+', '-']) || feature.len() < 2 {
+            return Err(format!(
+                "CPU feature '{feature}' needs a sign; write +{feature} or -{feature}",
+                feature = feature.trim()
+            ));
+        }
+        cpu.push(',');
+        cpu.push_str(feature);
+    }
+    Ok(cpu)
+}
+
+/// Parses `FILE[,ro]`. A comma may be part of the name of a file that exists.
+///
+/// # Errors
+/// One line for an option that there is not.
+pub fn parse_disk(text: &str) -> Result<DiskSpec, String> {
+    if text.is_empty() {
+        return Err("a disk needs a file; write --disk FILE or --disk FILE,ro".to_owned());
+    }
+    let plain = |path: &str, read_only| DiskSpec { path: PathBuf::from(path), read_only };
+    match text.rsplit_once(',') {
+        Some((path, "ro" | "readonly")) if !path.is_empty() => Ok(plain(path, true)),
+        Some((path, "rw")) if !path.is_empty() => Ok(plain(path, false)),
+        Some((_, option)) if !Path::new(text).exists() => {
+            Err(format!("a disk has no option '{option}'; write --disk FILE or --disk FILE,ro"))
+        }
+        _ => Ok(plain(text, false)),
+    }
+}
+
+/// Parses `stdio`, `none` or `file:F`.
+///
+/// # Errors
+/// One line with the choices.
+pub fn parse_char_target(text: &str) -> Result<CharTarget, String> {
+    match text {
+        "stdio" => Ok(CharTarget::Stdio),
+        "none" => Ok(CharTarget::None),
+        _ => match text.strip_prefix("file:") {
+            Some("") => Err("'file:' needs a name; write file:NAME".to_owned()),
+            Some(path) => Ok(CharTarget::File(PathBuf::from(path))),
+            None => {
+                let hint = suggest::did_you_mean(text, ["stdio", "none", "file:NAME"]).unwrap_or_default();
+                Err(format!("'{text}' is not one of stdio, file:NAME, none{hint}"))
+            }
+        },
+    }
+}
+
+/// Parses the seconds of `--timeout`.
+///
+/// # Errors
+/// One line.
+pub fn parse_timeout(text: &str) -> Result<f64, String> {
+    match text.trim().parse::<f64>() {
+        Ok(seconds) if seconds.is_finite() && seconds > 0.0 && seconds < 1e9 => Ok(seconds),
+        _ => Err(format!("'{text}' is no time-out; give seconds, as in 60 or 0.5")),
+    }
+}
+
+/// The value of `--stats[=F]`; `-` is the table.
+///
+/// # Errors
+/// Never.
+pub fn parse_stats(text: &str) -> Result<StatsTarget, String> {
+    Ok(if matches!(text, "-" | "") { StatsTarget::Print } else { StatsTarget::File(PathBuf::from(text)) })
+}
+
+/// Parses one of the names of `T`, with the nearest on a mistake; for files (clap does it on the command line).
+///
+/// # Errors
+/// One line with the choices.
+pub fn parse_choice<T: ValueEnum>(text: &str) -> Result<T, String> {
+    T::from_str(text, false).map_err(|_| {
+        let names: Vec<String> = T::value_variants()
+            .iter()
+            .filter_map(|v| v.to_possible_value())
+            .map(|v| v.get_name().to_owned())
+            .collect();
+        let hint = suggest::did_you_mean(text, names.iter().map(String::as_str)).unwrap_or_default();
+        format!("'{text}' is not one of {}{hint}", names.join(", "))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_takes_suffixes_as_qemu_does() {
+        for (text, bytes) in
+            [("512M", 512 << 20), ("1G", 1 << 30), ("65536K", 64 << 20), ("512", 512 << 20), ("1T", 1 << 40)]
+        {
+            assert_eq!(parse_memory(text), Ok(bytes), "{text}");
+        }
+        assert_eq!(
+            parse_memory("1gib"),
+            parse_memory("1G").or(Err(String::new())).map_err(|_| String::new()).or(parse_memory("1gib"))
+        );
+        assert_eq!(parse_memory("16MiB"), Ok(16 << 20));
+        assert_eq!(parse_memory("16777216B"), Ok(16 << 20));
+    }
+
+    #[test]
+    fn memory_nonsense_is_one_line() {
+        for text in [
+            "0",
+            "1B",
+            "64K",
+            "",
+            "M",
+            "-1",
+            "1.5G",
+            "x",
+            "99999999999999999999",
+            "20000000T",
+            "4194305B",
+            "1Q",
+        ] {
+            let error = parse_memory(text).unwrap_err();
+            assert!(!error.contains('\n') && error.contains(';'), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn cpus_range_is_1_to_16() {
+        assert_eq!(parse_cpus("16"), Ok(16));
+        for text in ["0", "17", "1000", "-1", "two", ""] {
+            assert!(parse_cpus(text).unwrap_err().contains("from 1 to 16"));
+        }
+    }
+
+    #[test]
+    fn cpu_model_is_checked_and_completed() {
+        assert_eq!(parse_cpu("v3,+avx512f,-hypervisor").unwrap(), "x86-64-v3,+avx512f,-hypervisor");
+        assert!(parse_cpu("hots").unwrap_err().contains("'host'"));
+        assert!(parse_cpu("max,avx").unwrap_err().contains("+avx"));
+    }
+
+    #[test]
+    fn disk_option_is_told_from_a_comma_in_the_name() {
+        assert_eq!(parse_disk("a.img,ro").unwrap(), DiskSpec { path: "a.img".into(), read_only: true });
+        assert!(!parse_disk("a.img").unwrap().read_only);
+        assert!(parse_disk("a.img,rx").unwrap_err().contains("'rx'"));
+        let directory = tempfile::tempdir().unwrap();
+        let odd = directory.path().join("a,b");
+        std::fs::write(&odd, b"").unwrap();
+        assert_eq!(parse_disk(odd.to_str().unwrap()).unwrap().path, odd);
+    }
+
+    #[test]
+    fn char_target_suggests() {
+        assert_eq!(parse_char_target("file:x"), Ok(CharTarget::File("x".into())));
+        assert!(parse_char_target("stido").unwrap_err().contains("'stdio'"));
+        assert!(parse_char_target("file:").is_err());
+    }
+
+    #[test]
+    fn timeout_must_be_positive() {
+        assert_eq!(parse_timeout("0.5"), Ok(0.5));
+        for text in ["0", "-1", "inf", "nan", "x", "1e300"] {
+            assert!(parse_timeout(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn flags_override_the_file() {
+        let file = VmFlags {
+            kernel: Some("k".into()),
+            cpus: Some(2),
+            append: Some("a".into()),
+            disks: vec![parse_disk("one").unwrap()],
+            ..VmFlags::default()
+        };
+        let flags = VmFlags {
+            image: Some("debian".into()),
+            cpus: Some(4),
+            disks: vec![parse_disk("two").unwrap()],
+            ..VmFlags::default()
+        };
+        let options = flags.or(file).resolve();
+        assert_eq!(
+            (options.kernel, options.cpus, options.append.as_deref(), options.disks.len()),
+            (None, 4, Some("a"), 2)
+        );
+    }
+
+    #[test]
+    fn choice_accepts_both_spellings_of_automatic() {
+        assert_eq!(parse_choice::<EngineChoice>("automatic"), Ok(EngineChoice::Auto));
+        assert_eq!(parse_choice::<VirtualExec>("auto"), Ok(VirtualExec::Automatic));
+        assert!(parse_choice::<MmuChoice>("sofware").unwrap_err().contains("did you mean 'software'"));
+    }
+}

@@ -1,0 +1,551 @@
+//! Everything between the options and the machine: files are read, disks opened and locked, memory held against what the
+//! host has. What comes out can be assembled without another question to the file system.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, IsTerminal as _, Read as _};
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use crate::image::{self, ImageSpec, Progress};
+use crate::options::{
+    CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VmOptions,
+};
+
+/// Why the program ends before the guest starts.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    /// The user asked for something that makes no sense: status 2.
+    #[error("{0}")]
+    Usage(String),
+    /// Something that this host cannot give: status 1.
+    #[error("{0}")]
+    Failure(String),
+}
+
+use PrepareError::{Failure, Usage};
+
+/// A disk, open and locked.
+#[derive(Debug)]
+pub struct Disk {
+    /// Where it is, for messages.
+    pub path: PathBuf,
+    /// The open file; the lock is held as long as it is open.
+    pub file: File,
+    /// Its length.
+    pub len_bytes: u64,
+    /// The guest may not write it.
+    pub read_only: bool,
+}
+
+/// An initrd or multiboot module, in memory.
+#[derive(Debug)]
+pub struct Module {
+    /// Where it came from.
+    pub path: PathBuf,
+    /// Its command line as multiboot passes it: path and arguments as written.
+    pub command_line: String,
+    /// Its content.
+    pub content: Vec<u8>,
+}
+
+/// A machine that is ready to be assembled.
+#[derive(Debug)]
+pub struct Prepared {
+    /// What is booted, for messages: a path or a name.
+    pub kernel_name: String,
+    /// The kernel file.
+    pub kernel: Vec<u8>,
+    /// Initrd (the first) or multiboot modules.
+    pub modules: Vec<Module>,
+    /// Kernel command line.
+    pub append: String,
+    /// Guest memory.
+    pub memory_bytes: u64,
+    /// vCPUs.
+    pub cpus: u32,
+    /// CPU model and features.
+    pub cpu: String,
+    /// The engine, decided.
+    pub engine: EngineChoice,
+    /// The MMU, decided.
+    pub mmu: MmuChoice,
+    /// Disks in the order given.
+    pub disks: Vec<Disk>,
+    /// COM1.
+    pub serial: Output,
+    /// Debug console.
+    pub debugcon: Output,
+    /// Display.
+    pub vga: VgaChoice,
+    /// Port 0xf4 ends the run.
+    pub isa_debug_exit: bool,
+    /// A reset ends the run.
+    pub no_reboot: bool,
+    /// The run ends after so many seconds.
+    pub timeout_seconds: Option<f64>,
+    /// Statistics at the end.
+    pub stats: Option<StatsTarget>,
+    /// Trace file, open.
+    pub trace: Option<File>,
+    /// Clock.
+    pub clock: ClockChoice,
+    /// Save and restore the machine at the guest's marker.
+    pub save_at_marker: bool,
+    /// Whether this is the embedded contract suite.
+    pub is_contract: bool,
+}
+
+/// Where the guest's output goes.
+#[derive(Debug)]
+pub enum Output {
+    /// The terminal.
+    Stdio,
+    /// A file, open.
+    File(File),
+    /// Nowhere.
+    None,
+}
+
+/// The guest that the options name.
+struct Guest {
+    name: String,
+    kernel: Vec<u8>,
+    initrd: Option<String>,
+    append: String,
+    is_contract: bool,
+}
+
+/// Checks and opens everything that `options` name.
+///
+/// # Errors
+/// One line, with the status it stands for.
+pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
+    let (engine, mmu) = decide_engine(options.engine, options.mmu)?;
+    check_memory(options.memory_bytes, host_memory_bytes())?;
+    if options.serial == CharTarget::Stdio && options.debugcon == CharTarget::Stdio {
+        tracing::info!("serial port and debug console share the terminal");
+    }
+    let disks = options.disks.iter().map(open_disk).collect::<Result<Vec<_>, _>>()?;
+    let guest = find_guest(&options)?;
+    let modules = match options.initrd.as_deref().or(guest.initrd.as_deref()) {
+        Some(text) => read_modules(text, options.memory_bytes)?,
+        None => Vec::new(),
+    };
+    check_fits(&guest, &modules, options.memory_bytes)?;
+    let trace = options.trace.as_deref().map(|path| create(path, "trace")).transpose()?;
+    if let Some(StatsTarget::File(path)) = &options.stats {
+        // Better now than after an hour's run.
+        create(path, "statistics")?;
+    }
+    Ok(Prepared {
+        kernel_name: guest.name,
+        kernel: guest.kernel,
+        modules,
+        append: options.append.unwrap_or(guest.append),
+        memory_bytes: options.memory_bytes,
+        cpus: options.cpus,
+        cpu: options.cpu,
+        engine,
+        mmu,
+        disks,
+        serial: open_output(&options.serial)?,
+        debugcon: open_output(&options.debugcon)?,
+        vga: options.vga,
+        isa_debug_exit: options.isa_debug_exit || guest.is_contract,
+        no_reboot: options.no_reboot,
+        timeout_seconds: options.timeout_seconds,
+        stats: options.stats,
+        trace,
+        clock: options.clock,
+        save_at_marker: options.save_at_marker,
+        is_contract: guest.is_contract,
+    })
+}
+
+/// The engine and MMU that this build and this host have.
+fn decide_engine(engine: EngineChoice, mmu: MmuChoice) -> Result<(EngineChoice, MmuChoice), PrepareError> {
+    match engine {
+        EngineChoice::Bt => {
+            return Err(Failure(
+                "the engine bt (binary translation) is not built yet; use --engine interp".to_owned(),
+            ));
+        }
+        EngineChoice::Kvm if !Path::new("/dev/kvm").exists() => {
+            return Err(Failure(
+                "the engine kvm needs /dev/kvm, which this host has not; use --engine interp".to_owned(),
+            ));
+        }
+        EngineChoice::Kvm => {
+            return Err(Failure("the engine kvm is not built yet; use --engine interp".to_owned()));
+        }
+        EngineChoice::Interp | EngineChoice::Auto => {}
+    }
+    match mmu {
+        MmuChoice::Hardware => Err(Failure(
+            "the hardware MMU needs the engine kvm, which is not built yet; use --mmu software".to_owned(),
+        )),
+        MmuChoice::Software | MmuChoice::Auto => Ok((EngineChoice::Interp, MmuChoice::Software)),
+    }
+}
+
+/// Refuses guest memory that the host has not.
+fn check_memory(wanted_bytes: u64, host_bytes: Option<u64>) -> Result<(), PrepareError> {
+    match host_bytes {
+        Some(host) if wanted_bytes > host => Err(Failure(format!(
+            "guest memory of {} is more than this host has ({}); give a smaller --memory",
+            mebibytes(wanted_bytes),
+            mebibytes(host)
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{} MiB", bytes >> 20)
+}
+
+/// Memory and swap of this host, or the limit of the control group that we run in, whichever is less.
+fn host_memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = |key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+        line.trim_end_matches("kB").trim().parse::<u64>().ok()
+    };
+    let host = (kib("MemTotal:")? + kib("SwapTotal:").unwrap_or(0)) << 10;
+    let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    let limit =
+        limits.iter().filter_map(|path| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok()).min();
+    Some(limit.map_or(host, |limit| host.min(limit)))
+}
+
+/// What to boot: a kernel file, the contract suite, a fetched image; by default Debian, or the contract suite where
+/// Debian cannot be had.
+fn find_guest(options: &VmOptions) -> Result<Guest, PrepareError> {
+    match (options.image.as_deref(), options.kernel.as_deref()) {
+        (Some(image), Some(_)) => {
+            Err(Usage(format!("'{image}' and --kernel both name a guest; give one of them")))
+        }
+        (None, Some(path)) => Ok(Guest {
+            name: path.display().to_string(),
+            kernel: read_file(path, "kernel", options.memory_bytes)?,
+            initrd: None,
+            append: String::new(),
+            is_contract: false,
+        }),
+        (Some("contract"), None) => Ok(contract()),
+        (Some(name), None) => {
+            let spec = ImageSpec::from_name(name).map_err(|error| Usage(error.to_string()))?;
+            fetched(&spec, options)
+        }
+        (None, None) => fetched(&ImageSpec::default_debian(), options).or_else(|error| {
+            eprintln!("trellis: cannot boot Debian: {error}");
+            eprintln!("trellis: booting the built-in contract tests instead");
+            Ok(contract())
+        }),
+    }
+}
+
+fn contract() -> Guest {
+    Guest {
+        name: "contract".to_owned(),
+        kernel: guest_embed::CONTRACT.to_vec(),
+        initrd: None,
+        append: String::new(),
+        is_contract: true,
+    }
+}
+
+/// An image of the cache, fetched first if need be.
+fn fetched(spec: &ImageSpec, options: &VmOptions) -> Result<Guest, PrepareError> {
+    let image = image::ensure(spec, Progress::new).map_err(|error| Failure(error.to_string()))?;
+    let mut append = image.manifest.append.clone();
+    if spec.is_linux() && options.serial == CharTarget::Stdio && options.vga == VgaChoice::None {
+        append.push_str(&terminal_size_word());
+    } else if spec.is_linux() && options.vga == VgaChoice::Text {
+        append = "console=ttyS0 console=tty0".to_owned();
+    }
+    Ok(Guest {
+        name: spec.name(),
+        kernel: read_file(&image.kernel, "kernel", options.memory_bytes)?,
+        initrd: image.initrd.map(|path| path.display().to_string()),
+        append,
+        is_contract: false,
+    })
+}
+
+/// Tells our `/init` how large the terminal is: a serial line has no other way to say it.
+fn terminal_size_word() -> String {
+    let stdout = io::stdout();
+    match rustix::termios::tcgetwinsize(&stdout) {
+        Ok(size) if stdout.is_terminal() && size.ws_col > 0 && size.ws_row > 0 => {
+            format!(" trellis.size={}x{}", size.ws_col, size.ws_row)
+        }
+        _ => String::new(),
+    }
+}
+
+/// Reads a whole file of at most `limit_bytes`; pipes will do.
+fn read_file(path: &Path, what: &str, limit_bytes: u64) -> Result<Vec<u8>, PrepareError> {
+    let cannot = |error: &io::Error| {
+        let hint = match error.kind() {
+            io::ErrorKind::NotFound => format!("; name an existing file with --{what}"),
+            io::ErrorKind::PermissionDenied => "; make it readable (chmod, or a copy of your own)".to_owned(),
+            _ => String::new(),
+        };
+        Failure(format!("cannot read the {what} {}: {error}{hint}", path.display()))
+    };
+    let file = File::open(path).map_err(|error| cannot(&error))?;
+    let metadata = file.metadata().map_err(|error| cannot(&error))?;
+    if metadata.is_dir() {
+        return Err(Failure(format!(
+            "the {what} {} is a directory; name a file with --{what}",
+            path.display()
+        )));
+    }
+    let mut content = Vec::new();
+    file.take(limit_bytes + 1).read_to_end(&mut content).map_err(|error| cannot(&error))?;
+    if content.is_empty() {
+        return Err(Failure(format!(
+            "the {what} {} is empty; name another file with --{what}",
+            path.display()
+        )));
+    }
+    if content.len() as u64 > limit_bytes {
+        return Err(Failure(format!(
+            "the {what} {} is larger than guest memory ({}); give more with --memory",
+            path.display(),
+            mebibytes(limit_bytes)
+        )));
+    }
+    Ok(content)
+}
+
+/// Reads `FILE`, or `FILE ARGS,FILE ARGS` (QEMU's way to name multiboot modules).
+fn read_modules(text: &str, limit_bytes: u64) -> Result<Vec<Module>, PrepareError> {
+    let module = |text: &str, path: &str| {
+        let path = PathBuf::from(path);
+        Ok(Module { content: read_file(&path, "initrd", limit_bytes)?, path, command_line: text.to_owned() })
+    };
+    if Path::new(text).exists() {
+        return Ok(vec![module(text, text)?]);
+    }
+    text.split(',').map(|text| module(text, text.split(' ').next().unwrap_or(text))).collect()
+}
+
+/// Refuses what cannot possibly fit; the loader places it exactly.
+fn check_fits(guest: &Guest, modules: &[Module], memory_bytes: u64) -> Result<(), PrepareError> {
+    let len = |bytes: &Vec<u8>| bytes.len() as u64;
+    let total: u64 = len(&guest.kernel) + modules.iter().map(|module| len(&module.content)).sum::<u64>();
+    if total <= memory_bytes {
+        return Ok(());
+    }
+    Err(Failure(format!(
+        "kernel and initrd ({}) are larger than guest memory ({}); give more with --memory",
+        mebibytes(total + (1 << 20) - 1),
+        mebibytes(memory_bytes)
+    )))
+}
+
+/// Opens and locks a disk image.
+fn open_disk(spec: &DiskSpec) -> Result<Disk, PrepareError> {
+    let path = spec.path.display();
+    let failure = |text: String| Err(Failure(text));
+    let metadata = match std::fs::metadata(&spec.path) {
+        Ok(metadata) => metadata,
+        Err(error) => {
+            return failure(format!(
+                "cannot open the disk {path}: {error}; make one with: truncate -s 1G {path}"
+            ));
+        }
+    };
+    let is_device = metadata.file_type().is_block_device();
+    if !metadata.is_file() && !is_device {
+        return failure(format!(
+            "the disk {path} is neither a file nor a block device; name a raw image file"
+        ));
+    }
+    if !spec.read_only && metadata.is_file() && metadata.permissions().mode() & 0o222 == 0 {
+        return failure(format!("the disk {path} is read-only; write --disk {path},ro or make it writable"));
+    }
+    let mut open = OpenOptions::new();
+    open.read(true).write(!spec.read_only);
+    if is_device && !spec.read_only {
+        open.custom_flags(libc::O_EXCL); // refuses a device that is mounted
+    }
+    let file = open.open(&spec.path).map_err(|error| Failure(disk_error(spec, &error)))?;
+    lock(&file, spec)?;
+    let len_bytes = if is_device { device_len(&file) } else { metadata.len() };
+    if len_bytes == 0 {
+        return failure(format!("the disk {path} is empty; give it a size with: truncate -s 1G {path}"));
+    }
+    if len_bytes % 512 != 0 {
+        let whole = len_bytes.next_multiple_of(512);
+        return failure(format!(
+            "the disk {path} is {len_bytes} bytes long, not whole sectors of 512; pad it with: truncate -s {whole} {path}"
+        ));
+    }
+    Ok(Disk { path: spec.path.clone(), file, len_bytes, read_only: spec.read_only })
+}
+
+/// The message for a disk that cannot be opened.
+fn disk_error(spec: &DiskSpec, error: &io::Error) -> String {
+    let path = spec.path.display();
+    match error.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem if !spec.read_only => {
+            format!("cannot write the disk {path}: {error}; write --disk {path},ro or make it writable")
+        }
+        io::ErrorKind::ResourceBusy => {
+            format!("the disk {path} is in use; unmount it, or write --disk {path},ro")
+        }
+        io::ErrorKind::ExecutableFileBusy => {
+            format!("the disk {path} is in use as swap or program; name another file")
+        }
+        _ => format!("cannot open the disk {path}: {error}"),
+    }
+}
+
+/// One writer or many readers, by flock(2), which every Trellis takes.
+fn lock(file: &File, spec: &DiskSpec) -> Result<(), PrepareError> {
+    let path = spec.path.display();
+    let locked = if spec.read_only { file.try_lock_shared() } else { file.try_lock() };
+    match locked {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(Failure(format!(
+            "the disk {path} is in use by another machine; end that first, or use a copy"
+        ))),
+        Err(TryLockError::Error(error)) => {
+            tracing::warn!("cannot lock the disk {path}: {error}");
+            Ok(())
+        }
+    }
+}
+
+/// The length of a block device: where seeking to its end arrives.
+fn device_len(file: &File) -> u64 {
+    rustix::fs::seek(file, rustix::fs::SeekFrom::End(0)).unwrap_or(0)
+}
+
+/// Opens what `--serial` or `--debugcon` names.
+fn open_output(target: &CharTarget) -> Result<Output, PrepareError> {
+    Ok(match target {
+        CharTarget::Stdio => Output::Stdio,
+        CharTarget::None => Output::None,
+        CharTarget::File(path) => Output::File(create(path, "output")?),
+    })
+}
+
+fn create(path: &Path, what: &str) -> Result<File, PrepareError> {
+    File::create(path).map_err(|error| {
+        Failure(format!("cannot write the {what} file {}: {error}; name another", path.display()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::VmFlags;
+
+    fn failure(result: Result<impl Sized, PrepareError>) -> String {
+        match result {
+            Err(Failure(text)) => text,
+            Err(Usage(text)) => panic!("usage: {text}"),
+            Ok(_) => panic!("no error"),
+        }
+    }
+
+    fn disk(path: &Path, read_only: bool) -> Result<Disk, PrepareError> {
+        open_disk(&DiskSpec { path: path.to_owned(), read_only })
+    }
+
+    #[test]
+    fn memory_larger_than_the_host_is_refused() {
+        assert!(
+            failure(check_memory(1 << 40, Some(1 << 34)))
+                .contains("1048576 MiB is more than this host has (16384 MiB)")
+        );
+        assert!(check_memory(1 << 30, Some(1 << 34)).is_ok());
+        assert!(host_memory_bytes().unwrap() > 1 << 20);
+    }
+
+    #[test]
+    fn engines_not_built_are_refused_with_advice() {
+        for engine in [EngineChoice::Bt, EngineChoice::Kvm] {
+            assert!(failure(decide_engine(engine, MmuChoice::Auto)).contains("use --engine interp"));
+        }
+        assert!(
+            failure(decide_engine(EngineChoice::Auto, MmuChoice::Hardware)).contains("use --mmu software")
+        );
+        assert_eq!(decide_engine(EngineChoice::Auto, MmuChoice::Auto).unwrap().0, EngineChoice::Interp);
+    }
+
+    #[test]
+    fn kernel_missing_empty_directory_or_huge_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let empty = directory.path().join("empty");
+        std::fs::write(&empty, b"").unwrap();
+        assert!(
+            failure(read_file(&directory.path().join("none"), "kernel", 1 << 20)).contains("No such file")
+        );
+        assert!(failure(read_file(&empty, "kernel", 1 << 20)).contains("is empty"));
+        assert!(failure(read_file(directory.path(), "kernel", 1 << 20)).contains("is a directory"));
+        assert!(
+            failure(read_file(Path::new("/dev/zero"), "initrd", 1 << 20))
+                .contains("larger than guest memory")
+        );
+    }
+
+    #[test]
+    fn disk_mistakes_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("d.img");
+        assert!(failure(disk(&path, false)).contains("truncate -s 1G"));
+        std::fs::write(&path, b"").unwrap();
+        assert!(failure(disk(&path, false)).contains("is empty"));
+        std::fs::write(&path, [0; 1000]).unwrap();
+        assert!(failure(disk(&path, false)).contains("truncate -s 1024"));
+        assert!(failure(disk(directory.path(), false)).contains("neither a file"));
+        std::fs::write(&path, [0; 1024]).unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o444)).unwrap();
+        assert!(failure(disk(&path, false)).contains(",ro"));
+        assert!(disk(&path, true).is_ok());
+    }
+
+    #[test]
+    fn disk_in_use_is_refused_to_a_second_writer() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("d.img");
+        std::fs::write(&path, [0; 1024]).unwrap();
+        let first = disk(&path, false).unwrap();
+        assert!(failure(disk(&path, false)).contains("in use"));
+        assert!(failure(disk(&path, true)).contains("in use"));
+        drop(first);
+        let (_one, _two) = (disk(&path, true).unwrap(), disk(&path, true).unwrap());
+    }
+
+    #[test]
+    fn modules_are_split_as_qemu_does() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("m");
+        std::fs::write(&path, b"x").unwrap();
+        let text = format!("{0} a=1,{0}", path.display());
+        let modules = read_modules(&text, 1 << 20).unwrap();
+        assert_eq!(modules.len(), 2);
+        assert!(modules[0].command_line.ends_with("m a=1"));
+        let odd = directory.path().join("a, b");
+        std::fs::write(&odd, b"x").unwrap();
+        assert_eq!(read_modules(odd.to_str().unwrap(), 1 << 20).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn image_and_kernel_together_are_a_usage_error() {
+        let flags = VmFlags { image: Some("debian".into()), kernel: Some("k".into()), ..VmFlags::default() };
+        assert!(matches!(prepare(flags.resolve()), Err(Usage(_))));
+    }
+
+    #[test]
+    fn contract_is_embedded() {
+        let flags = VmFlags { image: Some("contract".into()), ..VmFlags::default() };
+        let prepared = prepare(flags.resolve()).unwrap();
+        assert!(prepared.is_contract && prepared.isa_debug_exit && !prepared.kernel.is_empty());
+    }
+}

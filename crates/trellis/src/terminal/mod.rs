@@ -1,0 +1,257 @@
+//! The user's terminal: typed bytes to the guest, the guest's bytes to the screen, and the keys that are ours.
+//!
+//! On a terminal it is raw: every byte, Ctrl-C too, goes to the guest, but for the Ctrl-A keys. Without one (pipes, CI) bytes
+//! pass as they are, and the end of input does not end the guest.
+//!
+//! Threads: one reads standard input, one waits for signals. Both live until the process ends; their callbacks must not
+//! block for long. The writer may be used from any thread.
+
+mod escape;
+mod raw;
+
+use std::io::{self, IsTerminal as _, Write};
+use std::sync::Arc;
+use std::thread;
+
+use signal_hook::consts::signal::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
+use signal_hook::iterator::Signals;
+
+use escape::{EscapeFilter, Key, Typed};
+use raw::RawMode;
+
+pub use raw::restore;
+
+const HELP: &str = "\n\
+    Ctrl-A X       quit\n\
+    Ctrl-A S       statistics so far\n\
+    Ctrl-A Ctrl-A  send Ctrl-A to the guest\n\
+    Ctrl-A H       this help\n\
+    Everything else, Ctrl-C too, goes to the guest.\n";
+
+/// Why the user, or the system, wants the run to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QuitReason {
+    /// Ctrl-A X.
+    Key,
+    /// A signal, by its number.
+    Signal(i32),
+}
+
+impl QuitReason {
+    /// The exit status: quitting is no failure; a signal is told as shells tell it.
+    #[must_use]
+    pub fn exit_status(self) -> u8 {
+        match self {
+            Self::Key => 0,
+            Self::Signal(number) => u8::try_from(128 + number).unwrap_or(u8::MAX),
+        }
+    }
+}
+
+/// Where the terminal's events go.
+pub struct Handlers {
+    /// Bytes for the guest, in order.
+    pub input: Box<dyn FnMut(&[u8]) + Send>,
+    /// The run is to end. Called once; a second wish to quit ends the process on the spot.
+    pub quit: Arc<dyn Fn(QuitReason) + Send + Sync>,
+    /// Ctrl-A S.
+    pub stats: Box<dyn Fn() + Send>,
+    /// The window has now so many columns and rows.
+    pub resize: Box<dyn FnMut(u16, u16) + Send>,
+}
+
+/// The running terminal. Dropping it restores the settings; the threads stay, without effect on them.
+#[derive(Debug)]
+pub struct Console {
+    raw: Option<RawMode>,
+}
+
+impl Console {
+    /// Makes the terminal raw where there is one, and starts the threads. With `read_input` false (no device of the
+    /// guest reads the terminal) the terminal stays as it is, and Ctrl-C ends the run.
+    ///
+    /// # Errors
+    /// Threads or signal handlers cannot be made, or the terminal refuses its settings.
+    pub fn start(handlers: Handlers, read_input: bool) -> io::Result<Self> {
+        let Handlers { input, quit, stats, resize } = handlers;
+        let raw = if read_input { RawMode::enter()? } else { None };
+        let console = Self { raw };
+        spawn_signal_thread(Arc::clone(&quit), resize)?;
+        if read_input && (console.is_raw() || !io::stdin().is_terminal()) {
+            let mut reader = Reader {
+                input,
+                quit,
+                stats,
+                filter: console.is_raw().then(EscapeFilter::default),
+                quitting: false,
+            };
+            thread::Builder::new().name("terminal-input".to_owned()).spawn(move || reader.run())?;
+        }
+        Ok(console)
+    }
+
+    /// Whether every key goes to the guest.
+    #[must_use]
+    pub fn is_raw(&self) -> bool {
+        self.raw.is_some()
+    }
+
+    /// Standard output for the guest.
+    #[must_use]
+    pub fn writer(&self) -> ConsoleWriter {
+        ConsoleWriter(())
+    }
+
+    /// Columns and rows of the terminal, if output is one.
+    #[must_use]
+    pub fn size(&self) -> Option<(u16, u16)> {
+        window_size()
+    }
+}
+
+/// The guest's way to standard output: unbuffered, and deaf to a reader that has gone away.
+#[derive(Debug)]
+pub struct ConsoleWriter(());
+
+impl Write for ConsoleWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match rustix::io::write(io::stdout(), bytes) {
+                Ok(count) => return Ok(count),
+                Err(rustix::io::Errno::INTR) => {}
+                // Somebody made our output non-blocking (it may be shared): wait for room.
+                Err(rustix::io::Errno::AGAIN) => wait_writable(),
+                // `trellis boot | head`: the guest goes on.
+                Err(rustix::io::Errno::PIPE | rustix::io::Errno::IO) => return Ok(bytes.len()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn wait_writable() {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let stdout = io::stdout();
+    // Whatever poll says, the next write tells.
+    let _ = poll(&mut [PollFd::new(&stdout, PollFlags::OUT)], None);
+}
+
+fn wait_readable() {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let stdin = io::stdin();
+    // As above.
+    let _ = poll(&mut [PollFd::new(&stdin, PollFlags::IN)], None);
+}
+
+/// The input thread.
+struct Reader {
+    input: Box<dyn FnMut(&[u8]) + Send>,
+    quit: Arc<dyn Fn(QuitReason) + Send + Sync>,
+    stats: Box<dyn Fn() + Send>,
+    /// `None` without a terminal: bytes pass as they are.
+    filter: Option<EscapeFilter>,
+    quitting: bool,
+}
+
+impl Reader {
+    /// Reads until the end of input.
+    fn run(&mut self) {
+        let mut buffer = [0; 4096];
+        loop {
+            match rustix::io::read(io::stdin(), &mut buffer) {
+                Ok(0) => return,
+                Ok(count) => self.deliver(&buffer[..count]),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => wait_readable(),
+                Err(error) => {
+                    tracing::debug!("standard input ends: {error}");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn deliver(&mut self, bytes: &[u8]) {
+        let Some(filter) = &mut self.filter else {
+            (self.input)(bytes);
+            return;
+        };
+        for typed in filter.feed(bytes) {
+            match typed {
+                Typed::Input(bytes) => (self.input)(&bytes),
+                Typed::Key(Key::Quit) => self.quit(),
+                Typed::Key(Key::Stats) => (self.stats)(),
+                Typed::Key(Key::Help) => eprint!("{HELP}"),
+                Typed::Key(Key::Monitor) => {
+                    eprintln!("\ntrellis: there is no monitor yet; Ctrl-A H shows the keys")
+                }
+            }
+        }
+    }
+
+    fn quit(&mut self) {
+        if self.quitting {
+            end_now(QuitReason::Key);
+        }
+        self.quitting = true;
+        (self.quit)(QuitReason::Key);
+    }
+}
+
+/// The machine does not react: leave without it. The status says failure even for the key.
+fn end_now(reason: QuitReason) -> ! {
+    restore();
+    eprintln!("trellis: the machine did not end in time; ended at once");
+    std::process::exit(match reason {
+        QuitReason::Key => 1,
+        QuitReason::Signal(_) => i32::from(reason.exit_status()),
+    });
+}
+
+/// Starts the thread that turns signals into calls.
+fn spawn_signal_thread(
+    quit: Arc<dyn Fn(QuitReason) + Send + Sync>,
+    mut resize: Box<dyn FnMut(u16, u16) + Send>,
+) -> io::Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGWINCH, SIGCONT])?;
+    let run = move || {
+        let mut quitting = false;
+        for signal in signals.forever() {
+            match signal {
+                SIGWINCH => {
+                    if let Some((columns, rows)) = window_size() {
+                        resize(columns, rows);
+                    }
+                }
+                SIGCONT => raw::reenter(),
+                _ if quitting => end_now(QuitReason::Signal(signal)),
+                _ => {
+                    quitting = true;
+                    quit(QuitReason::Signal(signal));
+                }
+            }
+        }
+    };
+    thread::Builder::new().name("signals".to_owned()).spawn(run).map(drop)
+}
+
+/// Columns and rows of the terminal that standard output is.
+fn window_size() -> Option<(u16, u16)> {
+    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
+    (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quit_by_key_is_no_failure() {
+        assert_eq!(QuitReason::Key.exit_status(), 0);
+        assert_eq!(QuitReason::Signal(SIGTERM).exit_status(), 143);
+    }
+}
