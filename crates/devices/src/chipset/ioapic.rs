@@ -189,7 +189,7 @@ impl IoApic {
     }
 
     /// The state now.
-    pub fn save(&self) -> StateBlob {
+    pub fn save_state(&self) -> StateBlob {
         to_blob(NAME, STATE_VERSION, &*lock(&self.state))
     }
 
@@ -197,7 +197,7 @@ impl IoApic {
     ///
     /// # Errors
     /// When the blob does not fit; nothing changed then.
-    pub fn restore(&self, blob: &StateBlob) -> Result<(), RestoreError> {
+    pub fn restore_state(&self, blob: &StateBlob) -> Result<(), RestoreError> {
         let mut saved: State = from_blob(NAME, STATE_VERSION, blob)?;
         saved.id &= 0xf;
         for entry in &mut saved.entries {
@@ -219,10 +219,10 @@ impl EoiSink for IoApic {
 
 impl Snapshot for Arc<IoApic> {
     fn save(&self) -> StateBlob {
-        IoApic::save(self)
+        self.save_state()
     }
     fn restore(&mut self, blob: &StateBlob) -> Result<(), RestoreError> {
-        IoApic::restore(self, blob)
+        self.restore_state(blob)
     }
 }
 

@@ -145,7 +145,7 @@ impl IrqRouter {
     }
 
     /// The state now: levels of the devices' lines. PCI functions pull their links again when they are restored.
-    pub fn save(&self) -> StateBlob {
+    pub fn save_state(&self) -> StateBlob {
         to_blob(NAME, VERSION, &Saved { device: lock(&self.lines).device })
     }
 
@@ -153,7 +153,7 @@ impl IrqRouter {
     ///
     /// # Errors
     /// When the blob does not fit; nothing changed then.
-    pub fn restore(&self, blob: &StateBlob) -> Result<(), RestoreError> {
+    pub fn restore_state(&self, blob: &StateBlob) -> Result<(), RestoreError> {
         let saved: Saved = from_blob(NAME, VERSION, blob)?;
         lock(&self.lines).device = saved.device;
         Ok(())
@@ -210,10 +210,10 @@ impl PirqRoutes for IrqRouter {
 
 impl Snapshot for Arc<IrqRouter> {
     fn save(&self) -> StateBlob {
-        IrqRouter::save(self)
+        self.save_state()
     }
     fn restore(&mut self, blob: &StateBlob) -> Result<(), RestoreError> {
-        IrqRouter::restore(self, blob)
+        self.restore_state(blob)
     }
 }
 

@@ -243,7 +243,7 @@ impl PciFunction {
     /// # Panics
     /// When the structures overlap each other or leave the BAR: a mistake of the device's author.
     pub fn add_msix(&mut self, vectors: u16, bar: usize, table: u32, pba: u32) -> Arc<Msix> {
-        assert!((1..=2048).contains(&vectors) && table % 8 == 0 && pba % 8 == 0, "MSI-X shape");
+        assert!((1..=2048).contains(&vectors) && (table | pba).is_multiple_of(8), "MSI-X shape");
         let len = self.bars.get(bar).copied().flatten().expect("the MSI-X BAR is added first").len;
         let (t, p) = (u64::from(table), u64::from(pba));
         let (table_end, pba_end) = (t + table_bytes(vectors), p + pba_bytes(vectors));

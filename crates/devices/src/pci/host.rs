@@ -295,7 +295,7 @@ impl PciHost {
     }
 
     /// The state of the bus and of every function's configuration space, so that devices need not save theirs.
-    pub fn save(&self) -> StateBlob {
+    pub fn save_state(&self) -> StateBlob {
         let inner = lock(&self.inner);
         let functions =
             inner.slots.iter().map(|(&bdf, s)| (bdf, lock(&s.device).function().save())).collect();
@@ -306,7 +306,7 @@ impl PciHost {
     ///
     /// # Errors
     /// When the blob is not of a bus with the same functions; nothing changed then.
-    pub fn restore(&self, blob: &StateBlob) -> Result<(), RestoreError> {
+    pub fn restore_state(&self, blob: &StateBlob) -> Result<(), RestoreError> {
         let state: HostState = from_blob(NAME, VERSION, blob)?;
         let unfit = |why: String| RestoreError::Unfit { name: NAME.to_owned(), why };
         let mut inner = lock(&self.inner);
@@ -336,10 +336,10 @@ struct HostState {
 
 impl Snapshot for Arc<PciHost> {
     fn save(&self) -> StateBlob {
-        PciHost::save(self)
+        self.save_state()
     }
     fn restore(&mut self, blob: &StateBlob) -> Result<(), RestoreError> {
-        PciHost::restore(self, blob)
+        self.restore_state(blob)
     }
 }
 

@@ -16,7 +16,7 @@
 mod delivery;
 mod registers;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod timer;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -371,7 +371,7 @@ impl Lapic {
     }
 
     /// The state now.
-    pub fn save(&self) -> StateBlob {
+    pub fn save_state(&self) -> StateBlob {
         to_blob(&self.name(), VERSION, &lock(&self.inner).regs)
     }
 
@@ -379,7 +379,7 @@ impl Lapic {
     ///
     /// # Errors
     /// When the blob does not fit; nothing changed then.
-    pub fn restore(&self, blob: &StateBlob) -> Result<(), RestoreError> {
+    pub fn restore_state(&self, blob: &StateBlob) -> Result<(), RestoreError> {
         let mut saved: Registers = from_blob(&self.name(), VERSION, blob)?;
         let reserved = !(BASE_BSP | BASE_ENABLE | BASE_X2APIC | self.base_mask());
         let bad_mode = mode_of(saved.base).is_none() || (saved.base & BASE_X2APIC != 0 && !self.model.x2apic);
@@ -417,9 +417,9 @@ impl TimerTarget for Lapic {
 
 impl Snapshot for Arc<Lapic> {
     fn save(&self) -> StateBlob {
-        Lapic::save(self)
+        self.save_state()
     }
     fn restore(&mut self, blob: &StateBlob) -> Result<(), RestoreError> {
-        Lapic::restore(self, blob)
+        self.restore_state(blob)
     }
 }

@@ -252,13 +252,11 @@ impl Registers {
             return;
         }
         match lvt & 0x700 {
-            0 if lvt & LVT_LEVEL != 0 => {
-                if lvt & LVT_REMOTE_IRR == 0 {
-                    self.lvt[LVT_LINT0 + pin] |= LVT_REMOTE_IRR;
-                    self.accept(lvt.to_le_bytes()[0], true, fx);
-                }
+            0 if lvt & (LVT_LEVEL | LVT_REMOTE_IRR) == LVT_LEVEL => {
+                self.lvt[LVT_LINT0 + pin] |= LVT_REMOTE_IRR;
+                self.accept(lvt.to_le_bytes()[0], true, fx);
             }
-            0 => {
+            0 if lvt & LVT_LEVEL == 0 => {
                 self.accept(lvt.to_le_bytes()[0], false, fx);
             }
             LVT_MODE_NMI => fx.nmi = true,
@@ -458,10 +456,10 @@ impl Registers {
         match entry {
             LVT_TIMER => self.timer_lvt_changed(old, fx),
             // A level-triggered pin that is high interrupts as soon as it may.
-            LVT_LINT0 | LVT_LINT1 if new & LVT_LEVEL != 0 && new & 0x700 == 0 => {
-                if self.lint[entry - LVT_LINT0] {
-                    self.raise_lint(entry - LVT_LINT0, fx);
-                }
+            LVT_LINT0 | LVT_LINT1
+                if new & (LVT_LEVEL | 0x700) == LVT_LEVEL && self.lint[entry - LVT_LINT0] =>
+            {
+                self.raise_lint(entry - LVT_LINT0, fx);
             }
             _ => {}
         }
