@@ -505,7 +505,7 @@ mod tests {
         assert!(failure(disk(&path, false)).contains("truncate -s 1024"));
         assert!(failure(disk(directory.path(), false)).contains("neither a file"));
         std::fs::write(&path, [0; 1024]).unwrap();
-        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o444)).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o444)).unwrap();
         assert!(failure(disk(&path, false)).contains(",ro"));
         assert!(disk(&path, true).is_ok());
     }

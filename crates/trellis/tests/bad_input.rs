@@ -137,7 +137,10 @@ fn fetch_without_apt_or_home_says_so() {
         &|command| set(command.env("PATH", "/nonexistent"), directory.path()),
         &["apt-get is not installed", "--kernel"],
     );
-    run(&|command| drop(command.env_remove("HOME").env_remove("XDG_CACHE_HOME")), &["XDG_CACHE_HOME"]);
+    let unset = |command: &mut Command| {
+        command.env_remove("HOME").env_remove("XDG_CACHE_HOME");
+    };
+    run(&unset, &["XDG_CACHE_HOME"]);
     run(&|command| set(command, Path::new("/proc/nonexistent")), &["/proc/nonexistent"]);
 }
 

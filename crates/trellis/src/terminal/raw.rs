@@ -4,7 +4,7 @@
 //! in one place, [`SAVED`]; the guard's drop, the panic hook and the signal thread all restore from there, and whoever
 //! comes first takes them out.
 
-use std::io;
+use std::io::{self, IsTerminal as _};
 use std::sync::{Mutex, Once, PoisonError};
 
 use rustix::termios::{LocalModes, OptionalActions, OutputModes, Termios, tcgetattr, tcgetpgrp, tcsetattr};
@@ -39,9 +39,11 @@ impl Drop for RawMode {
     }
 }
 
-/// Gives the terminal its settings back; does nothing if it has them.
+/// Gives the terminal its settings back; does nothing if it has them, or if it is another's by now.
 pub fn restore() {
-    if let Some(found) = saved().take() {
+    if let Some(found) = saved().take()
+        && in_foreground()
+    {
         // Nothing is left to be done if a vanished terminal refuses.
         let _ = tcsetattr(io::stdin(), OptionalActions::Now, &found);
     }
@@ -57,10 +59,13 @@ pub fn reenter() {
     }
 }
 
-/// Whether standard input is a terminal whose foreground process group is ours: changing or reading it from the background
-/// would stop the process.
-pub fn in_foreground() -> bool {
-    tcgetpgrp(io::stdin()).is_ok_and(|group| group == rustix::process::getpgrp())
+/// Whether standard input is a terminal that is ours to read and to change: from the background of its job control that
+/// would stop the process. A terminal that controls no session of ours has no job control over us.
+fn in_foreground() -> bool {
+    match tcgetpgrp(io::stdin()) {
+        Ok(group) => group == rustix::process::getpgrp(),
+        Err(_) => io::stdin().is_terminal(),
+    }
 }
 
 /// `found`, raw; but output keeps its processing, so that guests that end lines with a bare LF look right.
