@@ -15,14 +15,16 @@ mod cpu;
 mod desc;
 mod faults;
 mod harness;
+mod debug;
 mod legacy;
 mod mem;
 mod modes;
 mod paging;
+mod paging32;
 mod runtime;
 mod traps;
 
-const GROUPS: &[&[harness::Test]] = &[faults::TESTS, paging::TESTS, modes::TESTS];
+const GROUPS: &[&[harness::Test]] = &[faults::TESTS, paging::TESTS, modes::TESTS, paging32::TESTS, debug::TESTS];
 
 /// Called by the boot code in long mode.
 #[unsafe(no_mangle)]

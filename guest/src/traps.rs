@@ -86,6 +86,8 @@ pub struct Frame {
     pub gs: u64,
     /// RSP of the handler on entry, after its frame.
     pub handler_rsp: u64,
+    /// SS of the handler.
+    pub handler_ss: u64,
 }
 
 /// How a [`catch`] or [`Ctx::run`] ended.
@@ -282,6 +284,9 @@ trap_catch:
     stosq
     mov rax, rsp
     add rax, 8*18
+    stosq
+    xor eax, eax
+    mov ax, ss
     stosq
     cmp qword ptr [rip + CATCH_RSP], 0
     je 2f
