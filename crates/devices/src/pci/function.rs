@@ -295,6 +295,12 @@ impl PciFunction {
         self.msix.as_ref().map(|p| &p.msix)
     }
 
+    /// The MSI capability, if the function has it.
+    #[must_use]
+    pub fn msi(&self) -> Option<&Arc<Msi>> {
+        self.msi.as_ref().map(|(msi, _)| msi)
+    }
+
     /// The command register.
     #[must_use]
     pub fn command(&self) -> u16 {

@@ -420,14 +420,15 @@ impl PortDevice for PciPorts {
             (0, 4) => address,
             (1, 1) => self.reset_control.as_ref().map_or(0xff, |d| lock(d).port_read(0, 1)),
             (4..8, _) => {
-                let mut data = [0xff; 4];
+                let mut data = [0; 4];
                 let len = usize::from(size.min(4));
+                data[..len].fill(0xff);
                 if let Some((bdf, register)) = target(address) {
                     self.host.config_read(bdf, register + (offset - 4), &mut data[..len]);
                 }
                 u32::from_le_bytes(data)
             }
-            _ => u32::MAX,
+            _ => u32::MAX >> (32 - 8 * u32::from(size.clamp(1, 4))),
         }
     }
 

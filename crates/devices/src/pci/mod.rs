@@ -20,6 +20,8 @@ mod host;
 mod intx;
 mod msi;
 mod msix;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex};
 
