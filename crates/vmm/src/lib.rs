@@ -1,1 +1,4 @@
-//! placeholder
+//! A VM assembled: boot protocols, firmware tables.
+
+pub mod boot;
+pub mod firmware;
