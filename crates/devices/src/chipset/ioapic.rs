@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 use x86::addr::Gpa;
 
+use super::LineState;
 use super::lapic::{Apics, Delivery, DestMode, EoiSink, Msg};
 use crate::bus::{MmioDevice, lock};
 use crate::snapshot::{RestoreError, Snapshot, StateBlob, from_blob, to_blob};
@@ -91,6 +92,18 @@ impl IoApic {
         *line = level;
         if rising {
             self.offer(&mut state, pin);
+        }
+    }
+
+    /// What would become of an edge on `pin` now.
+    pub fn line_state(&self, pin: usize) -> LineState {
+        let state = lock(&self.state);
+        match state.entries.get(pin) {
+            Some(&entry) if entry & MASKED == 0 => {
+                let pending = entry & REMOTE_IRR != 0 || self.apics.is_pending(&message(entry));
+                if pending { LineState::Pending } else { LineState::Free }
+            }
+            _ => LineState::Masked,
         }
     }
 

@@ -14,12 +14,16 @@
 //! Locks: router → 8259 → IO-APIC → local APIC. [`PicWire`] stands apart from the router because the 8259 calls it while
 //! it is locked.
 //!
+//! Restoring: first the devices and [`PciHost`](crate::pci::PciHost) (whose functions pull their links again), then the
+//! router, the 8259, the IO-APIC and last the local APICs, so that each one's saved state has the last word.
+//!
 //! Assembly: [`Apics`], [`IoApic`], [`PicWire`], [`Pic`](super::pic::Pic) with that wire, [`IrqRouter`].
 
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
+use super::LineState;
 use super::ioapic::{IoApic, PINS};
 use super::lapic::{Ack, Apics};
 use super::pic::{Pic, PicOutput};
@@ -41,6 +45,8 @@ pub trait Intr8259: Send + Sync {
     fn inta(&self) -> u8;
     /// The level of the output to the processor.
     fn output(&self) -> bool;
+    /// What would become of an edge on input `irq` now.
+    fn line_state(&self, irq: u8) -> LineState;
 }
 
 impl Intr8259 for Mutex<Pic> {
@@ -52,6 +58,9 @@ impl Intr8259 for Mutex<Pic> {
     }
     fn output(&self) -> bool {
         lock(self).output()
+    }
+    fn line_state(&self, irq: u8) -> LineState {
+        lock(self).line_state(irq)
     }
 }
 
@@ -126,14 +135,22 @@ impl IrqRouter {
         }
     }
 
+    /// What would become of an edge on ISA line `gsi` now, at the controller that would take it: for timers that owe ticks
+    /// ([`LineProbe`](super::LineProbe)). Takes no router lock, so any device may ask while it is locked.
+    pub fn line_state(&self, gsi: u32) -> LineState {
+        let pin = usize::try_from(gsi).unwrap_or(PINS);
+        let irq = isa_irq(pin).and_then(|irq| u8::try_from(irq).ok());
+        let pic = irq.map_or(LineState::Masked, |irq| self.pic.line_state(irq));
+        match (pic, self.ioapic.line_state(pin)) {
+            (LineState::Free, _) | (_, LineState::Free) => LineState::Free,
+            (LineState::Pending, _) | (_, LineState::Pending) => LineState::Pending,
+            _ => LineState::Masked,
+        }
+    }
+
     /// Brings everything that GSI `gsi` (1–15) drives to its level.
     fn settle_isa(&self, lines: &Lines, gsi: usize) {
-        let irq = match gsi {
-            2 => 0,
-            1 | 3..=15 => gsi,
-            _ => return,
-        };
-        let Ok(irq) = u8::try_from(irq) else { return };
+        let Some(irq) = isa_irq(gsi).and_then(|irq| u8::try_from(irq).ok()) else { return };
         let level = lines.device[gsi] || lines.pci_pulls(irq);
         self.pic.set_irq(irq, level);
         self.ioapic.set_line(gsi, level);
@@ -157,6 +174,15 @@ impl IrqRouter {
         let saved: Saved = from_blob(NAME, VERSION, blob)?;
         lock(&self.lines).device = saved.device;
         Ok(())
+    }
+}
+
+/// The 8259 input that an ISA GSI drives.
+const fn isa_irq(gsi: usize) -> Option<usize> {
+    match gsi {
+        2 => Some(0),
+        1 | 3..=15 => Some(gsi),
+        _ => None,
     }
 }
 

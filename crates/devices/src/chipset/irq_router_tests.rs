@@ -99,6 +99,67 @@ fn pirq_route_brings_pci_link_to_8259_and_follows_changes() {
 }
 
 #[test]
+fn line_state_tells_free_pending_and_masked() {
+    let w = wired();
+    lock(&w.pic).write8(0x21, 0xff);
+    assert_eq!(w.router.line_state(2), LineState::Masked);
+    entry(&w.ioapic, 2, 0x30);
+    assert_eq!(w.router.line_state(2), LineState::Free);
+    w.router.set_gsi(2, true);
+    w.router.set_gsi(2, false);
+    assert_eq!(w.router.line_state(2), LineState::Pending);
+    assert_eq!(w.router.ack(0), Some(0x30));
+    assert_eq!(w.router.line_state(2), LineState::Free);
+    lock(&w.pic).write8(0x21, 0);
+    entry(&w.ioapic, 2, 0x1_0030);
+    assert_eq!(w.router.line_state(2), LineState::Pending, "the 8259 latched the edge while masked");
+    assert_eq!(w.router.line_state(u32::MAX), LineState::Masked);
+}
+
+#[test]
+fn threads_that_send_end_and_pull_do_not_deadlock_or_lose_levels() {
+    let board = Board::enabled(2);
+    let ioapic = IoApic::new(Arc::clone(&board.apics));
+    let pic = Pic::new(Arc::new(PicWire::new(Arc::clone(&ioapic), Arc::clone(&board.apics))));
+    let router = IrqRouter::new(pic, Arc::clone(&ioapic), Arc::clone(&board.apics));
+    for pin in 16..24 {
+        ioapic.mmio_write(0, &[0x11 + 2 * pin]);
+        ioapic.mmio_write(0x10, &(u32::from(pin & 1) << 24).to_le_bytes());
+        entry(&ioapic, pin, 0x8040 + 0x10 * u32::from(pin - 16));
+    }
+    std::thread::scope(|s| {
+        for link in 0..2u8 {
+            let router = &router;
+            s.spawn(move || {
+                for i in 0..20_000u32 {
+                    router.pull(link + u8::from(i & 2 != 0) * 2, i & 1 == 0);
+                }
+            });
+        }
+        for cpu in 0..2usize {
+            let (router, board) = (&router, &board);
+            s.spawn(move || {
+                for i in 0..20_000u32 {
+                    lapic_write(board.cpu(cpu), 0x310, u32::from(cpu == 0) << 24);
+                    lapic_write(board.cpu(cpu), 0x300, 0xc0 + (i & 7));
+                    while router.ack(cpu).is_some() {
+                        lapic_write(board.cpu(cpu), 0xb0, 0);
+                    }
+                }
+            });
+        }
+    });
+    // All links are low again; what is left drains.
+    for cpu in 0..2 {
+        while router.ack(cpu).is_some() {
+            lapic_write(board.cpu(cpu), 0xb0, 0);
+        }
+    }
+    router.pull(0, true);
+    assert_eq!(router.ack(0), Some(0x40));
+}
+
+#[test]
 fn nonsense_lines_are_ignored() {
     let w = wired();
     for gsi in [0, 24, 255, u32::MAX] {

@@ -96,8 +96,12 @@ struct Machine {
 fn machine() -> Machine {
     let bus = Arc::new(Bus::default());
     let sink = Arc::new(Sink::default());
-    let host =
-        PciHost::new(&bus, Arc::clone(&sink) as _, Arc::clone(&sink) as _, Vec::from([0..0x2000_0000]));
+    let host = PciHost::new(
+        &bus,
+        Arc::clone(&sink) as _,
+        Arc::clone(&sink) as _,
+        vec![0..0xa_0000, 0x10_0000..0x2000_0000],
+    );
     host.add(Some(Bdf { device: 0, function: 0 }), Arc::new(Mutex::new(HostBridge::default()))).unwrap();
     host.add(Some(ISA_BRIDGE), Arc::new(Mutex::new(IsaBridge::new(Arc::clone(&sink) as _)))).unwrap();
     let card = Arc::new(Mutex::new(Card::new()));

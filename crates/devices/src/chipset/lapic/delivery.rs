@@ -166,6 +166,16 @@ impl Apics {
         matching.fold(false, |taken, l| l.accept(msg) | taken)
     }
 
+    /// Whether a destination of `msg` has not taken the vector of an earlier one yet, so that another would merge with it.
+    pub fn is_pending(&self, msg: &Msg) -> bool {
+        let fixed = matches!(msg.delivery, Delivery::Fixed | Delivery::Lowest);
+        fixed
+            && self.lapics.iter().any(|l| {
+                let inner = lock(&l.inner);
+                inner.regs.matches(msg) && inner.regs.requested(msg.vector)
+            })
+    }
+
     /// Delivers a message-signalled interrupt. A write to another address is not for the APICs and is dropped.
     pub fn msi(&self, address: u64, data: u32) {
         match Msg::from_msi(address, data) {

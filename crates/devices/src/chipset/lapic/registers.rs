@@ -212,6 +212,11 @@ impl Registers {
         }
     }
 
+    /// Whether the vector waits in IRR.
+    pub const fn requested(&self, vector: u8) -> bool {
+        self.irr.get(vector)
+    }
+
     // ---- incoming -------------------------------------------------------------------------------------------
 
     /// Takes a fixed interrupt. A software-disabled APIC ignores it (SDM 3A 11.4.7.2).

@@ -92,9 +92,12 @@ impl Registers {
     }
 
     /// Called after the timer's LVT entry changed from `old`: changing to or from TSC-deadline mode disarms the timer.
+    // DEVIATION: a change between one-shot and periodic should disarm too (SDM 3A 11.5.4.1). As in KVM and QEMU it does not:
+    // small kernels start the count first and choose the mode afterwards.
     pub(super) fn timer_lvt_changed(&mut self, old: u32, fx: &mut Effects) {
         let deadline = |lvt: u32| lvt >> 17 & 3 >= 2;
         if deadline(old) != deadline(self.lvt[LVT_TIMER]) || self.timer_mode() == Mode::Reserved {
+            self.timer.initial = 0;
             self.timer.expiry = None;
             self.timer.deadline = 0;
             fx.timer_changed = true;
