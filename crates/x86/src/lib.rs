@@ -3,6 +3,7 @@
 
 pub mod addr;
 pub mod bits;
+pub mod cpuid;
 pub mod exception;
 pub mod paging;
 pub mod segment;
