@@ -8,6 +8,7 @@
 pub mod bus;
 pub mod chipset;
 pub mod clock;
+pub mod dma;
 pub mod irq;
 pub mod pci;
 pub mod snapshot;

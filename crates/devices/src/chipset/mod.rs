@@ -9,13 +9,22 @@
 //! Lock order: device → [`pic::Pic`] / IO-APIC → local APIC. Callbacks out of a device (interrupt lines,
 //! [`PowerControl`], room callbacks) run with the device's lock held and must not lock it again.
 
+pub mod acpi_pm;
+pub mod debug_ports;
+pub mod fw_cfg;
+pub mod hpet;
+pub mod i8042;
 pub mod ioapic;
 pub mod irq_router;
 pub mod lapic;
 pub mod pic;
 pub mod pit;
+pub mod port92;
+mod ps2;
 pub mod rtc;
 pub mod serial;
+pub mod text_screen;
+pub mod vga;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -281,6 +290,31 @@ pub(crate) mod testing {
         pub fn stall(&self, ns: u64) {
             self.clock.advance(ns);
             self.time.timers.run_due(self.clock.now());
+        }
+    }
+
+    /// Remembers what the guest wished of the machine.
+    #[derive(Default)]
+    pub struct Wishes(Mutex<Vec<String>>);
+
+    impl Wishes {
+        pub fn take(&self) -> Vec<String> {
+            std::mem::take(&mut lock(&self.0))
+        }
+    }
+
+    impl PowerControl for Wishes {
+        fn power_off(&self) {
+            lock(&self.0).push("off".to_owned());
+        }
+        fn reset(&self) {
+            lock(&self.0).push("reset".to_owned());
+        }
+        fn debug_exit(&self, value: u32) {
+            lock(&self.0).push(format!("exit {value:#x}"));
+        }
+        fn save_marker(&self, value: u32) {
+            lock(&self.0).push(format!("marker {value:#x}"));
         }
     }
 

@@ -280,7 +280,7 @@ impl Channel {
 }
 
 fn to_bcd(value: u16) -> u16 {
-    value % 10 | value / 10 % 10 << 4 | value / 100 % 10 << 8 | value / 1000 % 10 << 12
+    (value % 10) | (value / 10 % 10) << 4 | (value / 100 % 10) << 8 | (value / 1000 % 10) << 12
 }
 
 /// A digit above 9 counts as its value.
@@ -455,7 +455,7 @@ impl Pit {
 
     fn read_port_b(&mut self, now: u64) -> u8 {
         let out2 = self.settle(2, now).out(now);
-        let refresh = now / REFRESH_TICKS & 1 != 0;
+        let refresh = (now / REFRESH_TICKS) & 1 != 0;
         self.state.port_b | u8::from(refresh) << 4 | u8::from(out2) << 5
     }
 }
