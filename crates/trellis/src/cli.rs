@@ -15,7 +15,8 @@ const EXAMPLES: &str = "\
 Examples:
   trellis boot                                     Debian to a shell (fetched once, by apt)
   trellis boot debian --cpus 2 --memory 1G         the same, larger
-  trellis boot --kernel /boot/vmlinuz --initrd /boot/initrd.img --append console=ttyS0
+  trellis boot --kernel /boot/vmlinuz --append console=ttyS0
+                                                   a kernel of this host
   trellis boot contract                            the built-in contract tests
   trellis run my-vm.toml --stats                   a machine described in a file
   trellis image list                               what can be booted";
@@ -26,7 +27,7 @@ Examples:
       Boots Debian's cloud kernel to a busybox shell; fetches it first if it is not there.
   trellis boot debian --append 'console=ttyS0 trellis.run=\"cat /proc/cpuinfo\"' --stats
       Runs one command in the guest, powers off, says where the time went.
-  trellis boot --kernel vmlinuz --initrd initrd --disk root.img --disk data.img,ro --append 'console=ttyS0 root=/dev/vda'
+  trellis boot --kernel vmlinuz --disk root.img --disk data.img,ro --append 'console=ttyS0 root=/dev/vda'
       A kernel and disks of your own.
   trellis boot --kernel xen --initrd 'vmlinuz console=hvc0,initrd' --append com1=115200
       A multiboot kernel with modules: --initrd 'FILE ARGS,FILE ARGS'.
@@ -35,8 +36,8 @@ Examples:
 
 Keys on a terminal: Ctrl-A X quits, Ctrl-A H shows the others. Ctrl-C goes to the guest.
 
-Exit status: 0 guest powered off (or reset, with --no-reboot); (v << 1) | 1 for v written to port 0xf4 with
---isa-debug-exit; 3 triple fault; 124 time-out; 1 failure; 2 usage.";
+Exit status: 0 guest powered off (or reset, with --no-reboot); 3 triple fault; 124 time-out;
+(v << 1) | 1 for v written to port 0xf4 with --isa-debug-exit; 1 failure; 2 usage.";
 
 const RUN_EXAMPLES: &str = "\
 A file looks like this; every key is optional, and paths are relative to the file:

@@ -2,6 +2,8 @@
 //!
 //! The test program starts itself as the child, under `setsid --ctty`, so that the pseudo-terminal is the child's own.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
@@ -10,6 +12,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
@@ -34,7 +37,7 @@ fn child_process_of_the_other_tests() {
     };
     let console = Console::start(handlers, true).unwrap();
     let mut writer = console.writer();
-    writeln!(writer, "READY {}", console.is_raw()).unwrap();
+    writeln!(writer, "process {} raw {} READY", std::process::id(), console.is_raw()).unwrap();
     for event in receiver {
         writeln!(writer, "<{event}>").unwrap();
         if event == "input [70]" {
@@ -76,7 +79,7 @@ impl Session {
         let master = File::from(master);
         let chunks = read_in_background(master.try_clone().unwrap());
         let mut session = Self { child, master, slave, output: String::new(), chunks };
-        session.expect("READY true");
+        session.expect("raw true READY");
         session
     }
 
@@ -111,14 +114,12 @@ impl Session {
         }
     }
 
-    /// The child of `setsid --wait`, which is where signals are to go.
-    fn signal(&self, name: &str) {
-        let parent = self.child.id().to_string();
-        let found = Command::new("pgrep").args(["-P", &parent]).output().unwrap();
-        let text = String::from_utf8(found.stdout).unwrap();
-        // setsid forks only if it leads a process group already.
-        let process = text.split_whitespace().next().unwrap_or(&parent);
-        assert!(Command::new("kill").args([name, process]).status().unwrap().success());
+    /// Sends a signal to the process that said READY (setsid may have forked).
+    fn signal(&self, signal: Signal) {
+        let words: Vec<&str> = self.output.split_whitespace().collect();
+        let process = words.iter().skip_while(|word| **word != "process").nth(1).unwrap();
+        let process = Pid::from_raw(process.parse().unwrap()).unwrap();
+        rustix::process::kill_process(process, signal).unwrap();
     }
 }
 
@@ -169,9 +170,9 @@ fn terminal_is_restored_by_a_panic() {
 
 #[test]
 fn terminal_is_restored_by_signals() {
-    for (name, status) in [("-TERM", 143), ("-INT", 130), ("-HUP", 129)] {
+    for (signal, status) in [(Signal::TERM, 143), (Signal::INT, 130), (Signal::HUP, 129)] {
         let mut session = Session::start();
-        session.signal(name);
+        session.signal(signal);
         session.expect(&format!("<quit {status}>"));
         session.expect_canonical();
     }

@@ -12,7 +12,7 @@ use std::thread;
 
 use super::error::{ImageError, IoContext as _};
 use super::progress::Progress;
-use super::spec::{Arch, os_release, os_release_value};
+use super::spec::{Arch, Distribution, os_release, os_release_value};
 
 /// Where packages come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +26,18 @@ pub enum Sources {
         /// The suite (`bookworm`); `None` takes the codename of this machine.
         suite: Option<String>,
     },
+}
+
+impl Sources {
+    /// Whose packages these are: a mirror tells by its address, if it does.
+    #[must_use]
+    pub fn distribution(&self) -> Distribution {
+        match self {
+            Self::Mirror { url, .. } if url.contains("ubuntu") => Distribution::Ubuntu,
+            Self::Mirror { url, .. } if url.contains("debian") => Distribution::Debian,
+            _ => Distribution::of_host(),
+        }
+    }
 }
 
 /// What apt knows about the candidate version of a package.

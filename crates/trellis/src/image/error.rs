@@ -15,16 +15,14 @@ pub enum ImageError {
         program: &'static str,
     },
     /// The package sources cannot be reached.
-    #[error(
-        "the package sources of this machine cannot be reached ({detail}); check the network, or give --mirror URL"
-    )]
+    #[error("the package sources cannot be reached ({detail}); check the network, or give --mirror URL")]
     NoNetwork {
         /// apt's own words.
         detail: String,
     },
     /// apt knows no such package.
     #[error(
-        "no package source of this machine has {wanted} for {arch}{detail}; see `trellis image list`, or give --mirror URL"
+        "no package source has {wanted} for {arch}{detail}; see `trellis image list`, or give --mirror URL"
     )]
     NoPackage {
         /// The package names that were tried.

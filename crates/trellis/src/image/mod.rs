@@ -25,7 +25,7 @@ pub use progress::Progress;
 pub use spec::{Arch, Distribution, ImageSpec};
 
 use apt::{Apt, Package};
-use cache::{PackageEntry, sha256, write_file};
+use cache::{FileEntry, PackageEntry, sha256, write_file};
 use error::IoContext as _;
 use modules::{ModuleSet, WANTED};
 
@@ -88,7 +88,8 @@ pub fn fetch(spec: &ImageSpec, sources: &Sources, progress: &Progress) -> Result
     progress.stage(&format!("refreshing package lists for {}", spec.arch));
     let mut apt = Apt::new(&cache.apt_directory(&state_key(spec.arch, sources)), spec.arch, sources)?;
     apt.update(progress)?;
-    let packages = resolve(&apt, spec)?;
+    let distribution = sources.distribution();
+    let packages = resolve(&apt, spec, distribution)?;
     if let Some(image) =
         Image::cached(&cache, &spec.name()).filter(|image| is_current(&image.manifest, &packages))
     {
@@ -99,7 +100,7 @@ pub fn fetch(spec: &ImageSpec, sources: &Sources, progress: &Progress) -> Result
     let entries = download(&apt, &packages, scratch.path(), &tree, progress)?;
     progress.stage("building the initramfs");
     let built = scratch.path().join("image");
-    build(spec, entries, &tree, &built)?;
+    build(spec, distribution, entries, &tree, &built)?;
     cache.install(&built, &spec.name())?;
     progress.percent(100.0);
     Image::cached(&cache, &spec.name())
@@ -118,8 +119,8 @@ fn state_key(arch: Arch, sources: &Sources) -> String {
 }
 
 /// The packages to download, the kernel's first: a meta-package gives way to the versioned packages it depends on.
-fn resolve(apt: &Apt, spec: &ImageSpec) -> Result<Vec<Package>, ImageError> {
-    let first = apt.first_of(&spec.packages(Distribution::of_host()))?;
+fn resolve(apt: &Apt, spec: &ImageSpec, distribution: Distribution) -> Result<Vec<Package>, ImageError> {
+    let first = apt.first_of(&spec.packages(distribution))?;
     if !spec.is_linux() {
         return Ok(vec![first]);
     }
@@ -135,11 +136,14 @@ fn resolve(apt: &Apt, spec: &ImageSpec) -> Result<Vec<Package>, ImageError> {
         }
         next += 1;
     }
-    if packages.len() > 1 {
-        packages.remove(0);
-    }
+    packages.retain(|package| !is_meta(package));
     packages.push(apt.first_of(&["busybox-static".to_owned()])?);
     Ok(packages)
+}
+
+/// Whether a package only names another kernel image.
+fn is_meta(package: &Package) -> bool {
+    package.depends.iter().flatten().any(|name| name.starts_with("linux-image-"))
 }
 
 /// Whether a dependency is a piece of the kernel: Ubuntu splits modules from the image, newer Debian the binary.
@@ -180,43 +184,60 @@ fn download(
 }
 
 /// Makes the directory of an image out of an unpacked tree.
-fn build(spec: &ImageSpec, packages: Vec<PackageEntry>, tree: &Path, built: &Path) -> Result<(), ImageError> {
+fn build(
+    spec: &ImageSpec,
+    distribution: Distribution,
+    packages: Vec<PackageEntry>,
+    tree: &Path,
+    built: &Path,
+) -> Result<(), ImageError> {
     fs::create_dir_all(built).at("creating", built)?;
     let package = packages.first().map_or_else(|| spec.name(), |package| package.name.clone());
-    let kernel =
-        find_kernel(spec, tree).ok_or(ImageError::BadPackage { package: package.clone(), what: "kernel" })?;
-    let kernel_content = fs::read(&kernel).at("reading", &kernel)?;
-    let mut files = vec![write_file(built, "vmlinuz", &kernel_content)?];
+    let kernel = find_kernel(spec, tree).ok_or(ImageError::BadPackage { package, what: "kernel" })?;
+    let content = fs::read(&kernel).at("reading", &kernel)?;
+    let mut files = vec![write_file(built, "vmlinuz", &content)?];
     let mut release = String::new();
     if spec.is_linux() {
         let name = kernel.file_name().unwrap_or_default().to_string_lossy();
         release = name.trim_start_matches("vmlinuz-").to_owned();
-        let busybox =
-            ["bin/busybox", "usr/bin/busybox"].iter().map(|path| tree.join(path)).find(|path| path.is_file());
-        let busybox = busybox
-            .ok_or(ImageError::BadPackage { package: "busybox-static".to_owned(), what: "busybox" })?;
-        let busybox = fs::read(&busybox).at("reading", &busybox)?;
-        let directories = ["lib/modules", "usr/lib/modules"].map(|path| tree.join(path).join(&release));
-        let modules = match directories.iter().find(|path| path.is_dir()) {
-            Some(directory) => ModuleSet::collect(directory, WANTED)?,
-            None => ModuleSet::default(),
-        };
-        files.push(write_file(built, "initrd", &initramfs::shell(&busybox, &release, &modules))?);
-        files.push(write_file(built, "initrd-min", &initramfs::minimal(spec.arch))?);
+        files.extend(build_initramfs(spec, &release, tree, built)?);
     }
     let manifest = Manifest {
         format: initramfs::FORMAT,
         name: spec.name(),
-        distribution: Distribution::of_host().name().to_owned(),
+        distribution: distribution.name().to_owned(),
         arch: spec.arch,
         flavour: spec.flavour.clone(),
         release,
-        append: if spec.is_linux() { "console=ttyS0".to_owned() } else { "console=ttyS0,115200".to_owned() },
+        append: if spec.is_linux() { "console=ttyS0" } else { "console=ttyS0,115200" }.to_owned(),
         packages,
         files,
     };
     let text = serde_json::to_string_pretty(&manifest).expect("a manifest is plain data");
-    write_file(built, "manifest.json", text.as_bytes()).map(|_| ())
+    write_file(built, "manifest.json", text.as_bytes()).map(drop)
+}
+
+/// Builds both initramfs files of a Linux kernel.
+fn build_initramfs(
+    spec: &ImageSpec,
+    release: &str,
+    tree: &Path,
+    built: &Path,
+) -> Result<[FileEntry; 2], ImageError> {
+    let busybox =
+        ["bin/busybox", "usr/bin/busybox"].iter().map(|path| tree.join(path)).find(|path| path.is_file());
+    let busybox =
+        busybox.ok_or(ImageError::BadPackage { package: "busybox-static".to_owned(), what: "busybox" })?;
+    let busybox = fs::read(&busybox).at("reading", &busybox)?;
+    let directories = ["lib/modules", "usr/lib/modules"].map(|path| tree.join(path).join(release));
+    let modules = match directories.iter().find(|path| path.is_dir()) {
+        Some(directory) => ModuleSet::collect(directory, WANTED)?,
+        None => ModuleSet::default(),
+    };
+    Ok([
+        write_file(built, "initrd", &initramfs::shell(&busybox, release, &modules))?,
+        write_file(built, "initrd-min", &initramfs::minimal(spec.arch))?,
+    ])
 }
 
 /// The kernel in an unpacked tree.
@@ -249,6 +270,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let error = build(
             &ImageSpec::default_debian(),
+            Distribution::Debian,
             Vec::new(),
             directory.path(),
             &directory.path().join("image"),
@@ -272,7 +294,7 @@ mod tests {
         let cache = Cache::at(&directory.path().join("cache"));
         let _lock = cache.lock().unwrap();
         let built = directory.path().join("built");
-        build(&ImageSpec::default_debian(), Vec::new(), &tree, &built).unwrap();
+        build(&ImageSpec::default_debian(), Distribution::Debian, Vec::new(), &tree, &built).unwrap();
         cache.install(&built, "debian-cloud-amd64").unwrap();
         let image = Image::cached(&cache, "debian-cloud-amd64").unwrap();
         assert_eq!(image.manifest.release, "6.1");

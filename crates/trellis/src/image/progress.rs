@@ -19,8 +19,9 @@ impl Progress {
         let plain = !std::io::stderr().is_terminal();
         let target = if plain { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let bar = ProgressBar::with_draw_target(Some(100), target);
-        let style = ProgressStyle::with_template("{spinner} {msg:44!} [{bar:30}] {percent:>3}% {elapsed}")
-            .expect("the template is well-formed");
+        let style =
+            ProgressStyle::with_template("{spinner} {wide_msg} [{bar:24}] {percent:>3}% {elapsed:>3}")
+                .expect("the template is well-formed");
         bar.set_style(style.progress_chars("=> "));
         if !plain {
             bar.enable_steady_tick(Duration::from_millis(120));

@@ -48,16 +48,23 @@ impl QuitReason {
     }
 }
 
+/// Takes typed bytes, in order.
+pub type InputHandler = Box<dyn FnMut(&[u8]) + Send>;
+/// Takes the wish to end the run.
+pub type QuitHandler = Arc<dyn Fn(QuitReason) + Send + Sync>;
+/// Takes columns and rows.
+pub type ResizeHandler = Box<dyn FnMut(u16, u16) + Send>;
+
 /// Where the terminal's events go.
 pub struct Handlers {
     /// Bytes for the guest, in order.
-    pub input: Box<dyn FnMut(&[u8]) + Send>,
+    pub input: InputHandler,
     /// The run is to end. Called once; a second wish to quit ends the process on the spot.
-    pub quit: Arc<dyn Fn(QuitReason) + Send + Sync>,
+    pub quit: QuitHandler,
     /// Ctrl-A S.
     pub stats: Box<dyn Fn() + Send>,
     /// The window has now so many columns and rows.
-    pub resize: Box<dyn FnMut(u16, u16) + Send>,
+    pub resize: ResizeHandler,
 }
 
 /// The running terminal. Dropping it restores the settings; the threads stay, without effect on them.
@@ -149,8 +156,8 @@ fn wait_readable() {
 
 /// The input thread.
 struct Reader {
-    input: Box<dyn FnMut(&[u8]) + Send>,
-    quit: Arc<dyn Fn(QuitReason) + Send + Sync>,
+    input: InputHandler,
+    quit: QuitHandler,
     stats: Box<dyn Fn() + Send>,
     /// `None` without a terminal: bytes pass as they are.
     filter: Option<EscapeFilter>,
@@ -213,10 +220,7 @@ fn end_now(reason: QuitReason) -> ! {
 }
 
 /// Starts the thread that turns signals into calls.
-fn spawn_signal_thread(
-    quit: Arc<dyn Fn(QuitReason) + Send + Sync>,
-    mut resize: Box<dyn FnMut(u16, u16) + Send>,
-) -> io::Result<()> {
+fn spawn_signal_thread(quit: QuitHandler, mut resize: ResizeHandler) -> io::Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGWINCH, SIGCONT])?;
     let run = move || {
         let mut quitting = false;
