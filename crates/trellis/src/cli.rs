@@ -59,7 +59,7 @@ Examples:
   trellis image fetch debian --flavour 686-pae     a 32-bit kernel
   trellis image fetch debian --flavour memtest86+  the memory tester
   trellis image fetch debian --flavour 6.12-cloud  any linux-image-FLAVOUR-ARCH that your package sources have
-  trellis image fetch debian --mirror http://deb.debian.org/debian --suite bookworm
+  trellis image fetch debian --mirror http://mirror.example/debian --suite bookworm
 
 Packages come from the sources in /etc/apt, through a private apt state: no root, and nothing of the machine's own
 apt changes. Images are kept in $XDG_CACHE_HOME/trellis (~/.cache/trellis).";

@@ -255,7 +255,7 @@ fn mirror_line(url: &str, suite: Option<&str>, os_release: &str) -> Result<Strin
     let schemes = ["http://", "https://", "file:", "copy:", "ftp://"];
     if !schemes.iter().any(|scheme| url.starts_with(scheme)) || url.contains(char::is_whitespace) {
         return Err(ImageError::Unknown(format!(
-            "'{url}' is no mirror; give a URL as in --mirror http://deb.debian.org/debian"
+            "'{url}' is no mirror; give a URL as in --mirror http://mirror.example/debian"
         )));
     }
     let codename = os_release_value(os_release, "VERSION_CODENAME")
