@@ -141,7 +141,7 @@ static mut BOOT_PD: [Page; 4] = [Page::ZERO; 4];
 #[unsafe(no_mangle)]
 static mut BOOT_STACK: [Page; 16] = [Page::ZERO; 16];
 
-static mut CMDLINE: [u8; 256] = [0; 256];
+static mut CMDLINE: [u8; 1024] = [0; 1024];
 static mut CMDLINE_LEN: usize = 0;
 static mut RSDP_HINT: u64 = 0;
 
@@ -162,7 +162,7 @@ pub fn read_info() {
         };
         if cmd != 0 {
             let dst = (&raw mut CMDLINE).cast::<u8>();
-            while CMDLINE_LEN < 255 {
+            while CMDLINE_LEN < 1023 {
                 let b = (cmd as *const u8).add(CMDLINE_LEN).read_volatile();
                 if b == 0 {
                     break;

@@ -22,9 +22,11 @@ mod modes;
 mod paging;
 mod paging32;
 mod runtime;
+mod segments;
+mod segments32;
 mod traps;
 
-const GROUPS: &[&[harness::Test]] = &[faults::TESTS, paging::TESTS, modes::TESTS, paging32::TESTS, debug::TESTS];
+const GROUPS: &[&[harness::Test]] = &[faults::TESTS, paging::TESTS, modes::TESTS, paging32::TESTS, debug::TESTS, segments::TESTS, segments32::TESTS];
 
 /// Called by the boot code in long mode.
 #[unsafe(no_mangle)]
