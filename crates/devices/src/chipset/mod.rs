@@ -346,6 +346,9 @@ pub(crate) mod testing {
 }
 
 #[cfg(test)]
+mod restore_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

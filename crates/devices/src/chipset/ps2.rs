@@ -12,6 +12,8 @@ const TEST_PASSED: u8 = 0xaa;
 
 /// Bytes a device holds for the controller. Twice the 16 of real ones.
 pub(super) const QUEUE: usize = 32;
+/// Keys and movements fill the queue only so far: an answer to a command always finds room.
+const EVENTS: usize = QUEUE - 8;
 /// Most bytes one typed character makes: modifier and key, down and up, in set 2.
 const PER_CHAR: usize = 6;
 
@@ -183,12 +185,12 @@ impl Keyboard {
 
     /// Whether a typed character would reach the guest now.
     pub(super) fn has_room(&self) -> bool {
-        self.scanning && self.queue.len() + PER_CHAR <= QUEUE
+        self.scanning && self.queue.len() + PER_CHAR <= EVENTS
     }
 
     /// A key goes down or up. Returns whether the guest will hear of it.
     pub(super) fn key(&mut self, key: Key, pressed: bool) -> bool {
-        if !self.scanning || self.queue.len() + 3 > QUEUE {
+        if !self.scanning || self.queue.len() + 3 > EVENTS {
             return false;
         }
         if key.extended {
@@ -332,7 +334,7 @@ impl Mouse {
         self.dx = self.dx.saturating_add(dx).clamp(-0x1_0000, 0x1_0000);
         self.dy = self.dy.saturating_add(dy).clamp(-0x1_0000, 0x1_0000);
         self.buttons = buttons & 7;
-        if self.reporting && !self.remote && self.queue.len() + 3 <= QUEUE {
+        if self.reporting && !self.remote && self.queue.len() + 3 <= EVENTS {
             self.report();
         }
     }
@@ -429,8 +431,17 @@ mod tests {
         assert_eq!(drain(&mut keyboard.queue), [0x12, 0x1c, 0xf0, 0x1c, 0xf0, 0x12]);
         assert!(keyboard.key(Key::UP, false));
         assert_eq!(drain(&mut keyboard.queue), [0xe0, 0xf0, 0x75]);
+    }
+
+    #[test]
+    fn command_while_keys_are_unread_is_answered() {
+        let mut keyboard = Keyboard::default();
         while keyboard.type_char('x') {}
-        assert!(keyboard.queue.len() <= QUEUE);
+        while keyboard.key(Key::UP, true) {}
+        keyboard.write(0xf2);
+        let sent = drain(&mut keyboard.queue);
+        assert_eq!(sent[sent.len() - 3..], [0xfa, 0xab, 0x83]);
+        assert!(sent.len() <= QUEUE);
     }
 
     #[test]

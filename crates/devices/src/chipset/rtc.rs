@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use serde::{Deserialize, Serialize};
 
-use super::{BytePorts, LegacyGate, MIN_TICK_NS, TimeBase, attach_ports, unfit};
+use super::{BytePorts, LegacyGate, TimeBase, attach_ports, unfit};
 use crate::bus::{Bus, Overlap, lock};
 use crate::clock::{Ns, Timer, TimerTarget};
 use crate::irq::IrqLine;
@@ -238,7 +238,7 @@ impl Rtc {
     fn next_periodic(&self) -> Option<Ns> {
         let period = self.periodic_ticks()?;
         let tick = (self.time.now().to_ticks(PERIODIC_HZ) / period + 1).saturating_mul(period);
-        Some(Ns::from_ticks(tick, PERIODIC_HZ).max(self.time.now().after(MIN_TICK_NS)))
+        Some(Ns::from_ticks(tick, PERIODIC_HZ))
     }
 
     fn next_second(&self) -> Ns {

@@ -44,6 +44,9 @@ pub fn cp437(glyph: u8) -> char {
 /// VGA's colour order (blue is bit 0) in the order of SGR (red is bit 0).
 const SGR: [u8; 8] = [0, 4, 2, 6, 1, 5, 3, 7];
 
+/// The colours of an attribute.
+//
+// DEVIATION: bit 7 is not shown: blinking hurts in a terminal, and few guests turn it into brightness.
 fn sgr(attribute: u8) -> String {
     let foreground = SGR[usize::from(attribute & 7)];
     let background = SGR[usize::from(attribute >> 4 & 7)];
