@@ -115,12 +115,6 @@ impl VirtioPci {
         all
     }
 
-    /// A bus reset: the function and the device start over. BARs leave the bus at the host's next remap.
-    pub fn reset(&mut self) {
-        self.reset_device();
-        self.function.reset();
-    }
-
     /// Finishes work in flight and makes it durable; nothing more is started. Call before the process ends.
     pub fn shutdown(&mut self) {
         self.device.shutdown();
@@ -284,6 +278,11 @@ impl PciDevice for VirtioPci {
             let value = self.function.bytes::<4>(self.window + 16);
             self.modern_write(at, &value[..len]);
         }
+    }
+
+    fn reset(&mut self) {
+        self.reset_device();
+        self.function.reset();
     }
 
     fn bar_read(&mut self, bar: usize, offset: u64, data: &mut [u8]) {

@@ -133,8 +133,8 @@ pub struct Position {
     pub next_avail: u16,
     /// Used-ring index of the next completion.
     pub next_used: u16,
-    /// Used index up to which [`Queue::should_signal`] has decided; none before its first decision.
-    pub signalled: Option<u16>,
+    /// Used-ring index up to which [`Queue::should_signal`] has decided.
+    pub signalled: u16,
 }
 
 /// A running split virtqueue.
@@ -334,18 +334,18 @@ impl Queue {
     /// When the available ring is not in RAM.
     pub fn should_signal(&mut self, mem: &GuestMemory) -> Result<bool, QueueError> {
         let new = self.position.next_used;
-        if self.position.signalled == Some(new) {
+        if self.position.signalled == new {
             return Ok(false);
         }
         // The used index must be visible before we read the driver's wish, or both sides could miss each other.
         fence(Ordering::SeqCst);
-        let old = self.position.signalled.replace(new);
+        let old = std::mem::replace(&mut self.position.signalled, new);
         let avail = Gpa(self.layout.avail);
         if !self.event_idx {
             return Ok(load(mem, avail)? & AVAIL_NO_INTERRUPT == 0);
         }
         let event = load(mem, avail.add(4 + 2 * u64::from(self.layout.size)))?;
-        Ok(old.is_none_or(|old| crossed(event, new, old)))
+        Ok(crossed(event, new, old))
     }
 
     /// Tells the driver that notifications are not needed for now: the device is looking anyway.
