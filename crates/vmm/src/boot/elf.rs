@@ -81,7 +81,8 @@ impl<'a> Elf<'a> {
             return Err(malformed("file type (neither executable nor position-independent)", kind.into()));
         }
         let machine = u16_at(image, 18).ok_or_else(header)?;
-        if machine != if class64 { EM_X86_64 } else { EM_386 } {
+        // Some 32-bit kernels are linked by 64-bit tools that only change the class.
+        if machine != EM_X86_64 && (class64 || machine != EM_386) {
             return Err(malformed("machine", machine.into()));
         }
         let (entry, table, sizes) = if class64 {

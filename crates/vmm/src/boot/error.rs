@@ -36,13 +36,8 @@ pub enum BootError {
     #[error("the kernel does not offer the {wanted} boot protocol that was asked for; it offers {offers}")]
     Protocol { wanted: Protocol, offers: &'static str },
 
-    #[error(
-        "{what} at {start:#x}..{end:#x} is not in usable guest RAM ({ram}); give the guest more memory or relink the kernel"
-    )]
-    OutsideRam { what: &'static str, start: u64, end: u64, ram: String },
-
-    #[error("{what} at {start:#x}..{end:#x} overlaps {other}")]
-    Overlap { what: &'static str, start: u64, end: u64, other: &'static str },
+    #[error("{what} at {start:#x}..{end:#x} is not in usable guest RAM ({ram}); {advice}")]
+    OutsideRam { what: &'static str, start: u64, end: u64, ram: String, advice: String },
 
     #[error(
         "{what} of {size:#x} bytes does not fit in guest RAM between {from:#x} and {limit:#x}; give the guest more memory"

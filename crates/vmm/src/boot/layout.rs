@@ -23,7 +23,7 @@
 
 use std::ops::Range;
 
-use guestmem::{Gpa, GuestMemory, HOLE_END};
+use guestmem::{Gpa, GuestMemory, HOLE_END, HOLE_START};
 
 use super::BootError;
 use super::bytes::align_up;
@@ -74,7 +74,8 @@ impl<'a> Claims<'a> {
     pub fn kernel(&mut self, start: u64, size: u64, what: &'static str) -> Result<(), BootError> {
         let end = start.saturating_add(size);
         if start == u64::MAX || !self.usable.iter().any(|r| r.start <= start && end <= r.end) {
-            return Err(BootError::OutsideRam { what, start, end, ram: self.describe() });
+            let (ram, advice) = (self.describe(), advice(start, end));
+            return Err(BootError::OutsideRam { what, start, end, ram, advice });
         }
         self.taken.push((start..end, what));
         Ok(())
@@ -152,6 +153,15 @@ impl<'a> Claims<'a> {
     fn describe(&self) -> String {
         let ranges: Vec<_> = self.usable.iter().map(|r| format!("{:#x}..{:#x}", r.start, r.end)).collect();
         ranges.join(", ")
+    }
+}
+
+/// What helps a kernel that is not in RAM.
+fn advice(start: u64, end: u64) -> String {
+    if start >= HIGH_MEMORY && end <= HOLE_START {
+        format!("give the guest at least {} MiB of memory", end.div_ceil(1 << 20))
+    } else {
+        "relink the kernel to an address that is".to_owned()
     }
 }
 

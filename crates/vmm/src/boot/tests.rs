@@ -193,6 +193,8 @@ fn kernel_larger_than_memory_is_an_error() {
     for size in [1, 2, 4, 16] {
         assert!(matches!(boot(size * MIB, &source(samples::bzimage())), Err(BootError::OutsideRam { .. })));
     }
+    let message = boot(16 * MIB, &source(samples::bzimage())).err().unwrap().to_string();
+    assert!(message.contains("at least 20 MiB"), "{message}");
     let elf = source(samples::elf(true, 0x20_0000, true));
     assert!(matches!(boot(2 * MIB, &elf), Err(BootError::OutsideRam { .. })));
     assert!(boot(4 * MIB, &elf).is_ok());

@@ -38,7 +38,7 @@ const MEMORY_SIZE: Stub =
 /// `mov dx,0cf9h; mov al,6; out dx,al; hlt; jmp $-1`: resets the machine.
 const RESET: Stub = Stub { offset: 0xe060, code: &[0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee, 0xf4, 0xeb, 0xfd] };
 /// `jmp f000h:e060h`, then the BIOS date and the model byte (AT) at their traditional places.
-const RESET_VECTOR: Stub = Stub { offset: 0xfff0, code: b"\xea\x60\xe0\x00\xf001/01/26\0\xfc" };
+const RESET_VECTOR: Stub = Stub { offset: 0xfff0, code: b"\xea\x60\xe0\x00\xf004/01/14\0\xfc" };
 
 const STUBS: [&Stub; 8] =
     [&RETURN, &MASTER, &SLAVE, &UNSUPPORTED, &EQUIPMENT, &MEMORY_SIZE, &RESET, &RESET_VECTOR];
