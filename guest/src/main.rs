@@ -15,18 +15,21 @@ mod cpu;
 mod desc;
 mod faults;
 mod harness;
+mod crmsr;
 mod debug;
 mod legacy;
 mod mem;
 mod modes;
 mod paging;
 mod paging32;
+mod privileged;
 mod runtime;
 mod segments;
 mod segments32;
+mod sensitive;
 mod traps;
 
-const GROUPS: &[&[harness::Test]] = &[faults::TESTS, paging::TESTS, modes::TESTS, paging32::TESTS, debug::TESTS, segments::TESTS, segments32::TESTS];
+const GROUPS: &[&[harness::Test]] = &[faults::TESTS, paging::TESTS, modes::TESTS, paging32::TESTS, debug::TESTS, segments::TESTS, segments32::TESTS, sensitive::TESTS, privileged::TESTS, crmsr::TESTS];
 
 /// Called by the boot code in long mode.
 #[unsafe(no_mangle)]
