@@ -17,7 +17,7 @@
 //! Restoring: first the devices and [`PciHost`](crate::pci::PciHost) (whose functions pull their links again), then the
 //! router, the 8259, the IO-APIC and last the local APICs, so that each one's saved state has the last word.
 //!
-//! Assembly: [`Apics`], [`IoApic`], [`PicWire`], [`Pic`](super::pic::Pic) with that wire, [`IrqRouter`].
+//! Assembly: [`Apics`], [`IoApic`], [`PicWire`], [`Pic`] with that wire, [`IrqRouter`].
 
 use std::sync::{Arc, Mutex};
 
