@@ -8,8 +8,8 @@ use super::interrupt::Interrupt;
 use super::queue::Layout;
 use super::registers::{Action, Registers, le_value, low16, low32};
 
-/// Length in bytes of the port range.
-pub(super) const PORTS: u64 = 64;
+/// Length in bytes of the port range: room for the longest configuration.
+pub(super) const PORTS: u64 = 128;
 /// Features beyond the device's own that only this interface offers.
 pub(super) const EXTRA_FEATURES: u64 = super::feature::ANY_LAYOUT;
 

@@ -249,7 +249,7 @@ impl VirtioPci {
         let [bar] = self.function.bytes::<1>(self.window + 4);
         let at = u32::from_le_bytes(self.function.bytes(self.window + 8));
         let len = u32::from_le_bytes(self.function.bytes(self.window + 12));
-        let fits = usize::from(bar) == MODERN_BAR && matches!(len, 1 | 2 | 4) && at % len == 0;
+        let fits = usize::from(bar) == MODERN_BAR && matches!(len, 1 | 2 | 4) && at.is_multiple_of(len);
         fits.then_some((u64::from(at), len as usize))
     }
 }

@@ -42,7 +42,7 @@ mod desc_flag {
 const AVAIL_NO_INTERRUPT: u16 = 1;
 /// `VIRTQ_USED_F_NO_NOTIFY` (2.7.8).
 const USED_NO_NOTIFY: u16 = 1;
-const DESC_BYTES: u64 = 16;
+const DESC_BYTES: u32 = 16;
 
 /// What the driver did wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -114,7 +114,7 @@ impl Layout {
     #[must_use]
     pub const fn is_usable(&self) -> bool {
         let size = self.size as u64;
-        self.desc.checked_add(DESC_BYTES * size).is_some()
+        self.desc.checked_add(16 * size).is_some()
             && self.avail.checked_add(6 + 2 * size).is_some()
             && self.used.checked_add(6 + 8 * size).is_some()
             && self.size != 0
@@ -173,8 +173,8 @@ impl Table {
         if u32::from(index) >= self.len {
             return Err(QueueError::DescriptorIndex { index, len: self.len });
         }
-        let at = self.gpa.add(u64::from(index) * DESC_BYTES);
-        let mut raw = [0; DESC_BYTES as usize];
+        let at = self.gpa.add(u64::from(index) * u64::from(DESC_BYTES));
+        let mut raw = [0; 16];
         mem.read(at, &mut raw).map_err(|e| QueueError::Unbacked(e.0.0))?;
         let [a, b, c, d, e, f, g, h, l0, l1, l2, l3, f0, f1, n0, n1] = raw;
         Ok(Descriptor {
@@ -288,11 +288,11 @@ impl Queue {
     /// is ignored.
     fn indirect_table(d: Descriptor, head: u16) -> Result<Table, QueueError> {
         let bytes = u64::from(d.len);
-        let fits = bytes != 0 && bytes.is_multiple_of(DESC_BYTES) && d.gpa.checked_add(bytes).is_some();
+        let fits = bytes != 0 && d.len.is_multiple_of(DESC_BYTES) && d.gpa.checked_add(bytes).is_some();
         if d.has(desc_flag::NEXT) || !fits {
             return Err(QueueError::Indirect { head });
         }
-        Ok(Table { gpa: Gpa(d.gpa), len: d.len / DESC_BYTES as u32 })
+        Ok(Table { gpa: Gpa(d.gpa), len: d.len / DESC_BYTES })
     }
 
     fn add_segment(d: Descriptor, chain: &mut Chain) -> Result<(), QueueError> {

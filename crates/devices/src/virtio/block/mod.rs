@@ -120,7 +120,7 @@ impl Block {
         put(20, &512u32.to_le_bytes()); // blk_size
         put(24, &[3, 0]); // physical blocks of 2^3 logical ones: the host's pages
         put(26, &8u16.to_le_bytes()); // min_io_size in blocks
-        put(WRITEBACK_AT as usize, &[u8::from(self.writeback)]);
+        put(32, &[u8::from(self.writeback)]);
         put(34, &1u16.to_le_bytes()); // num_queues
         put(36, &MAX_RANGE_SECTORS.to_le_bytes());
         put(40, &ranges.to_le_bytes());

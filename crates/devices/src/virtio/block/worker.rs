@@ -162,6 +162,9 @@ impl Worker {
     /// There may be work.
     pub fn kick(&mut self) {
         let mut state = lock(&self.shared.state);
+        if state.stop {
+            return;
+        }
         match &mut self.who {
             Who::Thread(_) => {
                 state.kicked = true;
@@ -169,9 +172,7 @@ impl Worker {
             }
             Who::Notifier(tools) => {
                 let (executor, chain) = &mut **tools;
-                if let Some(queue) = &mut state.queue
-                    && !self.shared.pause.load(Ordering::SeqCst)
-                {
+                if let Some(queue) = &mut state.queue {
                     // A guest that keeps adding requests must not keep its vCPU in here for ever.
                     let budget = 16 * usize::from(queue.size());
                     serve(&self.shared, queue, executor, chain, budget);

@@ -62,7 +62,7 @@ impl Rig {
 
     pub fn with_memory(device: Box<dyn VirtioDevice>, flavor: Flavor, memory: Arc<GuestMemory>) -> Self {
         let (bus, board) = (Arc::new(Bus::default()), Arc::new(Board::default()));
-        let host = PciHost::new(&bus, board.clone(), board.clone(), vec![0..RAM]);
+        let host = PciHost::new(&bus, board.clone(), board.clone(), std::iter::once(0..RAM).collect());
         let device = Arc::new(Mutex::new(VirtioPci::new(device, memory.clone(), flavor)));
         let bdf = host.add(None, device.clone()).unwrap();
         host.place_bars().unwrap();

@@ -1,5 +1,7 @@
 //! Devices behind their PCI transport, driven as a guest drives them.
 
+#![expect(clippy::cast_possible_truncation, reason = "tests take registers and random numbers apart")]
+
 mod block;
 mod driver;
 mod hostile;
