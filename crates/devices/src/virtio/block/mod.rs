@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use image::{Image, ImageError, SECTOR_BYTES};
-use request::{Executor, ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES};
+use request::{Executor, ID_BYTES, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZERO_SECTORS};
 use worker::Worker;
 
 use super::{Activation, DeviceKind, DeviceState, VirtioDevice, read_config};
@@ -122,11 +122,11 @@ impl Block {
         put(26, &8u16.to_le_bytes()); // min_io_size in blocks
         put(32, &[u8::from(self.writeback)]);
         put(34, &1u16.to_le_bytes()); // num_queues
-        put(36, &MAX_RANGE_SECTORS.to_le_bytes());
+        put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
         put(40, &ranges.to_le_bytes());
         put(44, &8u32.to_le_bytes()); // discard_sector_alignment
-        put(48, &MAX_RANGE_SECTORS.to_le_bytes());
-        put(52, &ranges.to_le_bytes());
+        put(48, &MAX_ZERO_SECTORS.to_le_bytes());
+        put(52, &1u32.to_le_bytes());
         put(56, &[1]); // write_zeroes_may_unmap
         c
     }

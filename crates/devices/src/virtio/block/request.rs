@@ -25,10 +25,13 @@ mod kind {
 pub(super) const ID_BYTES: usize = 20;
 /// Most data in one request. UEFI asks for up to 1 GiB at a time, nothing known asks for more.
 const MAX_DATA: u64 = 1 << 30;
-/// Most ranges in one discard or write-zeroes request.
+/// Most ranges in one discard request.
 pub(super) const MAX_RANGES: usize = 32;
-/// Most sectors in one range of these: bounds the time of one request (1 GiB).
-pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 21;
+/// Most sectors in a discarded range (1 GiB).
+pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// Most sectors in the one range of a write-zeroes request (64 MiB): where the host's file system cannot punch holes they
+/// are all written, and a reset waits for it.
+pub(super) const MAX_ZERO_SECTORS: u32 = 1 << 17;
 const RANGE_BYTES: usize = 16;
 /// Flag of a write-zeroes range: storage may be given back.
 const UNMAP: u32 = 1;
@@ -249,7 +252,8 @@ impl Executor {
         self.writable()?;
         let mut raw = [0; MAX_RANGES * RANGE_BYTES];
         let len = from.remaining();
-        if len == 0 || len > raw.len() as u64 || !len.is_multiple_of(RANGE_BYTES as u64) {
+        let most = if kind == kind::DISCARD { raw.len() } else { RANGE_BYTES };
+        if len == 0 || len > most as u64 || !len.is_multiple_of(RANGE_BYTES as u64) {
             return Err(Failure::Driver);
         }
         let len = from.read(&mut raw)?;
@@ -276,7 +280,7 @@ impl Executor {
         if flags & !allowed != 0 {
             return Err(Failure::Unsupported);
         }
-        if sectors > MAX_RANGE_SECTORS {
+        if sectors > if kind == kind::DISCARD { MAX_DISCARD_SECTORS } else { MAX_ZERO_SECTORS } {
             return Err(Failure::Driver);
         }
         let len = u64::from(sectors) * SECTOR_BYTES;

@@ -176,13 +176,16 @@ fn discard_and_write_zeroes_check_ranges_first() {
         }
         [(BUFFER, 16 * list.len() as u32, false)]
     };
-    assert_eq!(request(&rig, &mut ring, 13, 0, &ranges(&[(0, 1, 0), (64, 1, 0)])).0, 1);
+    assert_eq!(request(&rig, &mut ring, 11, 0, &ranges(&[(0, 1, 0), (64, 1, 0)])).0, 1);
+    assert_eq!(request(&rig, &mut ring, 13, 0, &ranges(&[(64, 1, 0)])).0, 1);
+    assert_eq!(request(&rig, &mut ring, 13, 0, &ranges(&[(0, 1, 0), (1, 1, 0)])).0, 1);
     assert_eq!(request(&rig, &mut ring, 13, 0, &ranges(&[(0, 1, 2)])).0, 2);
     assert_eq!(request(&rig, &mut ring, 11, 0, &ranges(&[(0, 8, 1)])).0, 2);
     assert_eq!(request(&rig, &mut ring, 11, 0, &[]).0, 1);
     assert_eq!(std::fs::read(&file.0).unwrap(), [5; 32768]);
-    assert_eq!(request(&rig, &mut ring, 13, 0, &ranges(&[(1, 1, 0), (8, 8, 1)])).0, 0);
-    assert_eq!(request(&rig, &mut ring, 11, 0, &ranges(&[(16, 8, 0)])).0, 0);
+    assert_eq!(request(&rig, &mut ring, 13, 0, &ranges(&[(1, 1, 0)])).0, 0);
+    assert_eq!(request(&rig, &mut ring, 13, 0, &ranges(&[(8, 8, 1)])).0, 0);
+    assert_eq!(request(&rig, &mut ring, 11, 0, &ranges(&[(16, 8, 0), (24, 8, 0)])).0, 0);
     let now = std::fs::read(&file.0).unwrap();
     assert!(now[512..1024].iter().chain(&now[4096..8192]).all(|&b| b == 0));
     assert!(now[..512].iter().chain(&now[1024..4096]).all(|&b| b == 5));
