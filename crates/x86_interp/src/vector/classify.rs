@@ -53,6 +53,11 @@ fn operands(i: &Instruction) -> Operands {
     o
 }
 
+/// Whether the encoding names a vector register, perhaps as the alternative to memory.
+pub(super) fn names_vector(i: &Instruction) -> bool {
+    operands(i).vector
+}
+
 /// Features whose legacy-encoded instructions are this module's.
 fn is_ours(f: CpuidFeature) -> bool {
     use CpuidFeature as F;
@@ -391,7 +396,7 @@ fn element_mask(i: &Instruction) -> Option<ElementMask> {
         // These name the parts that are multiplied, but the mask is per sum.
         M::Vpdpbusd | M::Vpdpbusds | M::Vpdpwssd | M::Vpdpwssds | M::Vdpbf16ps => 4,
         M::Vexpandps | M::Vpexpandd => 4,
-        M::Vexpandpd | M::Vpexpandq => 8,
+        M::Vexpandpd | M::Vpexpandq | M::Vpmuludq | M::Vpmuldq => 8,
         M::Vpexpandb => 1,
         M::Vpexpandw => 2,
         _ => memory.element_size(),
@@ -424,7 +429,7 @@ fn broadcast_bits(m: MemorySize) -> Option<usize> {
     digits.parse().ok()
 }
 
-/// Whether masked-out elements do not fault. The others (exception types E4NF and E5NF: shuffles, packs, permutations
+/// Whether masked-out elements do not fault. The others (exception types E4NF and E5NF: shuffles, packs, insertions, permutations
 /// and shifts by a register's count, SDM 2A 2.8) access the whole operand.
 fn suppresses_faults(i: &Instruction) -> bool {
     use Mnemonic as M;
@@ -445,8 +450,9 @@ fn suppresses_faults(i: &Instruction) -> bool {
         return i.op_kind(2) != OpKind::Memory && !matches!(i.mnemonic(), M::Vpsllw | M::Vpsrlw | M::Vpsraw);
     }
     let name = format!("{:?}", i.mnemonic());
-    let permutes =
-        ["Vperm", "Vpunpck", "Vunpck", "Vpack", "Vshuf", "Vpshufb", "Vpshufd", "Vpshufh", "Vpshufl"];
+    let permutes = [
+        "Vinsert", "Vperm", "Vpunpck", "Vunpck", "Vpack", "Vshuf", "Vpshufb", "Vpshufd", "Vpshufh", "Vpshufl",
+    ];
     !permutes.iter().any(|p| name.starts_with(p))
         && !matches!(
             i.mnemonic(),

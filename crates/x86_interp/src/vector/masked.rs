@@ -3,7 +3,7 @@
 
 use x86::Exception;
 
-use super::layout::{self, at};
+use super::layout;
 use super::{VectorCpu, VectorOp};
 
 /// How an opmask governs a memory operand.
@@ -203,9 +203,7 @@ pub(super) fn execute<C: VectorCpu>(m: &Masked, op: &VectorOp, cpu: &mut C) -> R
             write_bytes(op, cpu, offset, sign_bytes(&mask[..16], 1), &data[..16])
         }
         Masked::BytesMmx { src, mask: register } => {
-            let st = |i: u8| at::ST + 16 * usize::from(i & 7);
-            let data: [u8; 8] = layout::bytes(cpu.fpu(), st(src));
-            let mask: [u8; 8] = layout::bytes(cpu.fpu(), st(register));
+            let (data, mask) = (super::x87::mm(cpu.fpu(), src), super::x87::mm(cpu.fpu(), register));
             write_bytes(op, cpu, offset, sign_bytes(&mask, 1), &data)?;
             super::x87::enter_mmx(cpu.fpu());
             Ok(())

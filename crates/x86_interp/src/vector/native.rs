@@ -70,11 +70,6 @@ impl Code {
         debug_assert!(bytes.len() <= MAX_STUB, "a stub of {} bytes", bytes.len());
         Self { bytes, place: AtomicU64::new(0) }
     }
-
-    #[cfg(test)]
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
 }
 
 struct CodeMemory {
@@ -199,18 +194,11 @@ pub fn warm_up() -> std::io::Result<()> {
     })
 }
 
-/// Where the stub lay that ran: to tell its instruction pointer from the guest's in an x87 image.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Ran {
-    pub start: u64,
-    pub end: u64,
-}
-
 /// Runs a stub on `frame` and `area`.
 ///
 /// # Panics
 /// If the host gives no executable memory (see [`warm_up`]).
-pub(super) fn call(code: &Code, frame: &mut Frame, area: &mut FpuArea) -> Ran {
+pub(super) fn call(code: &Code, frame: &mut Frame, area: &mut FpuArea) {
     MEMORY.with_borrow_mut(|slot| {
         let memory = match slot {
             Some(m) => m,
@@ -228,8 +216,6 @@ pub(super) fn call(code: &Code, frame: &mut Frame, area: &mut FpuArea) -> Ran {
             let entry = memory.executable.as_ptr().add(at);
             let stub: extern "sysv64" fn(*mut Frame) = std::mem::transmute(entry);
             stub(std::ptr::from_mut(frame));
-            let start = entry.expose_provenance() as u64;
-            Ran { start, end: start + code.bytes.len() as u64 }
         }
     })
 }

@@ -7,7 +7,7 @@ use x86::bits::{cr4, rflags};
 use x86::state::FpuArea;
 
 use super::layout::{self, at};
-use super::native::{self, Frame, Ran};
+use super::native::{self, Frame};
 use super::stub::Stub;
 use super::{Control, VectorCpu, VectorOp, masked};
 
@@ -208,9 +208,9 @@ fn run_once<C: VectorCpu>(
     }
     layout::normalize_x87(area);
     let old = layout::bytes::<18>(area, at::FOP);
-    let ran = native::call(&n.stub.code, frame, area);
+    native::call(&n.stub.code, frame, area);
     let pointers = Pointers { offset, cs, ds, code64: control.code64, rip: control.rip };
-    set_pointers(n, area, old, ran, &pointers);
+    set_pointers(n, area, old, &pointers);
     layout::mxcsr(area) & FLAGS
 }
 
@@ -222,16 +222,15 @@ struct Pointers {
     rip: u64,
 }
 
-/// Puts the guest's instruction and data pointer where the host recorded the stub's (SDM 1 8.1.8). FCS and FDS are kept
-/// outside 64-bit mode only, in the 32-bit layout of FXSAVE.
-fn set_pointers(n: &Native, area: &mut FpuArea, old: [u8; 18], ran: Ran, p: &Pointers) {
-    let recorded = (ran.start..ran.end).contains(&layout::u64_at(area, at::FIP));
-    let fop = layout::u16_at(area, at::FOP);
+/// Records the guest's instruction and data pointer (SDM 1 8.1.8); hosts differ in when they save theirs, and theirs are
+/// the stub's anyway. FCS and FDS are kept outside 64-bit mode only, in the 32-bit layout of FXSAVE. The opcode is
+/// recorded with an unmasked exception only (SDM 1 8.1.9).
+fn set_pointers(n: &Native, area: &mut FpuArea, old: [u8; 18], p: &Pointers) {
     layout::put(area, at::FOP, &old);
-    if !recorded || !n.is_x87 {
+    if !n.is_x87 {
         return;
     }
-    if fop == n.stub.fop {
+    if layout::x87_pending(area) {
         layout::put(area, at::FOP, &n.fop.to_le_bytes());
     }
     let far = |offset: u64, selector: u16| {

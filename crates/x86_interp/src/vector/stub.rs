@@ -46,8 +46,6 @@ pub(super) struct Stub {
     pub mxcsr: bool,
     /// Loads and stores the x87 state.
     pub x87: bool,
-    /// x87: the opcode that the host's FOP shows for the re-encoded instruction.
-    pub fop: u16,
 }
 
 const FRAME: Register = Register::RDI;
@@ -146,9 +144,10 @@ fn vector_uses(i: &Instruction, info: &InstructionInfo) -> Vec<VectorUse> {
     }
     for used in info.used_registers() {
         let r = used.register();
-        if is_vector(r) && !named.contains(&r.number()) {
-            // Implied: XMM0 of BLENDV, SHA256RNDS2, PCMPxSTRM; the register blocks of the 4-iteration instructions.
-            note(r, r.size(), writes(used.access()));
+        if is_vector(r) {
+            // Implied: XMM0 of BLENDV, SHA256RNDS2, PCMPxSTRM (which may be an operand as well).
+            let width = if named.contains(&r.number()) { 0 } else { r.size() };
+            note(r, width, writes(used.access()));
         }
     }
     uses
@@ -338,7 +337,9 @@ fn uses_of(original: &Instruction, rewritten: &mut Instruction) -> Option<Uses> 
         RflagsBits::CF | RflagsBits::PF | RflagsBits::AF | RflagsBits::ZF | RflagsBits::SF | RflagsBits::OF;
     let flags = (read != 0 || modified & all != 0, modified & all != 0);
     let x87 = mm_or_st || super::classify::is_x87(original);
-    let mxcsr = !x87 && !vectors.is_empty() && uses_mxcsr(original) || x87 && !vectors.is_empty();
+    // Of a conversion from memory to a general register no vector register is left, but its encoding names one.
+    let simd = super::classify::names_vector(original);
+    let mxcsr = simd && (x87 || uses_mxcsr(original));
     Some(Uses { vectors, masks, gprs, flags, legacy, mxcsr, x87 })
 }
 
@@ -447,19 +448,15 @@ pub(super) fn build(instruction: &Instruction) -> Option<Stub> {
     let l = layout();
     let mut e = Emit { encoder: Encoder::new(64), len: 0 };
     uses.prologue(&mut e, l)?;
-    let start = e.len;
     e.put(&rewritten)?;
-    let end = e.len;
     uses.epilogue(&mut e, l)?;
     let bytes = e.encoder.take_buffer();
-    let fop = if uses.x87 { fop(bytes.get(start..end)?) } else { 0 };
     Some(Stub {
         gprs: uses.gprs.into(),
         reads_flags: uses.flags.0,
         writes_flags: uses.flags.1,
         mxcsr: uses.mxcsr,
         x87: uses.x87,
-        fop,
         code: native::Code::new(bytes.into()),
     })
 }

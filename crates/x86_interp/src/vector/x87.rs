@@ -40,15 +40,28 @@ pub(super) enum Control {
 const FCW_WRITABLE: u16 = 0x1f3f;
 const FCW_FIXED: u16 = 0x40;
 
+/// Sets the top of stack. The area holds the registers in stack order, so the physical ones move.
+fn set_top(area: &mut FpuArea, new: usize) {
+    let turn = new.wrapping_sub(top(area)) & 7;
+    area.0[at::ST..at::XMM].rotate_left(16 * turn);
+    let fsw = u16_at(area, at::FSW) & !0x3800 | [0, 1, 2, 3, 4, 5, 6, 7][new & 7] << 11;
+    layout::put(area, at::FSW, &fsw.to_le_bytes());
+}
+
 /// After an MMX instruction: top of stack 0, all tags valid (SDM 1 9.5.1).
 pub(super) fn enter_mmx(area: &mut FpuArea) {
-    let fsw = u16_at(area, at::FSW) & !0x3800;
-    layout::put(area, at::FSW, &fsw.to_le_bytes());
+    set_top(area, 0);
     layout::put(area, at::FTW, &[0xff]);
+}
+
+/// MMX register `i` (0 to 7), which is the physical x87 register.
+pub(super) fn mm(area: &FpuArea, i: u8) -> [u8; 8] {
+    layout::bytes(area, at::ST + 16 * (usize::from(i).wrapping_sub(top(area)) & 7))
 }
 
 /// The state after FNINIT (SDM 2A): registers stay.
 fn init(area: &mut FpuArea) {
+    set_top(area, 0);
     area.0[..at::MXCSR].fill(0);
     layout::put(area, at::FCW, &0x37fu16.to_le_bytes());
 }
@@ -192,6 +205,7 @@ fn load_environment(area: &mut FpuArea, image: &[u8; 28], wide: bool, real: bool
             ds: 0,
         },
     };
+    set_top(area, usize::from(half(step) >> 11 & 7));
     layout::put(area, at::FSW, &half(step).to_le_bytes());
     layout::put(area, at::FTW, &[abridge(half(2 * step)), 0]);
     set_pointers(area, &p);
@@ -290,7 +304,10 @@ pub(super) fn execute<C: VectorCpu>(x: Control, op: &VectorOp, cpu: &mut C) -> R
         Control::LoadEnvironment(wide) => restore_environment(op, cpu, wide, false)?,
         Control::Save(wide) => store_environment(op, cpu, wide, true)?,
         Control::Restore(wide) => restore_environment(op, cpu, wide, true)?,
-        Control::Emms => layout::put(cpu.fpu(), at::FTW, &[0]),
+        Control::Emms => {
+            set_top(cpu.fpu(), 0);
+            layout::put(cpu.fpu(), at::FTW, &[0]);
+        }
     }
     Ok(())
 }
