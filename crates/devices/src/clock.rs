@@ -31,6 +31,7 @@ impl Ns {
     #[must_use]
     pub const fn from_ticks(ticks: u64, hz: u64) -> Self {
         let ns = (ticks as u128 * 1_000_000_000).div_ceil(hz as u128);
+        #[expect(clippy::cast_possible_truncation, reason = "checked")]
         Self(if ns > u64::MAX as u128 { u64::MAX } else { ns as u64 })
     }
 }

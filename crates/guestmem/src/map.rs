@@ -99,13 +99,8 @@ impl GuestMemory {
         let base = NonNull::new(base.cast::<u8>()).ok_or(host(rustix::io::Errno::NOMEM))?;
         let low = size.min(HOLE_START);
         let high = size - low;
-        let mut ram = vec![0..low.min(VGA.start)];
-        if low > VGA.end {
-            ram.push(VGA.end..low);
-        }
-        if high > 0 {
-            ram.push(HOLE_END..HOLE_END + high);
-        }
+        let ranges = [0..low.min(VGA.start), VGA.end..low, HOLE_END..HOLE_END + high];
+        let ram: Vec<_> = ranges.into_iter().filter(|r| !r.is_empty()).collect();
         let frames = ram.last().map_or(0, |r| r.end / PAGE_SIZE);
         let entries = (0..frames)
             .map(|gfn| {

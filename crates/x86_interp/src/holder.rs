@@ -1,0 +1,82 @@
+//! How other threads make this vCPU give up translations (`guestmem::Holder`).
+//!
+//! A request is queued, the vCPU is signalled, and the requester waits until the vCPU has worked off its queue or is
+//! not in the guest: outside, it uses no translation and works off the queue before it goes back in. A vCPU that waits for
+//! others is outside itself, so two that wait for each other cannot lock up (INV-HOLD-1).
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use engine::Signals;
+use engine::signals::Signal;
+use guestmem::{Gfn, Holder, Invalidation};
+
+/// The part of a vCPU that other threads see.
+pub struct VcpuHolder {
+    id: u64,
+    signals: Arc<Signals>,
+    queue: Mutex<Vec<(Range<Gfn>, Invalidation)>>,
+    asked: AtomicU64,
+    done: AtomicU64,
+    in_guest: AtomicBool,
+}
+
+impl VcpuHolder {
+    /// The holder of the vCPU with these signals; `id` is unique in its VM.
+    pub fn new(id: u64, signals: Arc<Signals>) -> Self {
+        Self {
+            id,
+            signals,
+            queue: Mutex::default(),
+            asked: AtomicU64::new(0),
+            done: AtomicU64::new(0),
+            in_guest: AtomicBool::new(false),
+        }
+    }
+
+    /// The vCPU goes into the guest. It must call [`VcpuHolder::take`] before it uses a translation.
+    pub fn enter(&self) {
+        self.in_guest.store(true, Ordering::SeqCst);
+    }
+
+    /// The vCPU uses no translation from here to the next [`VcpuHolder::enter`].
+    pub fn leave(&self) {
+        self.in_guest.store(false, Ordering::SeqCst);
+    }
+
+    /// The requests so far; after acting on them the vCPU calls [`VcpuHolder::done`] with the number returned.
+    pub fn take(&self) -> (u64, Vec<(Range<Gfn>, Invalidation)>) {
+        self.signals.take(Signal::INVALIDATE);
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        (self.asked.load(Ordering::SeqCst), std::mem::take(&mut *queue))
+    }
+
+    /// All requests up to `number` have been acted on.
+    pub fn done(&self, number: u64) {
+        self.done.store(number, Ordering::SeqCst);
+    }
+}
+
+impl Holder for VcpuHolder {
+    fn invalidate(&self, gfns: Range<Gfn>, what: Invalidation) {
+        let number = {
+            let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+            queue.push((gfns, what));
+            self.asked.fetch_add(1, Ordering::SeqCst) + 1
+        };
+        self.signals.raise(Signal::INVALIDATE);
+        let mut spins = 0u32;
+        while self.in_guest.load(Ordering::SeqCst) && self.done.load(Ordering::SeqCst) < number {
+            spins += 1;
+            if spins > 100 {
+                std::thread::yield_now();
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    fn id(&self) -> u64 {
+        self.id
+    }
+}

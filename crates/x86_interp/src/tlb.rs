@@ -1,0 +1,376 @@
+//! The software TLB: guest virtual page → machine page, with the right to read and to write in the tag.
+//!
+//! A tag is the page's linear address with a context number in its low 12 bits, so that one compare checks both. The
+//! lower and the upper half of the address space have a context each. A CR3 write gives the lower half another number
+//! (the PCID's old one, if CR3 bit 63 says that it may live on); the upper half keeps its number as long as only
+//! global pages were filled there. A number is never used again before the whole table was wiped.
+//!
+//! INV-TLB-1: an entry with the write right names a page that is RAM, dirty in the guest's tables and not traced.
+
+use x86::addr::PAGE_MASK;
+
+const SETS: usize = 1024;
+/// Rights with which an access is made, as an index: supervisor, supervisor with AC (SMAP override), user.
+const VARIANTS: usize = 3;
+/// Numbers below 4096 fit a tag's offset bits; 0 marks an empty entry.
+const LAST_CONTEXT: u64 = 4095;
+
+/// One translation.
+#[derive(Clone, Copy, Default)]
+#[repr(align(32))]
+pub struct Entry {
+    pub read_tag: u64,
+    pub write_tag: u64,
+    /// Machine address minus linear address.
+    pub addend: u64,
+    pub gfn: u64,
+}
+
+/// Translations under one PCID.
+#[derive(Clone, Copy)]
+struct PcidContext {
+    pcid: u64,
+    context: u64,
+    last_use: u64,
+}
+
+/// A translation of code: to a page of the decode cache.
+#[derive(Clone, Copy, Default)]
+struct FetchEntry {
+    tag: u64,
+    page: usize,
+}
+
+/// Sets of the code part.
+const FETCH_SETS: usize = 256;
+/// Supervisor and user, times three code sizes.
+const FETCH_VARIANTS: usize = 6;
+
+/// The software TLB of one vCPU.
+pub struct Tlb {
+    entries: Box<[Entry]>,
+    fetch: Box<[FetchEntry]>,
+    /// Context numbers of the lower and the upper half, or 0 ("nothing matches") while accesses must be slow.
+    pub context: [u64; 2],
+    current: [u64; 2],
+    next: u64,
+    forced_slow: bool,
+    /// A page that is not global was filled in the upper half.
+    upper_has_local: bool,
+    /// Hashed GiBs from which a large page was filled, per half.
+    large: [u64; 2],
+    pcids: Vec<PcidContext>,
+    pcid: u64,
+    uses: u64,
+}
+
+/// How many PCIDs keep their translations (Linux uses 6).
+const PCIDS: usize = 16;
+
+impl Default for Tlb {
+    fn default() -> Self {
+        let entries = vec![Entry::default(); SETS * VARIANTS].into_boxed_slice();
+        Self {
+            entries,
+            fetch: vec![FetchEntry::default(); FETCH_SETS * FETCH_VARIANTS].into_boxed_slice(),
+            context: [1, 2],
+            current: [1, 2],
+            next: 3,
+            forced_slow: false,
+            upper_has_local: false,
+            large: [0; 2],
+            pcids: Vec::new(),
+            pcid: 0,
+            uses: 0,
+        }
+    }
+}
+
+const fn half(la: u64) -> usize {
+    (la >> 63) as usize
+}
+
+const fn gib_bit(la: u64) -> u64 {
+    1 << ((la >> 30 ^ la >> 36) & 63)
+}
+
+impl Tlb {
+    /// The tag that an entry for `la` has now; never equal to an entry's while accesses must be slow.
+    #[inline(always)]
+    pub fn tag(&self, la: u64) -> u64 {
+        (la & !PAGE_MASK) | self.context[(la >> 63) as usize & 1]
+    }
+
+    #[inline(always)]
+    fn slot(la: u64, variant: usize) -> usize {
+        #[expect(clippy::cast_possible_truncation, reason = "masked to the set count")]
+        let set = (la >> 12) as usize & (SETS - 1);
+        set + variant * SETS
+    }
+
+    /// The entry where `la` would be.
+    #[inline(always)]
+    pub fn entry(&self, la: u64, variant: usize) -> Entry {
+        self.entries.get(Self::slot(la, variant)).copied().unwrap_or_default()
+    }
+
+    /// Remembers a translation: `page_shift` and `global` as the walk found them.
+    pub fn fill(&mut self, la: u64, variant: usize, entry: Entry, page_shift: u32, global: bool) {
+        self.note_filled(la, page_shift, global);
+        if let Some(slot) = self.entries.get_mut(Self::slot(la, variant)) {
+            *slot = entry;
+        }
+    }
+
+    fn note_filled(&mut self, la: u64, page_shift: u32, global: bool) {
+        let half = half(la);
+        if half == 1 && !global {
+            self.upper_has_local = true;
+        }
+        if page_shift > 12 {
+            self.large[half] |= gib_bit(la);
+        }
+    }
+
+    /// The tag to store in an entry for `la`, whatever the forced slowness.
+    pub fn fill_tag(&self, la: u64) -> u64 {
+        (la & !PAGE_MASK) | self.current[half(la)]
+    }
+
+    /// While set, no lookup hits: every access takes the slow way (alignment checks, data breakpoints).
+    pub fn force_slow(&mut self, slow: bool) {
+        self.forced_slow = slow;
+        self.publish();
+    }
+
+    fn publish(&mut self) {
+        // No entry has a tag with context 0, but an empty entry has tag 0: use a number never given out instead.
+        self.context = if self.forced_slow { [LAST_CONTEXT; 2] } else { self.current };
+    }
+
+    fn fresh(&mut self) -> u64 {
+        if self.next >= LAST_CONTEXT {
+            self.entries.fill(Entry::default());
+            self.forget_code();
+            self.next = 1;
+            self.pcids.clear();
+            // Both halves need new numbers: the old ones may be given out again.
+            let both = [self.next, self.next + 1];
+            self.next += 2;
+            self.current = both;
+            self.large = [0; 2];
+            self.upper_has_local = false;
+        }
+        self.next += 1;
+        self.next - 1
+    }
+
+    /// Forgets everything.
+    pub fn flush_all(&mut self) {
+        self.pcids.clear();
+        let lower = self.fresh();
+        let upper = self.fresh();
+        self.current = [lower, upper];
+        self.large = [0; 2];
+        self.upper_has_local = false;
+        self.publish();
+    }
+
+    /// Forgets all but global pages of the current address space.
+    pub fn flush_local(&mut self) {
+        let pcid = self.pcid;
+        self.pcids.retain(|p| p.pcid != pcid);
+        self.current[0] = self.fresh();
+        self.large[0] = 0;
+        self.flush_upper_local();
+        self.publish();
+    }
+
+    fn flush_upper_local(&mut self) {
+        if self.upper_has_local {
+            self.upper_has_local = false;
+            self.current[1] = self.fresh();
+            self.large[1] = 0;
+        }
+    }
+
+    /// A CR3 write: another address space, whose old translations live on if `keep`.
+    pub fn switch(&mut self, pcid: u64, keep: bool) {
+        self.uses += 1;
+        self.remember_current();
+        self.pcid = pcid;
+        let kept = self.pcids.iter().position(|p| p.pcid == pcid).map(|at| self.pcids.swap_remove(at));
+        match kept {
+            Some(old) if keep => {
+                self.current[0] = old.context;
+                // Which large pages were filled under the old number is unknown.
+                self.large[0] = u64::MAX;
+            }
+            _ => {
+                self.current[0] = self.fresh();
+                self.large[0] = 0;
+            }
+        }
+        self.flush_upper_local();
+        self.publish();
+    }
+
+    fn remember_current(&mut self) {
+        let now = PcidContext { pcid: self.pcid, context: self.current[0], last_use: self.uses };
+        self.pcids.retain(|p| p.pcid != now.pcid);
+        if self.pcids.len() >= PCIDS {
+            let oldest = self.pcids.iter().enumerate().min_by_key(|(_, p)| p.last_use).map(|(i, _)| i);
+            self.pcids.swap_remove(oldest.unwrap_or(0));
+        }
+        self.pcids.push(now);
+    }
+
+    /// INVPCID of another PCID: its translations do not live on.
+    pub fn forget_pcid(&mut self, pcid: u64) {
+        self.pcids.retain(|p| p.pcid != pcid);
+    }
+
+    /// INVPCID type 3: all PCIDs, global pages excepted.
+    pub fn flush_all_local(&mut self) {
+        self.pcids.clear();
+        self.flush_local();
+    }
+
+    /// INVLPG: forgets the page at `la`; all pieces of it, should it have been a large one.
+    pub fn invalidate_page(&mut self, la: u64) {
+        let half = half(la);
+        if self.large[half] & gib_bit(la) != 0 {
+            self.current[half] = self.fresh();
+            self.large[half] = 0;
+            if half == 1 {
+                self.upper_has_local = false;
+            }
+            self.publish();
+            return;
+        }
+        let tag = self.fill_tag(la);
+        for variant in 0..FETCH_VARIANTS {
+            if let Some(e) = self.fetch.get_mut(Self::fetch_slot(la, variant))
+                && e.tag == tag
+            {
+                *e = FetchEntry::default();
+            }
+        }
+        for variant in 0..VARIANTS {
+            if let Some(e) = self.entries.get_mut(Self::slot(la, variant))
+                && (e.read_tag == tag || e.write_tag == tag)
+            {
+                *e = Entry::default();
+            }
+        }
+    }
+
+    fn fetch_slot(la: u64, variant: usize) -> usize {
+        #[expect(clippy::cast_possible_truncation, reason = "masked to the set count")]
+        let set = (la >> 12) as usize & (FETCH_SETS - 1);
+        set + variant * FETCH_SETS
+    }
+
+    /// The decoded page that `la` lies in. `variant` is 3 for user code, plus 0 to 2 for its size.
+    #[inline(always)]
+    pub fn code_page(&self, la: u64, variant: usize) -> Option<usize> {
+        let e = self.fetch.get(Self::fetch_slot(la, variant))?;
+        (e.tag == self.fill_tag(la)).then_some(e.page)
+    }
+
+    /// Remembers the decoded page of `la`.
+    pub fn fill_code(&mut self, la: u64, variant: usize, page: usize, page_shift: u32, global: bool) {
+        self.note_filled(la, page_shift, global);
+        let tag = self.fill_tag(la);
+        if let Some(e) = self.fetch.get_mut(Self::fetch_slot(la, variant)) {
+            *e = FetchEntry { tag, page };
+        }
+    }
+
+    /// Forgets all translations of code (the decode cache was emptied).
+    pub fn forget_code(&mut self) {
+        self.fetch.fill(FetchEntry::default());
+    }
+
+    /// Takes away the right to write (or every right, if `all`) to guest frames, under every context. A reverse map would
+    /// cost each fill; the table is small, so it is searched.
+    pub fn revoke(&mut self, gfns: &std::ops::Range<u64>, all: bool) {
+        for e in self.entries.iter_mut().filter(|e| gfns.contains(&e.gfn)) {
+            e.write_tag = 0;
+            if all {
+                e.read_tag = 0;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fill(tlb: &mut Tlb, la: u64, shift: u32, global: bool) {
+        let tag = tlb.fill_tag(la);
+        tlb.fill(la, 0, Entry { read_tag: tag, write_tag: tag, addend: 0, gfn: la >> 12 }, shift, global);
+    }
+    fn hits(tlb: &Tlb, la: u64) -> bool {
+        tlb.entry(la, 0).read_tag == tlb.tag(la)
+    }
+
+    const KERNEL: u64 = 0xffff_8000_0000_5000;
+
+    #[test]
+    fn switch_without_pcid_keeps_only_globals() {
+        let mut tlb = Tlb::default();
+        fill(&mut tlb, 0x1000, 12, false);
+        fill(&mut tlb, KERNEL, 12, true);
+        tlb.switch(0, false);
+        assert!(!hits(&tlb, 0x1000) && hits(&tlb, KERNEL));
+        fill(&mut tlb, KERNEL + 0x1000, 12, false);
+        tlb.switch(0, false);
+        assert!(!hits(&tlb, KERNEL + 0x1000));
+    }
+
+    #[test]
+    fn switch_back_with_keep_finds_old_entries() {
+        let mut tlb = Tlb::default();
+        tlb.switch(1, false);
+        fill(&mut tlb, 0x1000, 12, false);
+        tlb.switch(2, false);
+        assert!(!hits(&tlb, 0x1000));
+        tlb.switch(1, true);
+        assert!(hits(&tlb, 0x1000));
+        tlb.switch(2, true);
+        tlb.forget_pcid(1);
+        tlb.switch(1, true);
+        assert!(!hits(&tlb, 0x1000));
+    }
+
+    #[test]
+    fn invalidate_page_in_large_page_drops_its_pieces() {
+        let mut tlb = Tlb::default();
+        fill(&mut tlb, 0x20_1000, 21, false);
+        tlb.invalidate_page(0x20_7000);
+        assert!(!hits(&tlb, 0x20_1000));
+        fill(&mut tlb, 0x1000, 12, false);
+        fill(&mut tlb, 0x2000, 12, false);
+        tlb.invalidate_page(0x1000);
+        assert!(!hits(&tlb, 0x1000) && hits(&tlb, 0x2000));
+    }
+
+    #[test]
+    fn context_numbers_wrap_without_false_hits() {
+        let mut tlb = Tlb::default();
+        for _ in 0..10_000 {
+            fill(&mut tlb, 0x1000, 12, false);
+            fill(&mut tlb, KERNEL, 12, true);
+            tlb.switch(0, false);
+            assert!(!hits(&tlb, 0x1000));
+        }
+        fill(&mut tlb, 0x1000, 12, false);
+        tlb.force_slow(true);
+        assert!(!hits(&tlb, 0x1000));
+        tlb.force_slow(false);
+        assert!(hits(&tlb, 0x1000));
+        assert!(!hits(&tlb, 0));
+    }
+}
