@@ -36,8 +36,8 @@ pub fn io_route(pin: u32, lo: u32, hi: u32) {
     io_write(0x10 + pin * 2, lo);
 }
 
-/// Initialises both PICs: vectors 20H and 28H, all masked.
-pub fn init() {
+/// Initialises both PICs: vectors 20H and 28H, all masked, edge triggered.
+fn init_pics() {
     for (port, v) in [
         (0x20, 0x11),
         (0xa0, 0x11),
@@ -54,6 +54,11 @@ pub fn init() {
     cpu::outb(0xa1, 0xff);
     cpu::outb(0x4d0, 0);
     cpu::outb(0x4d1, 0);
+}
+
+/// Initialises the controllers.
+pub fn init() {
+    init_pics();
     let base = cpu::rdmsr(APIC_BASE);
     cpu::wrmsr(APIC_BASE, base | 0x800);
     reset();
@@ -64,8 +69,7 @@ pub fn init() {
 
 /// Masks every source; takes what is pending out of the local APIC.
 pub fn reset() {
-    cpu::outb(0x21, 0xff);
-    cpu::outb(0xa1, 0xff);
+    init_pics();
     if cpu::rdmsr(APIC_BASE) & 0x400 != 0 {
         // Out of x2APIC mode only through the disabled state (SDM 3A 11.12.5).
         let base = cpu::rdmsr(APIC_BASE);
@@ -82,6 +86,12 @@ pub fn reset() {
     for pin in [0, 2, 4] {
         io_route(pin, 0x1_0000, 0);
     }
+    // Take what is still pending, by handlers that only acknowledge.
+    for v in 0x20..=0xff {
+        crate::traps::set_mode(v, crate::traps::RESUME | crate::traps::EOI_APIC);
+    }
+    unsafe { core::arch::asm!("sti", "nop", "nop", "cli") };
+    crate::traps::reset();
     // An interrupt in service blocks its class for ever: acknowledge what a failed test left.
     for _ in 0..16 {
         if (0..8).all(|i| read(0x100 + i * 0x10) == 0) {

@@ -202,6 +202,8 @@ fn reset_world() {
     traps::reset();
     mem::reset_pool();
     apic::reset();
+    cpu::outb(0x3f9, 0);
+    cpu::outb(0x3fc, 3);
 }
 
 fn run_one(test: &Test) -> Verdict {

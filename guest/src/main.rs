@@ -14,9 +14,12 @@ mod boot;
 mod cpu;
 mod desc;
 mod faults;
+mod fpu;
 mod harness;
 mod crmsr;
 mod debug;
+mod integer;
+mod irq;
 mod legacy;
 mod mem;
 mod modes;
@@ -27,9 +30,13 @@ mod runtime;
 mod segments;
 mod segments32;
 mod sensitive;
+mod smc;
+mod smp;
+mod snapshot;
+mod syscalls;
 mod traps;
 
-const GROUPS: &[&[harness::Test]] = &[faults::TESTS, paging::TESTS, modes::TESTS, paging32::TESTS, debug::TESTS, segments::TESTS, segments32::TESTS, sensitive::TESTS, privileged::TESTS, crmsr::TESTS];
+const GROUPS: &[&[harness::Test]] = &[faults::TESTS, paging::TESTS, modes::TESTS, paging32::TESTS, debug::TESTS, segments::TESTS, segments32::TESTS, sensitive::TESTS, privileged::TESTS, crmsr::TESTS, syscalls::TESTS, integer::TESTS, smc::TESTS, irq::TESTS, fpu::TESTS, snapshot::TESTS, smp::TESTS];
 
 /// Called by the boot code in long mode.
 #[unsafe(no_mangle)]
