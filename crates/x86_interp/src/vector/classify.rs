@@ -147,11 +147,9 @@ fn class(i: &Instruction, encoding: EncodingKind, kind: &Kind) -> Class {
     let o = operands(i);
     match (encoding, kind) {
         (_, Kind::X87(x)) => match x {
-            x87::Control::Emms => Class::Mmx,
-            x87::Control::Wait => Class::Wait,
-            x87::Control::LoadControl | x87::Control::LoadEnvironment(_) | x87::Control::Restore(_) => {
-                Class::X87
-            }
+            x87::X87::Emms => Class::Mmx,
+            x87::X87::Wait => Class::Wait,
+            x87::X87::LoadControl | x87::X87::LoadEnvironment(_) | x87::X87::Restore(_) => Class::X87,
             _ => Class::X87NoWait,
         },
         (_, Kind::Nop) => Class::X87NoWait,
@@ -257,7 +255,7 @@ fn kind(i: &Instruction) -> Option<Kind> {
 /// Instructions that move state.
 fn state_kind(i: &Instruction) -> Option<Kind> {
     use Mnemonic as M;
-    use x87::Control as C;
+    use x87::X87 as C;
     let wide = matches!(i.memory_size(), MemorySize::FpuEnv28 | MemorySize::FpuState108);
     Some(match i.mnemonic() {
         M::Wait => Kind::X87(C::Wait),

@@ -7,8 +7,8 @@ use x86::Exception;
 use super::layout::{self, at};
 use super::{VectorCpu, VectorOp};
 
-/// A function of two lanes of 16 bytes.
-pub(super) type Lanes = fn(u128, u128) -> u128;
+/// A function of two lanes of 16 bytes; the result replaces the first. By reference, so that it is compiled to SIMD.
+pub(super) type Lanes = fn(&mut [u8; 16], &[u8; 16]);
 /// A function of one lane and an immediate.
 pub(super) type Immediate = fn(u128, u8) -> u128;
 
@@ -110,30 +110,23 @@ pub(super) enum Fast {
 macro_rules! elements {
     ($t:ty, $a:expr, $b:expr, $f:expr) => {{
         const N: usize = size_of::<$t>();
-        let (a, b) = ($a.to_le_bytes(), $b.to_le_bytes());
-        let f: fn($t, $t) -> $t = $f;
-        let mut out = [0u8; 16];
-        for ((out, a), b) in
-            out.as_chunks_mut::<N>().0.iter_mut().zip(a.as_chunks::<N>().0).zip(b.as_chunks::<N>().0)
-        {
-            *out = f(<$t>::from_le_bytes(*a), <$t>::from_le_bytes(*b)).to_le_bytes();
+        let f = $f;
+        for (a, b) in $a.as_chunks_mut::<N>().0.iter_mut().zip($b.as_chunks::<N>().0) {
+            let x: $t = f(<$t>::from_le_bytes(*a), <$t>::from_le_bytes(*b));
+            *a = x.to_le_bytes();
         }
-        u128::from_le_bytes(out)
     }};
 }
 
 /// Interleaves the elements of two lanes' low or high halves.
 macro_rules! unpack {
     ($bytes:literal, $high:literal, $a:expr, $b:expr) => {{
-        let (a, b) = ($a.to_le_bytes(), $b.to_le_bytes());
-        let mut out = [0u8; 16];
+        let (x, y) = (*$a, *$b);
         let half = if $high { 8 } else { 0 };
-        for (i, pair) in out.chunks_exact_mut(2 * $bytes).enumerate() {
-            let at = half + i * $bytes;
-            pair[..$bytes].copy_from_slice(&a[at..at + $bytes]);
-            pair[$bytes..].copy_from_slice(&b[at..at + $bytes]);
-        }
-        u128::from_le_bytes(out)
+        *$a = std::array::from_fn(|i| {
+            let from = half + i / (2 * $bytes) * $bytes + i % $bytes;
+            if i / $bytes % 2 == 0 { x[from] } else { y[from] }
+        });
     }};
 }
 
@@ -141,17 +134,25 @@ macro_rules! unpack {
 pub(super) fn lanes(mnemonic: Mnemonic) -> Option<Lanes> {
     use Mnemonic as M;
     Some(match mnemonic {
-        M::Pxor | M::Xorps | M::Xorpd | M::Vpxor | M::Vxorps | M::Vxorpd => |a, b| a ^ b,
-        M::Por | M::Orps | M::Orpd | M::Vpor | M::Vorps | M::Vorpd => |a, b| a | b,
-        M::Pand | M::Andps | M::Andpd | M::Vpand | M::Vandps | M::Vandpd => |a, b| a & b,
-        M::Pandn | M::Andnps | M::Andnpd | M::Vpandn | M::Vandnps | M::Vandnpd => |a, b| !a & b,
+        M::Pxor | M::Xorps | M::Xorpd | M::Vpxor | M::Vxorps | M::Vxorpd => {
+            |a, b| elements!(u64, a, b, |x, y| x ^ y)
+        }
+        M::Por | M::Orps | M::Orpd | M::Vpor | M::Vorps | M::Vorpd => {
+            |a, b| elements!(u64, a, b, |x, y| x | y)
+        }
+        M::Pand | M::Andps | M::Andpd | M::Vpand | M::Vandps | M::Vandpd => {
+            |a, b| elements!(u64, a, b, |x, y| x & y)
+        }
+        M::Pandn | M::Andnps | M::Andnpd | M::Vpandn | M::Vandnps | M::Vandnpd => {
+            |a, b| elements!(u64, a, b, |x: u64, y: u64| !x & y)
+        }
         M::Pcmpeqb | M::Vpcmpeqb => |a, b| elements!(u8, a, b, |x, y| if x == y { u8::MAX } else { 0 }),
         M::Pcmpeqw | M::Vpcmpeqw => |a, b| elements!(u16, a, b, |x, y| if x == y { u16::MAX } else { 0 }),
         M::Pcmpeqd | M::Vpcmpeqd => |a, b| elements!(u32, a, b, |x, y| if x == y { u32::MAX } else { 0 }),
         M::Pcmpgtb | M::Vpcmpgtb => |a, b| elements!(i8, a, b, |x, y| if x > y { -1 } else { 0 }),
         M::Pcmpgtd | M::Vpcmpgtd => |a, b| elements!(i32, a, b, |x, y| if x > y { -1 } else { 0 }),
-        M::Pminub | M::Vpminub => |a, b| elements!(u8, a, b, |x, y| x.min(y)),
-        M::Pmaxub | M::Vpmaxub => |a, b| elements!(u8, a, b, |x, y| x.max(y)),
+        M::Pminub | M::Vpminub => |a, b| elements!(u8, a, b, u8::min),
+        M::Pmaxub | M::Vpmaxub => |a, b| elements!(u8, a, b, u8::max),
         M::Psubb | M::Vpsubb => |a, b| elements!(u8, a, b, u8::wrapping_sub),
         M::Psubw | M::Vpsubw => |a, b| elements!(u16, a, b, u16::wrapping_sub),
         M::Psubd | M::Vpsubd => |a, b| elements!(u32, a, b, u32::wrapping_sub),
@@ -162,7 +163,7 @@ pub(super) fn lanes(mnemonic: Mnemonic) -> Option<Lanes> {
         M::Paddd | M::Vpaddd => |a, b| elements!(u32, a, b, u32::wrapping_add),
         M::Paddq | M::Vpaddq => |a, b| elements!(u64, a, b, u64::wrapping_add),
         M::Pmuludq | M::Vpmuludq => {
-            |a, b| elements!(u64, a, b, |x, y| (x & 0xffff_ffff).wrapping_mul(y & 0xffff_ffff))
+            |a, b| elements!(u64, a, b, |x: u64, y: u64| (x & 0xffff_ffff).wrapping_mul(y & 0xffff_ffff))
         }
         M::Punpcklbw | M::Vpunpcklbw => |a, b| unpack!(1, false, a, b),
         M::Punpcklwd | M::Vpunpcklwd => |a, b| unpack!(2, false, a, b),
@@ -266,7 +267,7 @@ fn wide_binary<C: VectorCpu>(
     source(op, cpu, b, &mut y[..len])?;
     layout::get_vector(cpu.fpu(), usize::from(a), &mut x[..len]);
     for (x, y) in x[..len].as_chunks_mut::<16>().0.iter_mut().zip(y.as_chunks::<16>().0) {
-        *x = f(u128::from_le_bytes(*x), u128::from_le_bytes(*y)).to_le_bytes();
+        f(x, y);
     }
     layout::set_vector(cpu.fpu(), usize::from(dst), &x[..len], true);
     Ok(())
@@ -279,12 +280,34 @@ pub(super) fn execute<C: VectorCpu>(fast: Fast, op: &VectorOp, cpu: &mut C) -> R
             if len != 16 {
                 return wide_binary(f, op, cpu, (dst, a, b), usize::from(len));
             }
-            let y = match b {
-                Source::Register(r) => layout::xmm(cpu.fpu(), usize::from(r)),
-                Source::Memory => load(op, cpu)?,
-            };
-            let x = layout::xmm(cpu.fpu(), usize::from(a));
-            set(cpu, dst, f(x, y), zero);
+            let mut y = [0u8; 16];
+            match b {
+                Source::Register(r) => y = layout::lane(cpu.fpu(), usize::from(r)),
+                Source::Memory => {
+                    let offset = op.operand(cpu)?;
+                    cpu.read(op.segment(), offset, &mut y)?;
+                }
+            }
+            let area = cpu.fpu();
+            let mut x = layout::lane(area, usize::from(a));
+            f(&mut x, &y);
+            layout::set_lane(area, usize::from(dst), &x);
+            if zero {
+                layout::zero_above_128(area, usize::from(dst));
+            }
+        }
+        Fast::Load { dst, len: 16, zero } if dst < 16 => {
+            let v = load(op, cpu)?;
+            set(cpu, dst, v, zero);
+        }
+        Fast::Store { src, len: 16 } if src < 16 => {
+            let offset = op.operand(cpu)?;
+            let v = layout::xmm(cpu.fpu(), usize::from(src));
+            cpu.write(op.segment(), offset, &v.to_le_bytes())?;
+        }
+        Fast::Copy { dst, src, len: 16, zero } if dst < 16 && src < 16 => {
+            let v = layout::xmm(cpu.fpu(), usize::from(src));
+            set(cpu, dst, v, zero);
         }
         Fast::Load { dst, len, zero } => {
             let offset = op.operand(cpu)?;

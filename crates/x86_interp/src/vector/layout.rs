@@ -163,6 +163,17 @@ pub(super) fn set_xmm(area: &mut FpuArea, i: usize, v: u128) {
     put(area, at::XMM + 16 * (i & 15), &v.to_le_bytes());
 }
 
+/// The bytes of XMM register `i`, 0 to 15.
+#[inline(always)]
+pub(super) fn lane(area: &FpuArea, i: usize) -> [u8; 16] {
+    bytes(area, at::XMM + 16 * (i & 15))
+}
+
+#[inline(always)]
+pub(super) fn set_lane(area: &mut FpuArea, i: usize, v: &[u8; 16]) {
+    put(area, at::XMM + 16 * (i & 15), v);
+}
+
 /// Zeroes bits MAXVL-1:128 of register `i`, as VEX.128 instructions do (SDM 1 14.1.3).
 #[inline]
 pub(super) fn zero_above_128(area: &mut FpuArea, i: usize) {

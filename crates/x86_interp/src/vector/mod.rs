@@ -13,8 +13,8 @@
 //! and x87 control word are never in force while Rust runs. No instruction changes state when it raises an exception,
 //! but gathers and scatters, whose completed elements stay done (SDM 2C VGATHERDPS).
 //!
-//! Threads: a [`VectorOp`] may be used by any thread; code memory is the thread's own. Cost: about 10 ns a stub, 100 ns
-//! with x87 state, 2 ns a fast one.
+//! Threads: a [`VectorOp`] may be used by any thread; code memory is the thread's own. Cost here: about 20 ns a stub, 130 ns
+//! with x87 state, 8 ns a fast one (`tests::hostile::cost_of_typical_instructions` prints it).
 
 mod address;
 mod check;
@@ -121,7 +121,7 @@ enum Kind {
     Nop,
     Fast(fast::Fast),
     Native(Box<run::Native>),
-    X87(x87::Control),
+    X87(x87::X87),
     Xsave(xsave::Xsave),
     Gather(Box<gather::Gather>),
     Masked(Box<masked::Masked>),

@@ -9,7 +9,7 @@ use super::{VectorCpu, VectorOp};
 
 /// An instruction done here.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Control {
+pub(super) enum X87 {
     /// WAIT and the no-operations of old coprocessors: the checks are all.
     Wait,
     /// FNINIT.
@@ -276,35 +276,35 @@ fn store_u16<C: VectorCpu>(op: &VectorOp, cpu: &mut C, from: usize) -> Result<()
     cpu.write(op.segment(), offset, &value.to_le_bytes())
 }
 
-pub(super) fn execute<C: VectorCpu>(x: Control, op: &VectorOp, cpu: &mut C) -> Result<(), Exception> {
+pub(super) fn execute<C: VectorCpu>(x: X87, op: &VectorOp, cpu: &mut C) -> Result<(), Exception> {
     match x {
-        Control::Wait => {}
-        Control::Init => init(cpu.fpu()),
-        Control::Clear => {
+        X87::Wait => {}
+        X87::Init => init(cpu.fpu()),
+        X87::Clear => {
             let fsw = u16_at(cpu.fpu(), at::FSW) & 0x7f00;
             layout::put(cpu.fpu(), at::FSW, &fsw.to_le_bytes());
         }
-        Control::StoreStatusAx => {
+        X87::StoreStatusAx => {
             layout::normalize_x87(cpu.fpu());
             let rax = cpu.gpr(0) & !0xffff | u64::from(u16_at(cpu.fpu(), at::FSW));
             cpu.set_gpr(0, rax);
         }
-        Control::StoreStatus => {
+        X87::StoreStatus => {
             layout::normalize_x87(cpu.fpu());
             store_u16(op, cpu, at::FSW)?;
         }
-        Control::StoreControl => store_u16(op, cpu, at::FCW)?,
-        Control::LoadControl => {
+        X87::StoreControl => store_u16(op, cpu, at::FCW)?,
+        X87::LoadControl => {
             let offset = op.operand(cpu)?;
             let mut value = [0; 2];
             cpu.read(op.segment(), offset, &mut value)?;
             set_control_word(cpu.fpu(), u16::from_le_bytes(value));
         }
-        Control::StoreEnvironment(wide) => store_environment(op, cpu, wide, false)?,
-        Control::LoadEnvironment(wide) => restore_environment(op, cpu, wide, false)?,
-        Control::Save(wide) => store_environment(op, cpu, wide, true)?,
-        Control::Restore(wide) => restore_environment(op, cpu, wide, true)?,
-        Control::Emms => {
+        X87::StoreEnvironment(wide) => store_environment(op, cpu, wide, false)?,
+        X87::LoadEnvironment(wide) => restore_environment(op, cpu, wide, false)?,
+        X87::Save(wide) => store_environment(op, cpu, wide, true)?,
+        X87::Restore(wide) => restore_environment(op, cpu, wide, true)?,
+        X87::Emms => {
             set_top(cpu.fpu(), 0);
             layout::put(cpu.fpu(), at::FTW, &[0]);
         }

@@ -1,8 +1,9 @@
 //! Tests of this module: against the host, executed another way (`differential`), and against the manuals
-//! (`exceptions`, `state`).
+//! (`exceptions`, `state`), and with nonsense (`hostile`).
 
 mod differential;
 mod exceptions;
+mod hostile;
 mod oracle;
 mod state;
 
