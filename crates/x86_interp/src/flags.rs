@@ -53,26 +53,32 @@ impl LazyFlags {
             | (self.of() as u64) << 11
     }
 
+    /// Carry.
     #[inline(always)]
     pub const fn cf(self) -> bool {
         self.aux & CARRY != 0
     }
+    /// Overflow.
     #[inline(always)]
     pub const fn of(self) -> bool {
         (self.aux ^ self.aux << 1) & CARRY != 0
     }
+    /// Zero.
     #[inline(always)]
     pub const fn zf(self) -> bool {
         self.result == 0
     }
+    /// Sign.
     #[inline(always)]
     pub const fn sf(self) -> bool {
         (self.result >> 63 ^ self.aux >> 16 & 1) != 0
     }
+    /// Adjust: the carry out of bit 3.
     #[inline(always)]
     pub const fn af(self) -> bool {
         self.aux & HALF != 0
     }
+    /// Parity of the low byte.
     #[inline(always)]
     pub const fn pf(self) -> bool {
         let b = (self.result ^ self.aux >> 8) & 0xff;

@@ -12,6 +12,7 @@ pub mod cpu;
 pub mod decode;
 pub mod flags;
 pub mod holder;
+pub mod host_tsc;
 pub mod intercept;
 pub mod memory;
 pub mod ops;
@@ -124,6 +125,10 @@ impl Vcpu for Interp {
 
     fn restore(&mut self, state: &CpuState) {
         self.cpu.load(state);
+    }
+
+    fn wake_mask(&self) -> u32 {
+        self.cpu.poll_mask
     }
 
     fn instructions(&self) -> u64 {

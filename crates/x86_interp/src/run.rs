@@ -131,6 +131,10 @@ impl Interp {
         let tf = self.cpu.system_flag(rflags::TF);
         let rf = self.cpu.system_flag(rflags::RF);
         let shadow = self.cpu.s.shadow;
+        if shadow != InterruptShadow::MovSs && self.deliver_debug_trap() {
+            // The trap bit of a TSS: before the first instruction of the task.
+            return Ok(());
+        }
         if !rf && shadow != InterruptShadow::MovSs {
             self.instruction_breakpoint()?;
         }
@@ -167,11 +171,20 @@ impl Interp {
         if tf && !cpu.trap_suppressed {
             cpu.pending_debug |= dr::DR6_BS;
         }
-        if cpu.pending_debug != 0 && cpu.s.shadow != InterruptShadow::MovSs {
-            cpu.s.dr6 |= std::mem::take(&mut cpu.pending_debug);
-            interrupt::deliver_trap(cpu, Exception::DB);
+        if cpu.s.shadow != InterruptShadow::MovSs {
+            self.deliver_debug_trap();
         }
         Ok(())
+    }
+
+    /// Delivers #DB for the conditions that wait. True if there were any.
+    fn deliver_debug_trap(&mut self) -> bool {
+        let conditions = std::mem::take(&mut self.cpu.pending_debug);
+        if conditions != 0 {
+            self.cpu.s.dr6 |= conditions;
+            interrupt::deliver_trap(&mut self.cpu, Exception::DB);
+        }
+        conditions != 0
     }
 
     /// Instruction breakpoints are faults, before the instruction (SDM 3B 17.3.1.1).
@@ -254,17 +267,17 @@ impl Interp {
 
     /// Decodes the one instruction at `la`, wherever its bytes lie.
     fn decode_single(&mut self, la: u64) -> Result<Op, Exception> {
+        #[expect(clippy::cast_possible_truncation, reason = "at most a page")]
         let room = (PAGE_SIZE - (la & PAGE_MASK)) as usize;
         let allowed = self.fetch_limit()?;
         let mut bytes = [0; MAX_LEN];
         let head = room.min(allowed).min(MAX_LEN);
         let first = self.fetch_single(la, &mut bytes[..head])?;
         let offset = (la & PAGE_MASK) as u16;
-        let mut fetched = head;
         let mut decoded = decode(&self.cpu, &bytes[..head], offset);
         let mut second = None;
         if decoded.is_none() && head == room && head < allowed.min(MAX_LEN) {
-            fetched = allowed.min(MAX_LEN);
+            let fetched = allowed.min(MAX_LEN);
             let next = la.wrapping_add(room as u64) & self.cpu.linear_mask;
             second = Some(self.fetch_single(next, &mut bytes[head..fetched])?);
             decoded = decode(&self.cpu, &bytes[..fetched], offset);
@@ -360,7 +373,9 @@ fn decode(cpu: &Cpu, bytes: &[u8], offset: u16) -> Option<Instruction> {
     };
     let mut decoder = Decoder::with_ip(cpu.code_size.bits(), bytes, u64::from(offset), options);
     let instruction = decoder.decode();
-    (decoder.last_error() != DecoderError::NoMoreBytes).then_some(instruction)
+    // An instruction that needs a sixteenth byte shows as invalid after fifteen.
+    let too_long = instruction.is_invalid() && instruction.len() >= MAX_LEN;
+    (decoder.last_error() != DecoderError::NoMoreBytes && !too_long).then_some(instruction)
 }
 
 /// Decodes from `offset` to an unconditional transfer or the page's end. None if the first instruction crosses it.

@@ -19,10 +19,13 @@ const LAST_CONTEXT: u64 = 4095;
 #[derive(Clone, Copy, Default)]
 #[repr(align(32))]
 pub struct Entry {
+    /// Tag for reads, or 0.
     pub read_tag: u64,
+    /// Tag for writes, or 0.
     pub write_tag: u64,
     /// Machine address minus linear address.
     pub addend: u64,
+    /// The guest frame.
     pub gfn: u64,
 }
 
@@ -103,7 +106,6 @@ impl Tlb {
 
     #[inline(always)]
     fn slot(la: u64, variant: usize) -> usize {
-        #[expect(clippy::cast_possible_truncation, reason = "masked to the set count")]
         let set = (la >> 12) as usize & (SETS - 1);
         set + variant * SETS
     }
@@ -266,7 +268,6 @@ impl Tlb {
     }
 
     fn fetch_slot(la: u64, variant: usize) -> usize {
-        #[expect(clippy::cast_possible_truncation, reason = "masked to the set count")]
         let set = (la >> 12) as usize & (FETCH_SETS - 1);
         set + variant * FETCH_SETS
     }

@@ -1,5 +1,7 @@
 //! From one decoded instruction (iced) to the handler that executes it and the operands as it wants them.
 
+#![expect(clippy::cast_possible_truncation, reason = "selectors, types and levels are fields of wider words")]
+
 use iced_x86::{Code, Instruction, MemorySize, Mnemonic, OpKind, Register};
 use x86::cpuid::{Gate, OlderMeaning};
 
@@ -24,7 +26,6 @@ fn register_number(r: Register) -> u8 {
         Register::CH => 21,
         Register::DH => 22,
         Register::BH => 23,
-        #[expect(clippy::cast_possible_truncation, reason = "0 to 15")]
         _ if r.is_gpr() => r.full_register().number() as u8,
         _ => ZERO,
     }
@@ -75,7 +76,6 @@ fn fill_memory(op: &mut Op, i: &Instruction, size: CodeSize) {
         _ => register_number(base),
     };
     op.index = if i.memory_index() == Register::None { ZERO } else { register_number(i.memory_index()) };
-    #[expect(clippy::cast_possible_truncation, reason = "0 to 3")]
     let scale = i.memory_index_scale().trailing_zeros() as u8;
     op.scale = scale;
     op.disp = i.memory_displacement64();
@@ -155,7 +155,6 @@ fn operand_bits(i: &Instruction, n: u32) -> u32 {
 /// The decoded instruction as it will be executed.
 pub fn build(cpu: &mut Cpu, i: &Instruction, offset: u16) -> Built {
     let size = cpu.code_size;
-    #[expect(clippy::cast_possible_truncation, reason = "at most 15")]
     let len = i.len() as u8;
     let mut op = blank(system, offset, len);
     if i.is_invalid() {
@@ -257,7 +256,6 @@ fn older(op: &mut Op, i: &Instruction, size: CodeSize, meaning: OlderMeaning) ->
 }
 
 /// The hand-written handler, if there is one.
-#[expect(clippy::too_many_lines, reason = "a flat table of instructions")]
 fn select(op: &mut Op, i: &Instruction, size: CodeSize) -> Option<Handler> {
     use Mnemonic as M;
     let locked = i.has_lock_prefix();

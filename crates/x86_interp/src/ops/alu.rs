@@ -8,11 +8,13 @@ use crate::flags::LazyFlags;
 
 /// A two-operand operation on masked values.
 pub trait Binary: 'static {
+    /// Result and flags of `a` and `b`, with the flags before.
     fn apply<W: Width>(a: u64, b: u64, flags: LazyFlags) -> (u64, LazyFlags);
 }
 
 macro_rules! binary {
     ($name:ident, |$a:ident, $b:ident, $flags:ident, $w:ident| $body:expr) => {
+        #[doc = concat!("The operation of ", stringify!($name), ".")]
         pub struct $name;
         impl Binary for $name {
             #[inline(always)]
@@ -54,11 +56,13 @@ binary!(Xor, |a, b, _f, W| {
 
 /// A one-operand operation on a masked value.
 pub trait Unary: 'static {
+    /// Result and flags of `a`, with the flags before.
     fn apply<W: Width>(a: u64, flags: LazyFlags) -> (u64, LazyFlags);
 }
 
 macro_rules! unary {
     ($name:ident, |$a:ident, $flags:ident, $w:ident| $body:expr) => {
+        #[doc = concat!("The operation of ", stringify!($name), ".")]
         pub struct $name;
         impl Unary for $name {
             #[inline(always)]

@@ -7,15 +7,23 @@ use crate::flags::{LazyFlags, sign_extend};
 
 /// A shift by a count that was masked to 5 or 6 bits and is not zero.
 pub trait Shift: 'static {
+    /// Result and flags of `a`, with the flags before.
     fn apply<W: Width>(a: u64, count: u32, flags: LazyFlags) -> (u64, LazyFlags);
 }
 
+/// SHL.
 pub struct Shl;
+/// SHR.
 pub struct Shr;
+/// SAR.
 pub struct Sar;
+/// ROL.
 pub struct Rol;
+/// ROR.
 pub struct Ror;
+/// RCL.
 pub struct Rcl;
+/// RCR.
 pub struct Rcr;
 
 const fn top<W: Width>(v: u64) -> bool {

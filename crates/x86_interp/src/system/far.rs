@@ -1,5 +1,7 @@
 //! Far JMP, CALL, RET and gates (SDM 3A 5.8, SDM 2 JMP, CALL, RET).
 
+#![expect(clippy::cast_possible_truncation, reason = "selectors, types and levels are fields of wider words")]
+
 use x86::segment::system_type;
 use x86::state::sreg;
 use x86::{Exception, Segment};
@@ -57,7 +59,7 @@ fn direct_code(cpu: &mut Cpu, selector: u16, mut d: Descriptor) -> Result<Segmen
 /// What a selector in a far pointer leads to.
 enum Target {
     Code(Segment),
-    CallGate(Descriptor),
+    CallGate(u16, Descriptor),
     Task(u16),
 }
 
@@ -76,8 +78,8 @@ fn resolve(cpu: &mut Cpu, selector: u16) -> Result<Target, Exception> {
     let reachable = attr.dpl() >= cpu.cpl().max((selector & 3) as u8);
     let long = cpu.s.long_mode();
     let target = match attr.typ() {
-        system_type::CALL_GATE32 => Target::CallGate(d),
-        system_type::CALL_GATE16 if !long => Target::CallGate(d),
+        system_type::CALL_GATE32 => Target::CallGate(selector, d),
+        system_type::CALL_GATE16 if !long => Target::CallGate(selector, d),
         system_type::TASK_GATE if !long => Target::Task(d.gate_selector()),
         system_type::TSS16_AVAILABLE | system_type::TSS32_AVAILABLE if !long => Target::Task(selector),
         _ => return Err(cpu.gp(selector)),
@@ -110,8 +112,8 @@ pub fn jmp(cpu: &mut Cpu, selector: u16, offset: u64) -> Result<(), Exception> {
             cpu.rip = offset;
             Ok(())
         }
-        Target::CallGate(gate) => {
-            let (code, target) = gate_target(cpu, &gate)?;
+        Target::CallGate(at, gate) => {
+            let (code, target) = gate_target(cpu, at, &gate)?;
             let code_cpl = if code.attr.is_conforming() { cpl } else { code.attr.dpl() };
             if code_cpl != cpl {
                 return Err(cpu.gp(gate.gate_selector()));
@@ -125,16 +127,16 @@ pub fn jmp(cpu: &mut Cpu, selector: u16, offset: u64) -> Result<(), Exception> {
     }
 }
 
-/// Code segment and offset that a call gate leads to.
-fn gate_target(cpu: &mut Cpu, gate: &Descriptor) -> Result<(Segment, u64), Exception> {
+/// Code segment and offset that the call gate with selector `at` leads to.
+fn gate_target(cpu: &mut Cpu, at: u16, gate: &Descriptor) -> Result<(Segment, u64), Exception> {
     let selector = gate.gate_selector();
     let long = cpu.s.long_mode();
     let wide = gate.attr().typ() & 8 != 0;
     let mut offset = gate.gate_offset(wide);
     if long {
-        let high: u64 = cpu.system_read(gate.la.wrapping_add(8))?;
+        let high = cpu.descriptor_high(at, gate)?;
         if high >> 40 & 0x1f != 0 {
-            return Err(cpu.gp(selector));
+            return Err(cpu.gp(at));
         }
         offset |= high << 32;
     }
@@ -182,14 +184,14 @@ pub fn call(cpu: &mut Cpu, selector: u16, offset: u64, size: u64) -> Result<(), 
             cpu.rip = offset;
             Ok(())
         }
-        Target::CallGate(gate) => call_gate(cpu, &gate),
+        Target::CallGate(at, gate) => call_gate(cpu, at, &gate),
         Target::Task(tss) => task::call_to(cpu, tss),
     }
 }
 
 /// CALL through a gate, perhaps to an inner level (SDM 3A 5.8.5).
-fn call_gate(cpu: &mut Cpu, gate: &Descriptor) -> Result<(), Exception> {
-    let (code, target) = gate_target(cpu, gate)?;
+fn call_gate(cpu: &mut Cpu, at: u16, gate: &Descriptor) -> Result<(), Exception> {
+    let (code, target) = gate_target(cpu, at, gate)?;
     let long = cpu.s.long_mode();
     let size: u64 = if long {
         8

@@ -1,5 +1,7 @@
 //! Delivery of exceptions, interrupts and NMIs through the IDT (SDM 3A chapter 6), in every mode.
 
+#![expect(clippy::cast_possible_truncation, reason = "selectors, types and levels are fields of wider words")]
+
 use engine::Cause;
 use engine::signals::Signal;
 use x86::bits::{cr4, dr, rflags};

@@ -1,6 +1,8 @@
 //! System instructions: the only place where their meaning is written. Every engine's callouts come here for one
 //! instruction.
 
+#![expect(clippy::cast_possible_truncation, reason = "selectors, types and levels are fields of wider words")]
+
 pub mod control;
 pub mod far;
 pub mod flags;
@@ -45,7 +47,6 @@ fn resync(result: Result<(), Exception>) -> Step {
     Err(Stop::Resync)
 }
 
-#[expect(clippy::too_many_lines, reason = "a flat table of instructions")]
 fn dispatch(cpu: &mut Cpu, i: &Instruction, op: &Op) -> Step {
     use Mnemonic as M;
     match i.mnemonic() {
@@ -153,14 +154,12 @@ pub fn memory_operand(cpu: &Cpu, i: &Instruction) -> (u8, u64, u64) {
     let number = |r: Register| match r {
         Register::None => ZERO,
         _ if r.is_ip() => PAGE_RIP,
-        #[expect(clippy::cast_possible_truncation, reason = "0 to 15")]
         _ => r.full_register().number() as u8,
     };
     let (base, index) = (i.memory_base(), i.memory_index());
     let sized = if base == Register::None { index } else { base };
     let bits = match sized {
         Register::None => i.memory_displ_size() * 8,
-        #[expect(clippy::cast_possible_truncation, reason = "at most 8")]
         r => r.size() as u32 * 8,
     };
     let mask = match bits {
@@ -203,7 +202,6 @@ fn segment_register(r: Register) -> Option<usize> {
 
 /// Sets the general register that is operand 0, in its size.
 fn set_register(cpu: &mut Cpu, i: &Instruction, value: u64) {
-    #[expect(clippy::cast_possible_truncation, reason = "0 to 15")]
     let n = i.op0_register().full_register().number() as u8;
     match i.op0_register().size() {
         2 => W16::set(cpu, n, value),
@@ -214,7 +212,6 @@ fn set_register(cpu: &mut Cpu, i: &Instruction, value: u64) {
 
 /// The value of a general register operand in its size.
 fn register_value(cpu: &Cpu, r: Register) -> u64 {
-    #[expect(clippy::cast_possible_truncation, reason = "0 to 15")]
     let n = r.full_register().number() as u8;
     match r.size() {
         2 => W16::get(cpu, n),
@@ -266,7 +263,6 @@ fn port_out(cpu: &mut Cpu, i: &Instruction) -> Step {
     let port = port_operand(cpu, i, 0);
     let size = i.op1_register().size() as u8;
     io::check(cpu, port, size)?;
-    #[expect(clippy::cast_possible_truncation, reason = "the low 32 bits")]
     let value = cpu.gpr[0] as u32;
     io::port_out(cpu, port, size, value);
     poll_after_io(cpu)
@@ -294,14 +290,12 @@ fn move_special(cpu: &mut Cpu, i: &Instruction) -> Step {
     }
     privileged(cpu, true)?;
     if from.is_cr() || from.is_dr() {
-        #[expect(clippy::cast_possible_truncation, reason = "0 to 15")]
         let n = from.number() as u8;
         let value = if from.is_cr() { control::read_cr(cpu, n)? } else { control::read_dr(cpu, n)? };
         set_register(cpu, i, value);
         return Ok(());
     }
     let value = register_value(cpu, from);
-    #[expect(clippy::cast_possible_truncation, reason = "0 to 15")]
     let n = to.number() as u8;
     if to.is_cr() {
         return resync(control::write_cr(cpu, n, value));
@@ -423,7 +417,6 @@ fn iret(cpu: &mut Cpu, size: u64) -> Step {
 fn rdmsr(cpu: &mut Cpu) -> Step {
     privileged(cpu, true)?;
     cpu.stats.count(Cause::Msr);
-    #[expect(clippy::cast_possible_truncation, reason = "ECX")]
     let value = msr::read(cpu, cpu.gpr[1] as u32)?;
     W32::set(cpu, 0, value);
     W32::set(cpu, 2, value >> 32);
@@ -434,7 +427,6 @@ fn wrmsr(cpu: &mut Cpu) -> Step {
     privileged(cpu, true)?;
     cpu.stats.count(Cause::Msr);
     let value = W32::get(cpu, 2) << 32 | W32::get(cpu, 0);
-    #[expect(clippy::cast_possible_truncation, reason = "ECX")]
     resync(msr::write(cpu, cpu.gpr[1] as u32, value))
 }
 
@@ -609,9 +601,7 @@ fn xsetbv(cpu: &mut Cpu) -> Step {
 fn cpuid(cpu: &mut Cpu) -> Step {
     cpu.stats.count(Cause::Cpuid);
     let context = CpuidContext {
-        #[expect(clippy::cast_possible_truncation, reason = "at most 16 vCPUs")]
         apic_id: cpu.index as u32,
-        #[expect(clippy::cast_possible_truncation, reason = "at most 16 vCPUs")]
         vcpus: cpu.vcpus as u32,
         cr4: cpu.s.cr4,
         xcr0: cpu.s.xcr0,
@@ -622,7 +612,6 @@ fn cpuid(cpu: &mut Cpu) -> Step {
             .apic_msr_read(cpu.index, x86::bits::msr::APIC_BASE)
             .is_ok_and(|base| base & 1 << 11 != 0),
     };
-    #[expect(clippy::cast_possible_truncation, reason = "EAX and ECX")]
     let r = cpu.model.cpuid(cpu.gpr[0] as u32, cpu.gpr[1] as u32, &context);
     W32::set(cpu, 0, u64::from(r.eax));
     W32::set(cpu, 3, u64::from(r.ebx));

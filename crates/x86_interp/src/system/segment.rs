@@ -1,5 +1,7 @@
 //! Loading segment registers and reading descriptors (SDM 3A chapter 5).
 
+#![expect(clippy::cast_possible_truncation, reason = "selectors, types and levels are fields of wider words")]
+
 use x86::state::sreg;
 use x86::{Attr, Exception, Segment};
 

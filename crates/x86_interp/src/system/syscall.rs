@@ -1,5 +1,7 @@
 //! SYSCALL, SYSRET, SYSENTER, SYSEXIT (SDM 2, APM 3).
 
+#![expect(clippy::cast_possible_truncation, reason = "selectors, types and levels are fields of wider words")]
+
 use x86::bits::{efer, is_canonical, rflags};
 use x86::cpuid::Vendor;
 use x86::state::sreg;

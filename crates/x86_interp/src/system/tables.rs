@@ -1,5 +1,7 @@
 //! Descriptor-table registers and the instructions that inspect descriptors (SDM 2: LGDT … VERW).
 
+#![expect(clippy::cast_possible_truncation, reason = "selectors, types and levels are fields of wider words")]
+
 use x86::bits::{cr4, is_canonical, rflags};
 use x86::segment::system_type;
 use x86::{Attr, Exception, Segment, TableRegister};

@@ -1,5 +1,7 @@
 //! Hardware task switches (SDM 3A 7.3).
 
+#![expect(clippy::cast_possible_truncation, reason = "selectors, types and levels are fields of wider words")]
+
 use x86::bits::{cr0, dr, rflags};
 use x86::segment::system_type;
 use x86::state::sreg;
@@ -186,7 +188,6 @@ fn write_image(cpu: &mut Cpu, flags: u64) -> Result<(), Exception> {
     let base = cpu.s.tr.base;
     let wide = cpu.s.tr.attr.typ() & 8 != 0;
     let rip = cpu.rip;
-    #[expect(clippy::cast_possible_truncation, reason = "a TSS holds 16- or 32-bit registers")]
     if wide {
         cpu.system_write(base.wrapping_add(0x20), rip as u32)?;
         cpu.system_write(base.wrapping_add(0x24), flags as u32)?;

@@ -1,5 +1,7 @@
 //! Virtual-8086 mode: entering by IRET, IRET within, interrupt redirection (SDM 3B 20.2, 20.3).
 
+#![expect(clippy::cast_possible_truncation, reason = "selectors, types and levels are fields of wider words")]
+
 use x86::Exception;
 use x86::bits::rflags;
 use x86::state::sreg;

@@ -11,6 +11,7 @@ use super::fast::{self, Fast, Source};
 use super::gather::Gather;
 use super::masked::{ElementMask, Masked};
 use super::run::{Memory, Native};
+use super::scalar::Scalar;
 use super::xsave::Xsave;
 use super::{Kind, VectorOp, host, stub, x87};
 
@@ -245,6 +246,9 @@ fn kind(i: &Instruction) -> Option<Kind> {
     }
     if let Some(m) = masked(i) {
         return Some(Kind::Masked(Box::new(m)));
+    }
+    if let Some(s) = Scalar::new(i) {
+        return Some(Kind::Scalar(s));
     }
     if let Some(f) = fast(i) {
         return Some(Kind::Fast(f));

@@ -123,10 +123,11 @@ macro_rules! unpack {
     ($bytes:literal, $high:literal, $a:expr, $b:expr) => {{
         let (x, y) = (*$a, *$b);
         let half = if $high { 8 } else { 0 };
-        *$a = std::array::from_fn(|i| {
-            let from = half + i / (2 * $bytes) * $bytes + i % $bytes;
-            if i / $bytes % 2 == 0 { x[from] } else { y[from] }
-        });
+        for (i, pair) in $a.as_chunks_mut::<{ 2 * $bytes }>().0.iter_mut().enumerate() {
+            let from = half + i * $bytes;
+            pair[..$bytes].copy_from_slice(&x[from..from + $bytes]);
+            pair[$bytes..].copy_from_slice(&y[from..from + $bytes]);
+        }
     }};
 }
 

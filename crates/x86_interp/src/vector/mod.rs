@@ -3,7 +3,7 @@
 //!
 //! The way of an instruction: [`prepare`] resolves it once to a [`VectorOp`]: what gates it ([`check`]), where its
 //! memory operand lies ([`address`]) and how it is done. The commonest moves and integer operations are plain Rust
-//! on the area's bytes ([`fast`]); whatever moves state as such (FXSAVE, XSAVE, FNSTENV: [`xsave`], [`x87`]), and
+//! on the area's bytes ([`fast`], [`scalar`]); whatever moves state as such (FXSAVE, XSAVE, FNSTENV: [`xsave`], [`x87`]), and
 //! gathers, scatters and masked moves ([`masked`], [`gather`]) are Rust too; the rest is a stub ([`stub`]) that loads
 //! the registers it names, executes the instruction itself with its memory operand in a bounce buffer, and stores what
 //! it wrote ([`run`], [`native`]). So fidelity is the host's own.
@@ -26,6 +26,7 @@ mod layout;
 mod masked;
 mod native;
 mod run;
+mod scalar;
 mod stub;
 mod x87;
 mod xsave;
@@ -120,6 +121,7 @@ enum Kind {
     Undefined,
     Nop,
     Fast(fast::Fast),
+    Scalar(scalar::Scalar),
     Native(Box<run::Native>),
     X87(x87::X87),
     Xsave(xsave::Xsave),
@@ -148,6 +150,7 @@ pub fn execute<C: VectorCpu>(op: &VectorOp, cpu: &mut C) -> Result<(), Exception
     check::check(op.class, cpu)?;
     match &op.kind {
         Kind::Fast(f) => fast::execute(*f, op, cpu),
+        Kind::Scalar(s) => scalar::execute(*s, op, cpu),
         Kind::Native(n) => run::execute(n, op, cpu),
         Kind::X87(x) => x87::execute(*x, op, cpu),
         Kind::Xsave(x) => xsave::execute(*x, op, cpu),
