@@ -366,3 +366,38 @@ fn code_memory_that_is_full_starts_over() {
         }
     }
 }
+
+#[test]
+fn an_op_is_shared_between_threads() {
+    let op = super::prepare(&super::decode(64, &[0xf2, 0x0f, 0x58, 0xc1])).unwrap(); // addsd xmm0, xmm1
+    std::thread::scope(|scope| {
+        for n in 0..4u32 {
+            let op = &op;
+            scope.spawn(move || {
+                let mut m = mock();
+                m.set_xmm(1, u128::from(f64::from(n).to_bits()));
+                for _ in 0..1000 {
+                    super::execute(op, &mut m).unwrap();
+                }
+                assert_eq!(m.xmm(0), u128::from((f64::from(n) * 1000.0).to_bits()));
+            });
+        }
+    });
+}
+
+#[test]
+fn fld_and_sse_work_in_16_and_32_bit_code() {
+    let mut m = mock();
+    m.base = 0;
+    m.control.code64 = false;
+    m.memory[0x20..0x28].copy_from_slice(&2.5f64.to_le_bytes());
+    m.gpr[3] = 0x1_0000;
+    m.gpr[6] = 0x20;
+    m.run_as(16, &[0xdd, 0x00]).unwrap(); // fld qword [bx+si]
+    m.run_as(16, &[0x67, 0xdd, 0x1d, 0x30, 0, 0, 0]).unwrap(); // fstp qword [0x30] with a 32-bit address
+    assert_eq!(m.memory[0x30..0x38], 2.5f64.to_le_bytes());
+    m.run_as(32, &[0xf2, 0x0f, 0x2c, 0x0e]).unwrap(); // cvttsd2si ecx, [esi]
+    assert_eq!(m.gpr[1], 2);
+    m.run_as(32, &[0x66, 0x0f, 0x6e, 0xf9]).unwrap(); // movd xmm7, ecx
+    assert_eq!(m.xmm(7), 2);
+}
