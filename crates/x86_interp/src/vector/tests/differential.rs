@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use iced_x86::{
     Code, Decoder, DecoderOptions, Encoder, EncodingKind, Instruction, Mnemonic, OpCodeOperandKind as K,
-    OpKind, Register, RoundingControl,
+    OpKind, Register, RflagsBits, RoundingControl,
 };
 use x86::bits::rflags;
 
