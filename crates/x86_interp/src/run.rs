@@ -61,8 +61,9 @@ impl Interp {
             if cpu.signals.take(Signal::INIT) {
                 init(cpu);
             }
-            if cpu.s.activity == Activity::WaitForSipi
-                && let Some(vector) = cpu.signals.take_sipi()
+            // A start-up IPI to a processor that does not wait for one is lost (SDM 3A 8.4.4.1).
+            if let Some(vector) = cpu.signals.take_sipi()
+                && cpu.s.activity == Activity::WaitForSipi
             {
                 sipi(cpu, vector);
             }

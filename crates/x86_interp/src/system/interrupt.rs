@@ -3,7 +3,6 @@
 #![expect(clippy::cast_possible_truncation, reason = "selectors, types and levels are fields of wider words")]
 
 use engine::Cause;
-use engine::signals::Signal;
 use x86::bits::{cr4, dr, rflags};
 use x86::state::{Activity, InterruptShadow, sreg};
 use x86::{Exception, Segment, segment::system_type};
@@ -129,7 +128,6 @@ pub fn deliver_external(cpu: &mut Cpu) {
     cpu.stats.count(Cause::Interrupt);
     cpu.s.activity = Activity::Running;
     attempt(cpu, Delivery { vector, error: None, source: Source::External }, 1);
-    debug_assert!(cpu.signals.pending() & Signal::KICK.0 == 0 || cpu.poll());
 }
 
 /// INT n, INT3, INTO, INT1: RIP is the next instruction's; on a fault the caller restores it.

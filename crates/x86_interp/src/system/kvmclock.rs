@@ -78,7 +78,7 @@ mod tests {
             let (mul, shift) = scale(hz);
             let ticks = u128::from(hz);
             let shifted = if shift >= 0 { ticks << shift } else { ticks >> -shift };
-            let ns = shifted * u128::from(mul) >> 32;
+            let ns = (shifted * u128::from(mul)) >> 32;
             assert!(ns.abs_diff(1_000_000_000) < 1000, "{hz}: {ns}");
         }
     }
