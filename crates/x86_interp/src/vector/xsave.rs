@@ -258,7 +258,9 @@ fn save<C: VectorCpu>(op: &VectorOp, cpu: &mut C, optimized: bool) -> Result<(),
     layout::normalize_x87(cpu.fpu());
     let used = in_use(cpu.fpu());
     let header_at = offset.wrapping_add(at::HEADER as u64) & op.address.mask;
+    // The header is read and written: a fault on it is a write's.
     let mut old = [0u8; 8];
+    cpu.probe_write(op.segment(), header_at, old.len())?;
     cpu.read(op.segment(), header_at, &mut old)?;
     let bv = u64::from_le_bytes(old) & !rfbm | used & rfbm;
     let written = if optimized { rfbm & used } else { rfbm };

@@ -274,3 +274,21 @@ fn environments_round_trip_in_every_format() {
         assert!(m.fpu.0[at::ST..at::XMM] == saved.0[at::ST..at::XMM], "{code64} {real} {prefix:x?}");
     }
 }
+
+#[test]
+fn xsave_to_an_absent_page_is_a_write_fault_and_writes_nothing() {
+    if layout().supported & 4 == 0 {
+        return eprintln!("skipped: the host has no XSAVE");
+    }
+    let mut m = mock(11);
+    all_components(&mut m);
+    m.gpr[1] += 0x1000 - 0x400;
+    m.absent[2] = true;
+    let fits = layout().components.iter().all(|c| c.offset + c.size <= 0x400);
+    if !fits {
+        assert_eq!(m.run(&by_rcx(XSAVE)), Err(Exception::pf(6)));
+        assert!(m.writes.is_empty());
+    }
+    m.absent[1] = true;
+    assert_eq!(m.run(&by_rcx(XSAVE)), Err(Exception::pf(6)));
+}
