@@ -134,8 +134,8 @@ impl TimerQueue {
     pub fn run_on(&self, clock: &dyn Clock) {
         loop {
             self.run_due(clock.now());
-            let inner = self.lock();
-            if inner.stopped {
+            let mut inner = self.lock();
+            if std::mem::take(&mut inner.stopped) {
                 return;
             }
             let wait = match inner.queue.first() {
@@ -148,7 +148,7 @@ impl TimerQueue {
         }
     }
 
-    /// Ends [`TimerQueue::run_on`].
+    /// Ends [`TimerQueue::run_on`], or the next one if none runs now.
     pub fn stop(&self) {
         self.lock().stopped = true;
         self.changed.notify_all();

@@ -22,6 +22,8 @@ pub trait Vcpu: Send {
     fn save(&mut self) -> CpuState;
     /// Takes on a state; everything derived from the old one is forgotten.
     fn restore(&mut self, state: &CpuState);
+    /// The signals that would wake the vCPU from [`VcpuExit::Halted`] now (an interrupt does not while RFLAGS.IF is clear).
+    fn wake_mask(&self) -> u32;
     /// Instructions executed so far.
     fn instructions(&self) -> u64;
     /// Counted exits and other events.

@@ -1,4 +1,34 @@
-//! A VM assembled: boot protocols, firmware tables.
+//! A VM assembled: boot protocols, firmware tables, the board, vCPU threads, snapshots.
+//!
+//! Way of the data: [`VmConfig`] → [`Vm::new`]: `boot::load` fills memory, [`machine`] builds the board, `vcpu` gives
+//! the vCPUs their registers → [`Vm::run`]: `vcpu` threads run the engine, which reaches devices through [`io`] and comes
+//! back with exits; `control` collects what concerns the machine as a whole; [`vm`] acts on it → [`Outcome`].
+//! Other threads hold a [`VmHandle`].
 
 pub mod boot;
+pub mod clock;
+pub mod config;
+mod control;
+mod error;
 pub mod firmware;
+mod handle;
+mod input;
+mod io;
+mod machine;
+mod sink;
+pub mod snapshot;
+mod stats;
+mod trace;
+mod vcpu;
+mod vm;
+
+pub use config::{ClockMode, DiskConfig, EngineKind, Sink, VmConfig};
+pub use control::SAVE_MARKER;
+pub use devices::chipset::i8042::Key;
+pub use devices::chipset::text_screen::{TextScreen, render_ansi};
+pub use error::VmError;
+pub use handle::{Paused, VmHandle};
+pub use input::Typed;
+pub use snapshot::{Snapshot, SnapshotError};
+pub use stats::{Stats, VcpuStats};
+pub use vm::{Outcome, Vm};

@@ -1,0 +1,101 @@
+//! What a VM is to be: plain data.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::boot::BootSource;
+
+/// Which engine executes the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum EngineKind {
+    /// The interpreter.
+    #[default]
+    Interp,
+}
+
+/// Where time comes from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub enum ClockMode {
+    /// The host's clock.
+    #[default]
+    Host,
+    /// One instruction is one nanosecond: reproducible, one vCPU only.
+    Icount,
+}
+
+/// A disk image.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DiskConfig {
+    /// The raw image.
+    pub path: PathBuf,
+    /// The guest may not write it.
+    pub read_only: bool,
+}
+
+/// Where a device writes what the guest sends.
+pub type Sink = Box<dyn Write + Send>;
+
+/// A VM.
+pub struct VmConfig {
+    /// Guest memory in bytes: a multiple of 4096, at least 1 MiB.
+    pub memory_bytes: u64,
+    /// vCPUs, 1 to [`crate::boot::MAX_CPUS`].
+    pub cpus: u32,
+    /// CPU model and features, as [`x86::cpuid::CpuModel::parse`] takes them.
+    pub cpu: String,
+    /// Engine.
+    pub engine: EngineKind,
+    /// What to boot. Kept: a reset boots it again.
+    pub source: BootSource,
+    /// Disks, in order.
+    pub disks: Vec<DiskConfig>,
+    /// Output of COM1; without one it goes nowhere (the port is there all the same).
+    pub serial: Option<Sink>,
+    /// Output of the ports 0x402 and 0xe9; without one the ports are not there.
+    pub debugcon: Option<Sink>,
+    /// Output of a virtio console (hvc0); without one the device is not there.
+    pub virtio_console: Option<Sink>,
+    /// The kernel is told of the VGA text display (which is always there).
+    pub vga: bool,
+    /// A write to port 0xf4 ends the run.
+    pub isa_debug_exit: bool,
+    /// A reset ends the run.
+    pub no_reboot: bool,
+    /// The run ends after so long.
+    pub timeout: Option<Duration>,
+    /// Clock.
+    pub clock: ClockMode,
+    /// A write of 0x5a to port 0xf5 saves the machine, drops it, restores it and goes on.
+    pub save_at_marker: bool,
+    /// Somebody may type: with `icount`, a guest that waits for nothing but input is not dead.
+    pub input: bool,
+    /// A line per event goes here.
+    pub trace: Option<Sink>,
+}
+
+impl VmConfig {
+    /// A machine with `source` and defaults: 128 MiB, one vCPU, no disks, no outputs.
+    #[must_use]
+    pub fn new(source: BootSource) -> Self {
+        Self {
+            memory_bytes: 128 << 20,
+            cpus: 1,
+            cpu: "max".to_owned(),
+            engine: EngineKind::default(),
+            source,
+            disks: Vec::new(),
+            serial: None,
+            debugcon: None,
+            virtio_console: None,
+            vga: false,
+            isa_debug_exit: false,
+            no_reboot: false,
+            timeout: None,
+            clock: ClockMode::default(),
+            save_at_marker: false,
+            input: false,
+            trace: None,
+        }
+    }
+}

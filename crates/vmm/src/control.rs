@@ -1,0 +1,234 @@
+//! What stops the vCPUs: wishes of the guest, of the user and of the machine itself, in one queue that the thread in
+//! [`crate::Vm::run`] works off.
+//!
+//! Way of an event: a device (with its lock held), a vCPU thread or a user's thread posts it → `stop` is set and every vCPU
+//! is kicked → the vCPU threads return → the run thread acts on the queue with all vCPUs at rest.
+//!
+//! Lock order: last of all. Nothing else is locked while [`Control`]'s lock is held, but for the kicked vCPU's own.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use devices::chipset::PowerControl;
+use engine::Signals;
+use engine::signals::Signal;
+
+use crate::snapshot::{Snapshot, SnapshotError};
+use crate::stats::Stats;
+
+/// The value that a guest writes to port 0xf5 to have itself saved and restored.
+pub const SAVE_MARKER: u32 = 0x5a;
+
+/// Why the vCPUs are stopped.
+pub(crate) enum Event {
+    /// ACPI S5.
+    PowerOff,
+    /// Reset by any of its ways.
+    Reset,
+    /// isa-debug-exit.
+    DebugExit(u32),
+    /// The guest asks for save, restore, continue.
+    SaveMarker,
+    /// This vCPU is in shutdown.
+    TripleFault(usize),
+    /// No event can ever come (only with `icount`).
+    Stuck,
+    /// A thread is panicking; joining it tells more.
+    Panic,
+    /// Somebody outside wants an end.
+    Quit,
+    /// Statistics so far.
+    Stats(Sender<Stats>),
+    /// A snapshot; the machine goes on.
+    Save(Sender<Result<Snapshot, SnapshotError>>),
+    /// Stand still until somebody drops the other end.
+    Pause(std::sync::mpsc::Receiver<()>, Sender<()>),
+}
+
+impl Event {
+    /// Whether somebody waits for an answer.
+    const fn is_request(&self) -> bool {
+        matches!(self, Self::Stats(_) | Self::Save(_) | Self::Pause(..))
+    }
+
+    /// Whether it was caused by the machine, and so means nothing to its successor.
+    const fn is_the_guests(&self) -> bool {
+        matches!(
+            self,
+            Self::PowerOff
+                | Self::Reset
+                | Self::DebugExit(_)
+                | Self::SaveMarker
+                | Self::TripleFault(_)
+                | Self::Stuck
+        )
+    }
+}
+
+/// Why [`Control::wait`] returned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Woken {
+    /// There is an event: the vCPUs are stopping.
+    Event,
+    /// A device may accept input, or there is new input.
+    Input,
+    /// The time is over.
+    Timeout,
+}
+
+#[derive(Default)]
+struct Inner {
+    events: VecDeque<Event>,
+    input: bool,
+    /// Nobody works the queue off (any more): requests are dropped, so that who waits for an answer is told.
+    ended: bool,
+    signals: Vec<Arc<Signals>>,
+}
+
+/// The queue.
+#[derive(Default)]
+pub(crate) struct Control {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    stop: AtomicBool,
+}
+
+impl Control {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues an event and stops the vCPUs.
+    pub fn post(&self, event: Event) {
+        let mut inner = self.lock();
+        if inner.ended && event.is_request() {
+            return;
+        }
+        inner.events.push_back(event);
+        self.stop_all(&inner);
+    }
+
+    fn stop_all(&self, inner: &Inner) {
+        self.stop.store(true, Ordering::SeqCst);
+        inner.signals.iter().for_each(|s| s.raise(Signal::KICK));
+        self.changed.notify_all();
+    }
+
+    /// Whether vCPU threads are to return.
+    #[inline]
+    pub fn stopping(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// From now on somebody works the queue off, or nobody does.
+    pub fn set_attended(&self, attended: bool) {
+        let mut inner = self.lock();
+        inner.ended = !attended;
+        if !attended {
+            inner.events.retain(|e| !e.is_request());
+        }
+    }
+
+    /// The vCPUs with these signals are about to run. False if an event waits: then they must not.
+    pub fn begin(&self, signals: &[Arc<Signals>]) -> bool {
+        let mut inner = self.lock();
+        inner.signals = signals.to_vec();
+        let free = inner.events.is_empty();
+        self.stop.store(!free, Ordering::SeqCst);
+        free
+    }
+
+    /// Stops the vCPUs without an event.
+    pub fn halt(&self) {
+        self.stop_all(&self.lock());
+    }
+
+    /// The next event.
+    pub fn next(&self) -> Option<Event> {
+        self.lock().events.pop_front()
+    }
+
+    /// The machine is replaced by a fresh one: forgets what the old one wished.
+    pub fn forget_the_guests(&self) {
+        self.lock().events.retain(|e| !e.is_the_guests());
+    }
+
+    /// Input came, or room for it.
+    pub fn note_input(&self) {
+        self.lock().input = true;
+        self.changed.notify_all();
+    }
+
+    /// Sleeps until something is to be done.
+    pub fn wait(&self, end: Option<Instant>) -> Woken {
+        let mut inner = self.lock();
+        loop {
+            if !inner.events.is_empty() {
+                return Woken::Event;
+            }
+            if std::mem::take(&mut inner.input) {
+                return Woken::Input;
+            }
+            inner = match end {
+                None => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
+                Some(end) => {
+                    let left = end.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Woken::Timeout;
+                    }
+                    self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+}
+
+impl PowerControl for Control {
+    fn power_off(&self) {
+        self.post(Event::PowerOff);
+    }
+    fn reset(&self) {
+        self.post(Event::Reset);
+    }
+    fn debug_exit(&self, value: u32) {
+        self.post(Event::DebugExit(value));
+    }
+    fn save_marker(&self, value: u32) {
+        if value == SAVE_MARKER {
+            self.post(Event::SaveMarker);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_keep_their_order_and_a_new_machine_forgets_the_old_ones() {
+        let control = Control::default();
+        let signals = [Arc::new(Signals::default())];
+        assert!(control.begin(&signals));
+        control.reset();
+        control.save_marker(1);
+        control.post(Event::Quit);
+        assert!(control.stopping() && signals[0].has(Signal::KICK));
+        assert!(!control.begin(&signals) && control.stopping());
+        assert!(matches!(control.next(), Some(Event::Reset)));
+        control.debug_exit(3);
+        control.forget_the_guests();
+        assert!(matches!(control.next(), Some(Event::Quit)));
+        assert!(control.next().is_none() && control.begin(&signals) && !control.stopping());
+    }
+
+    #[test]
+    fn wait_reports_input_once_and_time_out() {
+        let control = Control::default();
+        control.note_input();
+        assert_eq!(control.wait(None), Woken::Input);
+        assert_eq!(control.wait(Some(Instant::now())), Woken::Timeout);
+    }
+}

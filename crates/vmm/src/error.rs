@@ -1,0 +1,55 @@
+//! What can go wrong on the host's side of a VM.
+
+use crate::boot::BootError;
+
+/// A VM that cannot be made, run, saved or restored. What a guest does wrong is an [`crate::Outcome`], never an error.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The kernel cannot be started.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] guestmem::MemoryError),
+    /// The CPU model.
+    #[error("{0}")]
+    Cpu(#[from] x86::cpuid::ModelError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] devices::virtio::block::ImageError),
+    /// The host has no randomness to give.
+    #[error("cannot open the host's random generator: {0}")]
+    Entropy(#[source] std::io::Error),
+    /// `--clock icount` runs everything on one thread.
+    #[error("the clock icount needs exactly one CPU, not {0}; give --cpus 1 or --clock host")]
+    IcountCpus(u32),
+    /// A vCPU thread could not be made.
+    #[error("cannot start a thread for the machine: {0}")]
+    Thread(#[source] std::io::Error),
+    /// A thread of the machine panicked: a broken invariant of this program.
+    #[error("internal error: {thread} panicked: {message}; this is a bug in trellis")]
+    Panic {
+        /// Which thread.
+        thread: String,
+        /// What it said.
+        message: String,
+    },
+    /// The board's wiring contradicts itself.
+    #[error("internal error: {0}")]
+    Board(String),
+    /// A snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] crate::snapshot::SnapshotError),
+}
+
+impl From<devices::bus::Overlap> for VmError {
+    fn from(error: devices::bus::Overlap) -> Self {
+        Self::Board(error.to_string())
+    }
+}
+
+impl From<devices::pci::PciError> for VmError {
+    fn from(error: devices::pci::PciError) -> Self {
+        Self::Board(error.to_string())
+    }
+}

@@ -1,0 +1,130 @@
+//! How other threads reach a running machine: its user's terminal, a control program, tests.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
+
+use devices::bus::lock;
+use devices::chipset::text_screen::TextScreen;
+use engine::signals::Signal;
+
+use crate::control::{Control, Event};
+use crate::input::{Input, Typed};
+use crate::machine::Machine;
+use crate::snapshot::{Snapshot, SnapshotError};
+use crate::stats::Stats;
+use crate::vm::Slot;
+
+/// A way to a machine. Cloned freely; it outlives the machine, and then does nothing.
+#[derive(Clone)]
+pub struct VmHandle {
+    control: Arc<Control>,
+    input: Arc<Input>,
+    slot: Slot,
+}
+
+/// The machine stands still until this is dropped.
+#[must_use = "the machine goes on when this is dropped"]
+pub struct Paused(#[expect(dead_code, reason = "dropping it is the message")] Sender<()>);
+
+impl VmHandle {
+    pub(crate) const fn new(control: Arc<Control>, input: Arc<Input>, slot: Slot) -> Self {
+        Self { control, input, slot }
+    }
+
+    fn with<R>(&self, f: impl FnOnce(&Machine) -> R) -> Option<R> {
+        lock(&self.slot).as_ref().map(f)
+    }
+
+    /// Ends the run.
+    pub fn quit(&self) {
+        self.control.post(Event::Quit);
+    }
+
+    /// Types bytes into COM1; says how many were taken. They wait until the guest reads them.
+    #[must_use]
+    pub fn serial_input(&self, bytes: &[u8]) -> usize {
+        let taken = self.input.serial(bytes);
+        self.control.note_input();
+        taken
+    }
+
+    /// Sleeps until [`VmHandle::serial_input`] would take something, or `limit` has passed.
+    pub fn wait_serial_room(&self, limit: Duration) {
+        self.input.wait_room(limit);
+    }
+
+    /// Types on the PS/2 keyboard; says how many keys were taken.
+    #[must_use]
+    pub fn type_keys(&self, keys: &[Typed]) -> usize {
+        let taken = self.input.keys(keys);
+        self.control.note_input();
+        taken
+    }
+
+    /// Types bytes into the virtio console; says how many were taken.
+    #[must_use]
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        self.with(|m| m.console.as_ref().map_or(0, |console| console.receive(bytes))).unwrap_or(0)
+    }
+
+    /// The virtio console has a new size.
+    pub fn resize(&self, columns: u16, rows: u16) {
+        self.with(|m| m.console.as_ref().inspect(|console| console.resize(columns, rows)).is_some());
+    }
+
+    /// A number that changes whenever the display may have changed.
+    #[must_use]
+    pub fn screen_generation(&self) -> u64 {
+        self.with(|m| lock(&m.vga).generation()).unwrap_or(0)
+    }
+
+    /// What the display shows.
+    #[must_use]
+    pub fn text_screen(&self) -> Option<TextScreen> {
+        self.with(|m| lock(&m.vga).text_screen())
+    }
+
+    /// What the display shows, as plain text.
+    #[must_use]
+    pub fn screendump(&self) -> String {
+        self.with(|m| lock(&m.vga).screendump()).unwrap_or_default()
+    }
+
+    /// A non-maskable interrupt for every vCPU, as from a front panel's button.
+    pub fn nmi(&self) {
+        self.with(|m| m.signals.iter().for_each(|signals| signals.raise(Signal::NMI)));
+    }
+
+    /// Presses the power button: the guest may shut down.
+    pub fn power_button(&self) {
+        self.with(|m| lock(&m.power_button).power_button());
+    }
+
+    /// Counts so far; `None` when the machine does not run.
+    #[must_use]
+    pub fn stats(&self) -> Option<Stats> {
+        let (to, from) = channel();
+        self.control.post(Event::Stats(to));
+        from.recv().ok()
+    }
+
+    /// Saves the machine; it goes on afterwards.
+    ///
+    /// # Errors
+    /// When memory cannot be read, or the machine does not run.
+    pub fn save(&self) -> Result<Snapshot, SnapshotError> {
+        let (to, from) = channel();
+        self.control.post(Event::Save(to));
+        from.recv().unwrap_or_else(|_| Err(SnapshotError::Unfit("the machine has ended".to_owned())))
+    }
+
+    /// Stops the machine, its clock too, until the result is dropped. `None` when it has ended.
+    #[must_use]
+    pub fn pause(&self) -> Option<Paused> {
+        let (resume, resumed) = channel();
+        let (to, paused) = channel();
+        self.control.post(Event::Pause(resumed, to));
+        paused.recv().ok().map(|()| Paused(resume))
+    }
+}

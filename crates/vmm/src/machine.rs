@@ -1,0 +1,422 @@
+//! The board: every device of the PC and the wires between them. A machine is built for one life from power-on to reset;
+//! a reset builds another.
+//!
+//! | address | device | interrupt |
+//! |---|---|---|
+//! | ports 0x20, 0xa0, 0x4d0 | 8259 pair | to LINT0 and IO-APIC pin 0 |
+//! | 0x40–0x43, 0x61 | 8254 | GSI 2 |
+//! | 0x60, 0x64 | i8042: keyboard, mouse | 1, 12 |
+//! | 0x70–0x71 | RTC and CMOS | 8 |
+//! | 0x80, 0xed; 0x402, 0xe9 | POST codes; debug console | |
+//! | 0x92 | fast A20 and reset | |
+//! | 0xf4, 0xf5 | isa-debug-exit, save marker | |
+//! | 0x3b4–0x3df; 0xa0000 | VGA, text mode | |
+//! | 0x3f8 | COM1 | 4 |
+//! | 0x510–0x51b | fw_cfg | |
+//! | 0x600–0x60b | ACPI PM1a, PM timer | 9 |
+//! | 0xcf8–0xcff (0xcf9) | PCI configuration (reset register) | |
+//! | 0xfec00000 | IO-APIC | |
+//! | 0xfed00000 | HPET | 2, 8, 16–23 |
+//! | 0xfee00000 | the accessing vCPU's local APIC ([`MachineIo`]) | |
+//! | PCI 00.0, 01.0 | host bridge, ISA bridge | |
+//! | PCI 02.0 … | virtio disks, random generator, console | 16–23 |
+//!
+//! There are no cycles of owners: dropping the machine frees memory, disks and their locks.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use devices::bus::{Bus, lock};
+use devices::chipset::acpi_pm::{AcpiPm, ResetRegister};
+use devices::chipset::debug_ports::{DebugConsole, ExitPort, PostPorts};
+use devices::chipset::fw_cfg::{self, FwCfg};
+use devices::chipset::hpet::Hpet;
+use devices::chipset::i8042::I8042;
+use devices::chipset::ioapic::{IOAPIC_BASE, IOAPIC_LEN, IoApic, IoApicMmio};
+use devices::chipset::irq_router::{IrqRouter, PicWire};
+use devices::chipset::lapic::{ApicModel, Apics, EoiSink};
+use devices::chipset::pic::Pic;
+use devices::chipset::pit::Pit;
+use devices::chipset::port92::Port92;
+use devices::chipset::rtc::{CmosConfig, Rtc};
+use devices::chipset::serial::{COM1, Serial};
+use devices::chipset::vga::Vga;
+use devices::chipset::{A20, LegacyGate, PowerControl, TimeBase};
+use devices::clock::{Clock, TimerQueue};
+use devices::dma::DmaMemory;
+use devices::irq::{CpuSignal, IrqLine};
+use devices::pci::{Bdf, HostBridge, ISA_BRIDGE, IsaBridge, PciHost, PciPorts, SharedPci};
+use devices::snapshot::{RestoreError, Snapshot, StateBlob};
+use devices::virtio::block::{Block, BlockOptions};
+use devices::virtio::console::{Console, ConsoleHandle};
+use devices::virtio::rng::{Entropy, Rng};
+use devices::virtio::{Flavor, VirtioDevice, VirtioPci};
+use engine::{Signals, Vcpu};
+use guestmem::{Gpa, GuestMemory, HOLE_END, HOLE_START};
+use x86::cpuid::{CpuModel, Feature};
+use x86_interp::{Interp, Parts};
+
+use crate::clock::GuestClock;
+use crate::config::{ClockMode, DiskConfig, EngineKind};
+use crate::control::Control;
+use crate::error::VmError;
+use crate::input::Input;
+use crate::io::{MachineIo, VcpuSignal};
+use crate::sink::SharedSink;
+use crate::trace::Tracer;
+
+/// Seed of the random generator with `icount`.
+const ICOUNT_SEED: u64 = 0x7472_656c_6c69_7321;
+
+/// What stays the same from one life of the machine to the next.
+pub(crate) struct Blueprint {
+    pub memory_bytes: u64,
+    pub cpus: usize,
+    pub model: Arc<CpuModel>,
+    pub engine: EngineKind,
+    pub disks: Vec<DiskConfig>,
+    pub serial: Option<SharedSink>,
+    pub debugcon: Option<SharedSink>,
+    pub virtio_console: Option<SharedSink>,
+    pub isa_debug_exit: bool,
+    pub save_at_marker: bool,
+    pub tracer: Option<Arc<Tracer>>,
+    pub control: Arc<Control>,
+    pub input: Arc<Input>,
+}
+
+/// Guest memory as a simple bus master sees it.
+struct Dma(Arc<GuestMemory>);
+
+impl DmaMemory for Dma {
+    fn read(&self, gpa: Gpa, data: &mut [u8]) -> bool {
+        self.0.read(gpa, data).is_ok()
+    }
+    fn write(&self, gpa: Gpa, data: &[u8]) -> bool {
+        self.0.write(gpa, data).is_ok()
+    }
+}
+
+type Shared<D> = Arc<Mutex<D>>;
+
+/// One life of the board.
+pub(crate) struct Machine {
+    pub mem: Arc<GuestMemory>,
+    pub clock: Arc<GuestClock>,
+    pub timers: Arc<TimerQueue>,
+    pub signals: Vec<Arc<Signals>>,
+    pub serial: Shared<Serial>,
+    pub keyboard: Shared<I8042>,
+    pub vga: Shared<Vga>,
+    pub console: Option<ConsoleHandle>,
+    pub rtc: Shared<Rtc>,
+    pub power_button: Shared<AcpiPm>,
+    router: Arc<IrqRouter>,
+    pic: Shared<Pic>,
+    virtio: Vec<Shared<VirtioPci>>,
+    io: Arc<MachineIo>,
+    /// Everything with state, in the order of restoring (see `devices::chipset::irq_router`).
+    stateful: Vec<Shared<dyn Snapshot>>,
+}
+
+/// What the building of a board hands around.
+struct Builder<'a> {
+    plan: &'a Blueprint,
+    mem: Arc<GuestMemory>,
+    clock: Arc<GuestClock>,
+    time: TimeBase,
+    bus: Arc<Bus>,
+    router: Arc<IrqRouter>,
+    power: Arc<dyn PowerControl>,
+    stateful: Vec<Shared<dyn Snapshot>>,
+}
+
+impl Builder<'_> {
+    fn line(&self, gsi: u32) -> IrqLine {
+        IrqLine::new(Arc::clone(&self.router) as _, gsi)
+    }
+
+    fn keep<D: Snapshot + 'static>(&mut self, device: &Shared<D>) {
+        self.stateful.push(Arc::clone(device) as _);
+    }
+
+    fn timers_and_power(&mut self) -> Result<(Shared<Rtc>, Shared<AcpiPm>), VmError> {
+        let legacy = Arc::new(LegacyGate::default());
+        let pit = Pit::new(self.time.clone(), self.line(2), Arc::clone(&legacy));
+        let router = Arc::clone(&self.router);
+        lock(&pit).set_probe(Box::new(move || router.line_state(2)));
+        Pit::attach(&pit, &self.bus)?;
+        let high = self.mem.ram().last().map_or(0, |r| r.end).saturating_sub(HOLE_END);
+        let cmos = CmosConfig {
+            ram_below_4g: self.plan.memory_bytes.min(HOLE_START),
+            ram_above_4g: high,
+            cpus: u8::try_from(self.plan.cpus).unwrap_or(u8::MAX),
+        };
+        let rtc = Rtc::new(self.time.clone(), self.line(8), Arc::clone(&legacy), cmos);
+        Rtc::attach(&rtc, &self.bus)?;
+        let hpet = Hpet::new(self.time.clone(), Arc::clone(&self.router) as _, legacy);
+        Hpet::attach(&hpet, &self.bus)?;
+        let pm = AcpiPm::new(self.time.clone(), self.line(9), Arc::clone(&self.power), WIDE_PM_TIMER);
+        AcpiPm::attach(&pm, &self.bus)?;
+        self.keep(&pit);
+        self.keep(&rtc);
+        self.keep(&hpet);
+        self.keep(&pm);
+        Ok((rtc, pm))
+    }
+
+    fn consoles(&mut self) -> Result<(Shared<Serial>, Shared<I8042>, Shared<Vga>), VmError> {
+        let sink = match &self.plan.serial {
+            Some(sink) => sink.boxed(),
+            None => Box::new(std::io::sink()),
+        };
+        let serial = Serial::new("com1", self.time.clone(), self.line(4), sink);
+        Serial::attach(&serial, &self.bus, COM1)?;
+        let a20 = Arc::new(A20::default());
+        let keyboard = I8042::new(self.line(1), self.line(12), Arc::clone(&a20), Arc::clone(&self.power));
+        I8042::attach(&keyboard, &self.bus)?;
+        let port92 = Port92::new(a20, Arc::clone(&self.power));
+        Port92::attach(&port92, &self.bus)?;
+        let vga = Vga::new();
+        Vga::attach(&vga, &self.bus)?;
+        lock(&serial).set_room_callback(self.room());
+        lock(&keyboard).set_room_callback(self.room());
+        self.keep(&serial);
+        self.keep(&keyboard);
+        self.keep(&port92);
+        self.keep(&vga);
+        Ok((serial, keyboard, vga))
+    }
+
+    /// What a device calls when it may accept input again.
+    fn room(&self) -> Box<dyn Fn() + Send> {
+        let (control, input) = (Arc::clone(&self.plan.control), Arc::clone(&self.plan.input));
+        Box::new(move || {
+            if input.is_waiting() {
+                control.note_input();
+            }
+        })
+    }
+
+    fn firmware_devices(&mut self) -> Result<(), VmError> {
+        let fw_cfg = FwCfg::new(Arc::new(Dma(Arc::clone(&self.mem))));
+        let cpus = u16::try_from(self.plan.cpus).unwrap_or(u16::MAX).to_le_bytes().to_vec();
+        lock(&fw_cfg).add_item(fw_cfg::NB_CPUS, cpus.clone());
+        lock(&fw_cfg).add_item(fw_cfg::MAX_CPUS, cpus);
+        FwCfg::attach(&fw_cfg, &self.bus)?;
+        let post = PostPorts::new();
+        PostPorts::attach(&post, &self.bus)?;
+        if let Some(sink) = &self.plan.debugcon {
+            DebugConsole::attach(&DebugConsole::new(sink.boxed()), &self.bus)?;
+        }
+        let (exit, marker) = (self.plan.isa_debug_exit, self.plan.save_at_marker);
+        if exit || marker {
+            ExitPort::attach(&ExitPort::new(Arc::clone(&self.power), exit, marker), &self.bus)?;
+        }
+        self.keep(&fw_cfg);
+        self.keep(&post);
+        Ok(())
+    }
+
+    /// The virtio devices: disks first, so that they are the first that a driver finds.
+    fn virtio(&self) -> Result<(Vec<Shared<VirtioPci>>, Option<ConsoleHandle>), VmError> {
+        let icount = self.clock.mode() == ClockMode::Icount;
+        let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+        for (index, disk) in self.plan.disks.iter().enumerate() {
+            let options = BlockOptions {
+                read_only: disk.read_only,
+                synchronous: icount,
+                serial: format!("trellis{index}"),
+                ..BlockOptions::new(&disk.path)
+            };
+            devices.push(Box::new(Block::new(&format!("virtio-blk.{index}"), &options)?));
+        }
+        let entropy =
+            if icount { Entropy::seeded(ICOUNT_SEED) } else { Entropy::host().map_err(VmError::Entropy)? };
+        devices.push(Box::new(Rng::new("virtio-rng", entropy)));
+        let mut handle = None;
+        if let Some(sink) = &self.plan.virtio_console {
+            let (console, end) = Console::new("virtio-console", sink.boxed(), 80, 25);
+            devices.push(Box::new(console));
+            handle = Some(end);
+        }
+        let behind_pci = |device| {
+            let memory = Arc::clone(&self.mem);
+            Arc::new(Mutex::new(VirtioPci::new(device, memory, Flavor::Transitional)))
+        };
+        Ok((devices.into_iter().map(behind_pci).collect(), handle))
+    }
+
+    /// PCI bus 0, set up as firmware leaves it.
+    fn pci(&mut self, virtio: &[Shared<VirtioPci>]) -> Result<(), VmError> {
+        let (messages, pins) = (Arc::clone(&self.router) as _, Arc::clone(&self.router) as _);
+        let host = PciHost::new(&self.bus, messages, pins, self.mem.ram().to_vec());
+        let reset = ResetRegister::new(Arc::clone(&self.power));
+        let ports = PciPorts::new(Arc::clone(&host), Some(Arc::clone(&reset) as _));
+        self.bus.add_ports(PciPorts::FIRST, 8, Arc::new(Mutex::new(ports)))?;
+        let bridge: SharedPci = Arc::new(Mutex::new(HostBridge::default()));
+        host.add(Some(Bdf { device: 0, function: 0 }), bridge)?;
+        let isa: SharedPci = Arc::new(Mutex::new(IsaBridge::new(Arc::clone(&self.router) as _)));
+        host.add(Some(ISA_BRIDGE), isa)?;
+        for device in virtio {
+            host.add(None, Arc::clone(device) as _)?;
+            self.keep(device);
+        }
+        host.place_bars()?;
+        self.keep(&reset);
+        self.keep(&Arc::new(Mutex::new(host)));
+        Ok(())
+    }
+}
+
+/// FADT flag TMR_VAL_EXT, as `firmware::acpi` says: the timer counts in 32 bits.
+const WIDE_PM_TIMER: bool = true;
+
+impl Machine {
+    /// A machine at power-on: memory zero, devices as after reset and firmware's set-up, the clock standing.
+    ///
+    /// # Errors
+    /// When the host cannot give what it needs.
+    pub fn new(plan: &Blueprint, mem: Arc<GuestMemory>, clock: Arc<GuestClock>) -> Result<Self, VmError> {
+        let signals: Vec<Arc<Signals>> = (0..plan.cpus).map(|_| Arc::default()).collect();
+        let timers = Arc::new(TimerQueue::default());
+        let shared_clock: Arc<dyn Clock> = Arc::clone(&clock) as _;
+        let wires = signals.iter().map(|s| Arc::new(VcpuSignal(Arc::clone(s))) as Arc<dyn CpuSignal>);
+        let apics = Apics::new(apic_model(&plan.model), &shared_clock, &timers, wires.collect());
+        let ioapic = IoApic::new(Arc::clone(&apics));
+        let eoi_sink: std::sync::Weak<dyn EoiSink> = Arc::downgrade(&ioapic) as _;
+        apics.set_eoi_sink(eoi_sink);
+        let pic = Pic::new(Arc::new(PicWire::new(Arc::clone(&ioapic), Arc::clone(&apics))));
+        let router = IrqRouter::new(Arc::clone(&pic) as _, Arc::clone(&ioapic), Arc::clone(&apics));
+        let bus = Arc::new(Bus::default());
+        Pic::attach(&pic, &bus)?;
+        bus.add_mmio(IOAPIC_BASE, IOAPIC_LEN, Arc::new(Mutex::new(IoApicMmio(Arc::clone(&ioapic)))))?;
+
+        let mut build = Builder {
+            plan,
+            mem: Arc::clone(&mem),
+            clock: Arc::clone(&clock),
+            time: TimeBase { clock: shared_clock, timers: Arc::clone(&timers) },
+            bus,
+            router: Arc::clone(&router),
+            power: Arc::clone(&plan.control) as _,
+            stateful: Vec::new(),
+        };
+        let (virtio, console) = build.virtio()?;
+        build.pci(&virtio)?;
+        let (rtc, power_button) = build.timers_and_power()?;
+        let (serial, keyboard, vga) = build.consoles()?;
+        build.firmware_devices()?;
+        let Builder { bus, mut stateful, .. } = build;
+        stateful.push(Arc::new(Mutex::new(Arc::clone(&router))));
+        stateful.push(Arc::clone(&pic) as _);
+        stateful.push(Arc::new(Mutex::new(ioapic)));
+        for lapic in apics.lapics() {
+            stateful.push(Arc::new(Mutex::new(Arc::clone(lapic))));
+        }
+        let io = Arc::new(MachineIo::new(bus, Arc::clone(&router), Arc::clone(&clock), plan.tracer.clone()));
+        Ok(Self {
+            mem,
+            clock,
+            timers,
+            signals,
+            serial,
+            keyboard,
+            vga,
+            console,
+            rtc,
+            power_button,
+            router,
+            pic,
+            virtio,
+            io,
+            stateful,
+        })
+    }
+
+    /// What firmware does to the interrupt controllers before it starts a kernel (MP 1.4 3.6.2.2, virtual wire mode).
+    pub fn firmware_setup(&self) {
+        lock(&self.pic).firmware_init();
+        if let Some(bootstrap) = self.router.apics().lapic(0) {
+            bootstrap.set_virtual_wire();
+        }
+    }
+
+    /// The vCPUs, in their reset state.
+    pub fn vcpus(&self, plan: &Blueprint) -> Vec<Box<dyn Vcpu>> {
+        let parts = |(index, signals): (usize, &Arc<Signals>)| Parts {
+            index,
+            vcpus: plan.cpus,
+            mem: Arc::clone(&self.mem),
+            io: Arc::clone(&self.io) as _,
+            signals: Arc::clone(signals),
+            model: Arc::clone(&plan.model),
+        };
+        self.signals.iter().enumerate().map(parts).map(|parts| new_vcpu(plan.engine, parts)).collect()
+    }
+
+    /// The state of every device. The vCPUs stand still. Requests in flight come to rest first.
+    pub fn save_devices(&self) -> Vec<StateBlob> {
+        self.stateful.iter().map(|device| lock(device).save()).collect()
+    }
+
+    /// Gives every device its state back.
+    ///
+    /// # Errors
+    /// When a blob does not fit; some devices may have changed then.
+    pub fn restore_devices(&self, blobs: &[StateBlob]) -> Result<(), RestoreError> {
+        if blobs.len() != self.stateful.len() {
+            return Err(RestoreError::Unfit {
+                name: "machine".to_owned(),
+                why: format!("{} devices were saved, this machine has {}", blobs.len(), self.stateful.len()),
+            });
+        }
+        for (device, blob) in self.stateful.iter().zip(blobs) {
+            lock(device).restore(blob)?;
+        }
+        self.io.find_apics();
+        Ok(())
+    }
+
+    /// Takes over what survives a reset: CMOS memory and the setting of the clock.
+    pub fn keep_cmos(&self, saved: &StateBlob) {
+        let mut rtc: MutexGuard<'_, Rtc> = lock(&self.rtc);
+        if let Err(error) = rtc.restore(saved) {
+            tracing::warn!("CMOS memory is lost in the reset: {error}");
+        }
+        rtc.reset();
+    }
+
+    /// Offers waiting input to the devices.
+    pub fn feed(&self, input: &Input) {
+        input.feed(&self.serial, &self.keyboard);
+    }
+
+    /// Ends disk requests and makes what was written durable.
+    pub fn shutdown(&self) {
+        self.virtio.iter().for_each(|device| lock(device).shutdown());
+    }
+
+    /// Counters of the virtio devices.
+    pub fn counters(&self) -> Vec<(String, Vec<(&'static str, u64)>)> {
+        let of = |device: &Shared<VirtioPci>| {
+            let device = lock(device);
+            (device.device().name().to_owned(), device.counters())
+        };
+        self.virtio.iter().map(of).collect()
+    }
+}
+
+/// An engine's vCPU.
+fn new_vcpu(engine: EngineKind, parts: Parts) -> Box<dyn Vcpu> {
+    match engine {
+        EngineKind::Interp => Box::new(Interp::new(parts)),
+    }
+}
+
+fn apic_model(model: &CpuModel) -> ApicModel {
+    ApicModel {
+        x2apic: model.has(Feature::X2apic),
+        tsc_deadline: model.has(Feature::TscDeadline),
+        phys_bits: model.phys_bits(),
+    }
+}

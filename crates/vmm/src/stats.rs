@@ -1,0 +1,157 @@
+//! Where the time went: instructions, exits by cause, device counters.
+
+use std::fmt;
+use std::time::Duration;
+
+use engine::{ExitStats, Vcpu};
+use serde_json::{Value, json};
+
+/// One vCPU's counts, over all lives of the machine.
+#[derive(Clone, Debug, Default)]
+pub struct VcpuStats {
+    /// Instructions executed.
+    pub instructions: u64,
+    /// Exits and other events by cause.
+    pub exits: ExitStats,
+}
+
+impl VcpuStats {
+    /// Adds what `vcpu` did in its life.
+    pub(crate) fn add(&mut self, vcpu: &dyn Vcpu) {
+        self.instructions += vcpu.instructions();
+        self.exits.add(vcpu.stats());
+    }
+}
+
+/// What a run cost.
+#[derive(Clone, Debug, Default)]
+pub struct Stats {
+    /// Time that the vCPUs could run.
+    pub elapsed: Duration,
+    /// Guest time since power-on, reset or restore.
+    pub guest_ns: u64,
+    /// By vCPU.
+    pub vcpus: Vec<VcpuStats>,
+    /// Counters by device.
+    pub devices: Vec<(String, Vec<(&'static str, u64)>)>,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// How much of it the host really holds, in bytes.
+    pub resident_bytes: u64,
+    /// Resets that were carried out.
+    pub resets: u64,
+    /// Saves with restore that the guest asked for.
+    pub restores: u64,
+    /// Bytes of serial output that the sink did not take.
+    pub serial_lost_bytes: u64,
+}
+
+impl Stats {
+    /// Instructions of all vCPUs.
+    #[must_use]
+    pub fn instructions(&self) -> u64 {
+        self.vcpus.iter().map(|v| v.instructions).sum()
+    }
+
+    /// Million instructions a second of wall-clock time, all vCPUs together.
+    #[must_use]
+    pub fn mips(&self) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
+        let instructions = self.instructions() as f64;
+        instructions / self.elapsed.as_secs_f64().max(1e-9) / 1e6
+    }
+
+    /// Exits of all vCPUs.
+    #[must_use]
+    pub fn exits(&self) -> ExitStats {
+        let mut all = ExitStats::default();
+        self.vcpus.iter().for_each(|v| all.add(&v.exits));
+        all
+    }
+
+    /// Everything, for programs.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        let exits = |exits: &ExitStats| -> Value {
+            exits.iter().map(|(c, n)| (c.name().to_owned(), json!(n))).collect()
+        };
+        let vcpu = |v: &VcpuStats| json!({"instructions": v.instructions, "exits": exits(&v.exits)});
+        let device = |(name, counters): &(String, Vec<(&str, u64)>)| -> (String, Value) {
+            (name.clone(), counters.iter().map(|&(n, v)| (n.to_owned(), json!(v))).collect())
+        };
+        json!({
+            "elapsed_seconds": self.elapsed.as_secs_f64(),
+            "guest_ns": self.guest_ns,
+            "instructions": self.instructions(),
+            "mips": self.mips(),
+            "exits": exits(&self.exits()),
+            "vcpus": self.vcpus.iter().map(vcpu).collect::<Vec<_>>(),
+            "devices": self.devices.iter().map(device).collect::<serde_json::Map<_, _>>(),
+            "memory_bytes": self.memory_bytes,
+            "memory_resident_bytes": self.resident_bytes,
+            "resets": self.resets,
+            "restores": self.restores,
+            "serial_lost_bytes": self.serial_lost_bytes,
+        })
+    }
+}
+
+impl fmt::Display for Stats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "time                {:>18.3} s", self.elapsed.as_secs_f64())?;
+        writeln!(f, "instructions        {:>18}", self.instructions())?;
+        writeln!(f, "million per second  {:>18.1}", self.mips())?;
+        if self.vcpus.len() > 1 {
+            for (index, vcpu) in self.vcpus.iter().enumerate() {
+                writeln!(f, "  vcpu{index:<13} {:>18}", vcpu.instructions)?;
+            }
+        }
+        writeln!(f, "guest memory        {:>14} MiB", self.memory_bytes >> 20)?;
+        writeln!(f, "  resident          {:>14} MiB", self.resident_bytes >> 20)?;
+        for (name, count) in [
+            ("resets", self.resets),
+            ("restores", self.restores),
+            ("serial lost bytes", self.serial_lost_bytes),
+        ] {
+            if count > 0 {
+                writeln!(f, "{name:<19} {count:>18}")?;
+            }
+        }
+        writeln!(f, "exits by cause")?;
+        let exits = self.exits();
+        let mut rows: Vec<_> = exits.iter().filter(|&(_, count)| count > 0).collect();
+        rows.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
+        for (cause, count) in rows {
+            writeln!(f, "  {:<18}{count:>18}", cause.name())?;
+        }
+        for (name, counters) in &self.devices {
+            let used: Vec<_> =
+                counters.iter().filter(|(_, v)| *v > 0).map(|(n, v)| format!("{n} {v}")).collect();
+            if !used.is_empty() {
+                writeln!(f, "{name}: {}", used.join(", "))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine::Cause;
+
+    #[test]
+    fn table_and_json_show_every_exit_that_happened() {
+        let mut exits = ExitStats::default();
+        exits.count(Cause::PortWrite);
+        let vcpu = VcpuStats { instructions: 2_000_000, exits };
+        let stats =
+            Stats { elapsed: Duration::from_secs(1), vcpus: vec![vcpu.clone(), vcpu], ..Stats::default() };
+        let table = stats.to_string();
+        assert!(table.contains("port-write") && !table.contains("port-read"), "{table}");
+        let json = stats.to_json();
+        assert_eq!(json["exits"]["port-write"], 2);
+        assert_eq!(json["vcpus"][1]["instructions"], 2_000_000);
+        assert!((stats.mips() - 4.0).abs() < 1e-9);
+    }
+}

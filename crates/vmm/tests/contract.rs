@@ -1,0 +1,73 @@
+//! The contract suite of `guest/` on the whole machine.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use vmm::boot::{BootSource, Protocol};
+use vmm::{ClockMode, Outcome, Vm, VmConfig};
+
+#[derive(Clone, Default)]
+struct Capture(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Capture {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn suite(protocol: Protocol, cpus: u32, clock: ClockMode) -> (Outcome, String, u64) {
+    let output = Capture::default();
+    let source = BootSource {
+        kernel: guest_embed::CONTRACT.to_vec(),
+        kernel_name: "contract".to_owned(),
+        protocol: Some(protocol),
+        ..BootSource::default()
+    };
+    let config = VmConfig {
+        cpus,
+        clock,
+        isa_debug_exit: true,
+        save_at_marker: true,
+        timeout: Some(Duration::from_secs(300)),
+        serial: Some(Box::new(output.clone())),
+        ..VmConfig::new(source)
+    };
+    let mut vm = Vm::new(config).unwrap();
+    let outcome = vm.run().unwrap();
+    let text = String::from_utf8_lossy(&output.0.lock().unwrap()).into_owned();
+    (outcome, text, vm.stats().instructions())
+}
+
+fn assert_all_pass(protocol: Protocol, cpus: u32) {
+    let (outcome, text, _) = suite(protocol, cpus, ClockMode::Host);
+    let failed: Vec<&str> = text.lines().filter(|line| line.starts_with("FAIL")).collect();
+    assert!(failed.is_empty(), "{outcome:?}\n{}\nlast lines:\n{}", failed.join("\n"), tail(&text));
+    assert_eq!(outcome, Outcome::DebugExit(0x10), "last lines:\n{}", tail(&text));
+}
+
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(8)..].join("\n")
+}
+
+#[test]
+fn contract_suite_passes_by_pvh() {
+    assert_all_pass(Protocol::Pvh, 1);
+}
+
+#[test]
+fn contract_suite_passes_by_multiboot_with_two_vcpus() {
+    assert_all_pass(Protocol::Multiboot, 2);
+}
+
+#[test]
+fn contract_suite_is_reproducible_with_icount() {
+    let first = suite(Protocol::Pvh, 1, ClockMode::Icount);
+    let second = suite(Protocol::Pvh, 1, ClockMode::Icount);
+    assert_eq!(first, second);
+}
