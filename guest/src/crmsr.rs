@@ -57,7 +57,12 @@ fn cr4_pae_in_long_mode() -> Verdict {
 fn cr3_reserved() -> Verdict {
     let bits = cpu::phys_bits();
     if bits < 52 {
-        fault(&catch(|| cpu::set_cr3(cpu::cr3() | 1 << bits)), GP, 0, "a bit beyond the physical address width")?;
+        fault(
+            &catch(|| cpu::set_cr3(cpu::cr3() | 1 << bits)),
+            GP,
+            0,
+            "a bit beyond the physical address width",
+        )?;
     }
     clean(&catch(|| cpu::set_cr3(cpu::cr3())), "the same value")
 }
@@ -247,7 +252,10 @@ fn cpuid_leaves() -> Verdict {
     eq(u64::from(e & 0x800), 0x800, "SYSCALL in 64-bit mode")?;
     if cpu::is_intel() {
         let (top, beyond) = (cpu::cpuid(l.a, 0), cpu::cpuid(0x4fff_ffff - 0x3000_0000, 0));
-        ok(top.a == beyond.a && top.b == beyond.b, "Intel: a leaf beyond the maximum returns the highest basic leaf")?;
+        ok(
+            top.a == beyond.a && top.b == beyond.b,
+            "Intel: a leaf beyond the maximum returns the highest basic leaf",
+        )?;
     }
     let sizes = cpu::cpuid(0x8000_0008, 0).a;
     ok((36..=52).contains(&(sizes & 0xff)) && matches!(sizes >> 8 & 0xff, 48 | 57), "address sizes")

@@ -28,7 +28,16 @@ fn fninit_state() -> Verdict {
 fn x87_arithmetic() -> Verdict {
     let p = page();
     (wr(p, 3.5f64.to_bits()), wr(p + 8, (-1.25f64).to_bits()));
-    let c = code64!("fninit", "fld qword ptr [rdi]", "fmul qword ptr [rdi + 8]", "fstp qword ptr [rdi + 16]", "fild dword ptr [rsi]", "fsqrt", "fistp dword ptr [rdi + 24]", "fnstsw ax");
+    let c = code64!(
+        "fninit",
+        "fld qword ptr [rdi]",
+        "fmul qword ptr [rdi + 8]",
+        "fstp qword ptr [rdi + 16]",
+        "fild dword ptr [rsi]",
+        "fsqrt",
+        "fistp dword ptr [rdi + 24]",
+        "fnstsw ax"
+    );
     wr32(p + 64, 144);
     let o = Ctx::kernel(c).rdi(p).rsi(p + 64).run();
     done(&o, "x87")?;
@@ -39,7 +48,18 @@ fn x87_arithmetic() -> Verdict {
 
 fn x87_constants() -> Verdict {
     let p = page();
-    done(&Ctx::kernel(code64!("fninit", "fldpi", "fstp tbyte ptr [rdi]", "fldl2e", "fstp tbyte ptr [rdi + 16]")).rdi(p).run(), "constants")?;
+    done(
+        &Ctx::kernel(code64!(
+            "fninit",
+            "fldpi",
+            "fstp tbyte ptr [rdi]",
+            "fldl2e",
+            "fstp tbyte ptr [rdi + 16]"
+        ))
+        .rdi(p)
+        .run(),
+        "constants",
+    )?;
     ok(rd(p) == 0xc90f_daa2_2168_c235 && rd32(p + 8) & 0xffff == 0x4000, "pi in 80 bits")?;
     ok(rd(p + 16) == 0xb8aa_3b29_5c17_f0bc && rd32(p + 24) & 0xffff == 0x3fff, "log2(e)")
 }
@@ -49,21 +69,64 @@ fn x87_rounding() -> Verdict {
     wr(p, 2.5f64.to_bits());
     for (cw, want) in [(0x37fu32, 2u64), (0x77f, 2), (0xb7f, 3), (0xf7f, 2)] {
         wr32(p + 8, cw);
-        done(&Ctx::kernel(code64!("fninit", "fldcw [rdi + 8]", "fld qword ptr [rdi]", "fistp qword ptr [rdi + 16]", "fninit")).rdi(p).run(), "FISTP")?;
+        done(
+            &Ctx::kernel(code64!(
+                "fninit",
+                "fldcw [rdi + 8]",
+                "fld qword ptr [rdi]",
+                "fistp qword ptr [rdi + 16]",
+                "fninit"
+            ))
+            .rdi(p)
+            .run(),
+            "FISTP",
+        )?;
         eq(rd(p + 16), want, "rounding control")?;
     }
     Ok(())
 }
 
 fn x87_compare() -> Verdict {
-    let o = Ctx::kernel(code64!("fninit", "fld1", "fldz", "fcomip st, st(1)", "pushfq", "pop rax", "fldz", "fdiv st, st(0)", "fucomip st, st(1)", "pushfq", "pop rcx", "fninit")).run();
+    let o = Ctx::kernel(code64!(
+        "fninit",
+        "fld1",
+        "fldz",
+        "fcomip st, st(1)",
+        "pushfq",
+        "pop rax",
+        "fldz",
+        "fdiv st, st(0)",
+        "fucomip st, st(1)",
+        "pushfq",
+        "pop rcx",
+        "fninit"
+    ))
+    .run();
     done(&o, "FCOMI")?;
     eq(o.rax & 0x45, 1, "0 < 1: CF")?;
     eq(o.rcx & 0x45, 0x45, "NaN: unordered")
 }
 
 fn x87_stack_fault() -> Verdict {
-    let o = Ctx::kernel(code64!("fninit", "fstp st(0)", "fnstsw ax", "movzx ecx, ax", "fninit", "fld1", "fld1", "fld1", "fld1", "fld1", "fld1", "fld1", "fld1", "fld1", "fnstsw ax", "fninit")).run();
+    let o = Ctx::kernel(code64!(
+        "fninit",
+        "fstp st(0)",
+        "fnstsw ax",
+        "movzx ecx, ax",
+        "fninit",
+        "fld1",
+        "fld1",
+        "fld1",
+        "fld1",
+        "fld1",
+        "fld1",
+        "fld1",
+        "fld1",
+        "fld1",
+        "fnstsw ax",
+        "fninit"
+    ))
+    .run();
     done(&o, "masked stack faults")?;
     eq(o.rcx & 0x241, 0x41, "underflow: IE, SF, C1 clear")?;
     eq(o.rax & 0x241, 0x241, "overflow: IE, SF, C1 set")
@@ -74,7 +137,22 @@ fn x87_precision() -> Verdict {
     // 1/3 with 64-bit and with 24-bit precision.
     wr32(p, 0x007f);
     wr32(p + 4, 3);
-    done(&Ctx::kernel(code64!("fninit", "fld1", "fidiv dword ptr [rdi + 4]", "fstp tbyte ptr [rdi + 16]", "fldcw [rdi]", "fld1", "fidiv dword ptr [rdi + 4]", "fstp tbyte ptr [rdi + 32]", "fninit")).rdi(p).run(), "FIDIV")?;
+    done(
+        &Ctx::kernel(code64!(
+            "fninit",
+            "fld1",
+            "fidiv dword ptr [rdi + 4]",
+            "fstp tbyte ptr [rdi + 16]",
+            "fldcw [rdi]",
+            "fld1",
+            "fidiv dword ptr [rdi + 4]",
+            "fstp tbyte ptr [rdi + 32]",
+            "fninit"
+        ))
+        .rdi(p)
+        .run(),
+        "FIDIV",
+    )?;
     eq(rd(p + 16), 0xaaaa_aaaa_aaaa_aaab, "64 bits")?;
     eq(rd(p + 32), 0xaaaa_ab00_0000_0000, "24 bits")
 }
@@ -82,7 +160,17 @@ fn x87_precision() -> Verdict {
 fn mf_exception() -> Verdict {
     let p = page();
     wr32(p, 0x37b);
-    let c = code64!("fninit", "fldcw [rdi]", "fld1", "fldz", "fdivp st(1), st", "nop", "mov ebx, 5", "fwait", "mov ebx, 6");
+    let c = code64!(
+        "fninit",
+        "fldcw [rdi]",
+        "fld1",
+        "fldz",
+        "fdivp st(1), st",
+        "nop",
+        "mov ebx, 5",
+        "fwait",
+        "mov ebx, 6"
+    );
     let o = Ctx::kernel(c).rdi(p).run();
     done(&Ctx::kernel(code64!("fnclex", "fninit")).run(), "FNINIT")?;
     fault(&o, MF, 0, "unmasked division by zero")?;
@@ -91,18 +179,35 @@ fn mf_exception() -> Verdict {
 }
 
 fn mf_masked() -> Verdict {
-    let o = Ctx::kernel(code64!("fninit", "fld1", "fldz", "fdivp st(1), st", "fwait", "fnstsw ax", "fninit")).run();
+    let o = Ctx::kernel(code64!("fninit", "fld1", "fldz", "fdivp st(1), st", "fwait", "fnstsw ax", "fninit"))
+        .run();
     done(&o, "masked")?;
     eq(o.rax & 0x3f, 4, "ZE in the status word")
 }
 
 fn xm_code() -> Code {
-    code64!("push 0x1d80", "ldmxcsr [rsp]", "pop rax", "mov eax, 0x3f800000", "movd xmm0, eax", "xorps xmm1, xmm1", "divss xmm0, xmm1")
+    code64!(
+        "push 0x1d80",
+        "ldmxcsr [rsp]",
+        "pop rax",
+        "mov eax, 0x3f800000",
+        "movd xmm0, eax",
+        "xorps xmm1, xmm1",
+        "divss xmm0, xmm1"
+    )
 }
 
 fn xm_exception() -> Verdict {
     let o = Ctx::kernel(xm_code()).run();
-    let c = code64!("sub rsp, 16", "stmxcsr [rsp]", "mov eax, [rsp]", "mov dword ptr [rsp], 0x1f80", "ldmxcsr [rsp]", "add rsp, 16", "movd ecx, xmm0");
+    let c = code64!(
+        "sub rsp, 16",
+        "stmxcsr [rsp]",
+        "mov eax, [rsp]",
+        "mov dword ptr [rsp], 0x1f80",
+        "ldmxcsr [rsp]",
+        "add rsp, 16",
+        "movd ecx, xmm0"
+    );
     let after = Ctx::kernel(c).run();
     fault(&o, XM, 0, "unmasked SSE division by zero")?;
     eq(after.rax & 4, 4, "ZE in MXCSR")?;
@@ -125,9 +230,17 @@ fn mxcsr_reserved() -> Verdict {
 fn em_rules() -> Verdict {
     fault(&Ctx::kernel(cr0_or!("4", "fnop")).run(), NM, 0, "x87 with CR0.EM")?;
     fault(&Ctx::kernel(cr0_or!("4", "movaps xmm0, xmm1")).run(), UD, 0, "SSE with CR0.EM")?;
-    fault(&Ctx::kernel(cr0_or!("0xc", "movaps xmm0, xmm1")).run(), UD, 0, "#UD by EM comes before #NM by TS")?;
+    fault(
+        &Ctx::kernel(cr0_or!("0xc", "movaps xmm0, xmm1")).run(),
+        UD,
+        0,
+        "#UD by EM comes before #NM by TS",
+    )?;
     fault(&Ctx::kernel(cr0_or!("8", "fxsave [rsp - 1024]")).run(), NM, 0, "FXSAVE with TS")?;
-    done(&Ctx::kernel(cr0_or!("4", "mov eax, 1", "cpuid", "sfence", "prefetcht0 [rsp]")).run(), "fences and prefetches do not care")
+    done(
+        &Ctx::kernel(cr0_or!("4", "mov eax, 1", "cpuid", "sfence", "prefetcht0 [rsp]")).run(),
+        "fences and prefetches do not care",
+    )
 }
 
 fn osfxsr_clear() -> Verdict {
@@ -155,14 +268,32 @@ fn movaps_alignment() -> Verdict {
         fault(&Ctx::kernel(c).rdi(p + 8).run(), GP, 0, what)?;
         done(&Ctx::kernel(c).rdi(p + 16).run(), what)?;
     }
-    done(&Ctx::kernel(code64!("movups xmm0, [rdi]", "movdqu [rdi], xmm0", "lddqu xmm1, [rdi]")).rdi(p + 1).run(), "unaligned forms")
+    done(
+        &Ctx::kernel(code64!("movups xmm0, [rdi]", "movdqu [rdi], xmm0", "lddqu xmm1, [rdi]"))
+            .rdi(p + 1)
+            .run(),
+        "unaligned forms",
+    )
 }
 
 fn sse_operand_alignment() -> Verdict {
     let p = page();
-    fault(&Ctx::kernel(code64!("addps xmm0, [rdi]")).rdi(p + 4).run(), GP, 0, "ADDPS with a misaligned operand")?;
-    fault(&Ctx::kernel(code64!("pxor xmm0, [rdi]")).rdi(p + 4).run(), GP, 0, "PXOR with a misaligned operand")?;
-    done(&Ctx::kernel(code64!("addss xmm0, [rdi]", "paddq mm0, [rdi]", "emms")).rdi(p + 3).run(), "scalar and MMX operands")
+    fault(
+        &Ctx::kernel(code64!("addps xmm0, [rdi]")).rdi(p + 4).run(),
+        GP,
+        0,
+        "ADDPS with a misaligned operand",
+    )?;
+    fault(
+        &Ctx::kernel(code64!("pxor xmm0, [rdi]")).rdi(p + 4).run(),
+        GP,
+        0,
+        "PXOR with a misaligned operand",
+    )?;
+    done(
+        &Ctx::kernel(code64!("addss xmm0, [rdi]", "paddq mm0, [rdi]", "emms")).rdi(p + 3).run(),
+        "scalar and MMX operands",
+    )
 }
 
 fn fxsave_roundtrip() -> Verdict {
@@ -171,12 +302,33 @@ fn fxsave_roundtrip() -> Verdict {
         wr(p + 0x800 + i * 8, 0x0101_0101_0101_0101 * i);
     }
     let c = code64!(
-        "fninit", "fldpi", "fld1",
-        "movups xmm0, [rdi + 0x800]", "movups xmm1, [rdi + 0x810]", "movups xmm7, [rdi + 0x870]", "movups xmm8, [rdi + 0x880]", "movups xmm15, [rdi + 0x8f0]",
-        "push 0x9fc0", "ldmxcsr [rsp]", "pop rax",
+        "fninit",
+        "fldpi",
+        "fld1",
+        "movups xmm0, [rdi + 0x800]",
+        "movups xmm1, [rdi + 0x810]",
+        "movups xmm7, [rdi + 0x870]",
+        "movups xmm8, [rdi + 0x880]",
+        "movups xmm15, [rdi + 0x8f0]",
+        "push 0x9fc0",
+        "ldmxcsr [rsp]",
+        "pop rax",
         "fxsave64 [rdi]",
-        "fninit", "xorps xmm0, xmm0", "xorps xmm1, xmm1", "xorps xmm7, xmm7", "xorps xmm8, xmm8", "xorps xmm15, xmm15", "push 0x1f80", "ldmxcsr [rsp]", "pop rax",
-        "fxrstor64 [rdi]", "fxsave64 [rsi]", "fninit", "push 0x1f80", "ldmxcsr [rsp]", "pop rax"
+        "fninit",
+        "xorps xmm0, xmm0",
+        "xorps xmm1, xmm1",
+        "xorps xmm7, xmm7",
+        "xorps xmm8, xmm8",
+        "xorps xmm15, xmm15",
+        "push 0x1f80",
+        "ldmxcsr [rsp]",
+        "pop rax",
+        "fxrstor64 [rdi]",
+        "fxsave64 [rsi]",
+        "fninit",
+        "push 0x1f80",
+        "ldmxcsr [rsp]",
+        "pop rax"
     );
     done(&Ctx::kernel(c).rdi(p).rsi(q).run(), "FXSAVE, FXRSTOR, FXSAVE")?;
     for i in (0..52).filter(|i| !(1..3).contains(i)) {
@@ -201,7 +353,17 @@ fn fxrstor_bad_mxcsr() -> Verdict {
 }
 
 fn sse_arithmetic() -> Verdict {
-    let o = Ctx::kernel(code64!("cvtsi2sd xmm0, rax", "cvtsi2sd xmm1, rcx", "divsd xmm0, xmm1", "sqrtsd xmm1, xmm0", "movq rax, xmm0", "movq rdx, xmm1")).rax(9).rcx(4).run();
+    let o = Ctx::kernel(code64!(
+        "cvtsi2sd xmm0, rax",
+        "cvtsi2sd xmm1, rcx",
+        "divsd xmm0, xmm1",
+        "sqrtsd xmm1, xmm0",
+        "movq rax, xmm0",
+        "movq rdx, xmm1"
+    ))
+    .rax(9)
+    .rcx(4)
+    .run();
     done(&o, "SSE2")?;
     eq(o.rax, 2.25f64.to_bits(), "9 / 4")?;
     eq(o.rdx, 1.5f64.to_bits(), "square root")
@@ -219,7 +381,18 @@ fn sse_conversions() -> Verdict {
 
 fn sse_nan_rules() -> Verdict {
     let nan = f64::NAN.to_bits() | 0x123;
-    let c = code64!("movq xmm0, rax", "movq xmm1, rcx", "movaps xmm2, xmm0", "minsd xmm2, xmm1", "movq rbx, xmm2", "addsd xmm0, xmm1", "movq rax, xmm0", "ucomisd xmm0, xmm1", "pushfq", "pop rdx");
+    let c = code64!(
+        "movq xmm0, rax",
+        "movq xmm1, rcx",
+        "movaps xmm2, xmm0",
+        "minsd xmm2, xmm1",
+        "movq rbx, xmm2",
+        "addsd xmm0, xmm1",
+        "movq rax, xmm0",
+        "ucomisd xmm0, xmm1",
+        "pushfq",
+        "pop rdx"
+    );
     let o = Ctx::kernel(c).rax(nan).rcx(1.0f64.to_bits()).run();
     eq(o.rbx, 1.0f64.to_bits(), "MINSD returns the second operand")?;
     eq(o.rax, nan, "a NaN operand goes through")?;
@@ -229,7 +402,17 @@ fn sse_nan_rules() -> Verdict {
 }
 
 fn ftz_daz() -> Verdict {
-    let c = code64!("push rdi", "ldmxcsr [rsp]", "movd xmm0, eax", "movd xmm1, ecx", "mulss xmm0, xmm1", "movd eax, xmm0", "mov dword ptr [rsp], 0x1f80", "ldmxcsr [rsp]", "pop rdi");
+    let c = code64!(
+        "push rdi",
+        "ldmxcsr [rsp]",
+        "movd xmm0, eax",
+        "movd xmm1, ecx",
+        "mulss xmm0, xmm1",
+        "movd eax, xmm0",
+        "mov dword ptr [rsp], 0x1f80",
+        "ldmxcsr [rsp]",
+        "pop rdi"
+    );
     let tiny = 0x0080_0000u64;
     let half = u64::from(0.5f32.to_bits());
     eq(Ctx::kernel(c).rdi(0x1f80).rax(tiny).rcx(half).run().rax, 0x0040_0000, "a denormal result")?;
@@ -240,19 +423,47 @@ fn ftz_daz() -> Verdict {
 }
 
 fn sse_integer() -> Verdict {
-    let c = code64!("movq xmm0, rax", "movq xmm1, rcx", "movaps xmm2, xmm0", "paddb xmm2, xmm1", "movq rbx, xmm2", "pmuludq xmm0, xmm1", "movq rdx, xmm0", "movq xmm0, rax", "punpcklbw xmm0, xmm1", "movq r8, xmm0", "pmovmskb r9d, xmm1", "pshufd xmm3, xmm1, 0x11", "movq r10, xmm3");
+    let c = code64!(
+        "movq xmm0, rax",
+        "movq xmm1, rcx",
+        "movaps xmm2, xmm0",
+        "paddb xmm2, xmm1",
+        "movq rbx, xmm2",
+        "pmuludq xmm0, xmm1",
+        "movq rdx, xmm0",
+        "movq xmm0, rax",
+        "punpcklbw xmm0, xmm1",
+        "movq r8, xmm0",
+        "pmovmskb r9d, xmm1",
+        "pshufd xmm3, xmm1, 0x11",
+        "movq r10, xmm3"
+    );
     let o = Ctx::kernel(c).rax(0x01ff_0203_0405_0607).rcx(0x8001_0203_8405_0607).run();
     done(&o, "SSE2 integer")?;
     eq(o.rbx, 0x8100_0406_880a_0c0e, "PADDB")?;
     eq(o.rdx, 0x0405_0607 * 0x8405_0607, "PMULUDQ")?;
     eq(o.r8, 0x8404_0505_0606_0707, "PUNPCKLBW")?;
     eq(o.r9, 0x88, "PMOVMSKB")?;
-    eq(o.r10, 0x8001_0203_8001_0203 & 0xffff_ffff_ffff_ffff, "PSHUFD").or(eq(o.r10, 0x8405_0607_8001_0203, "PSHUFD"))
+    eq(o.r10, 0x8001_0203_8001_0203 & 0xffff_ffff_ffff_ffff, "PSHUFD").or(eq(
+        o.r10,
+        0x8405_0607_8001_0203,
+        "PSHUFD",
+    ))
 }
 
 fn mmx_tags() -> Verdict {
     let p = page();
-    let c = code64!("fninit", "mov rax, 0x1122334455667788", "movq mm3, rax", "fnstenv [rdi]", "fldenv [rdi]", "paddb mm3, mm3", "movq rcx, mm3", "emms", "fnstenv [rdi + 32]");
+    let c = code64!(
+        "fninit",
+        "mov rax, 0x1122334455667788",
+        "movq mm3, rax",
+        "fnstenv [rdi]",
+        "fldenv [rdi]",
+        "paddb mm3, mm3",
+        "movq rcx, mm3",
+        "emms",
+        "fnstenv [rdi + 32]"
+    );
     let o = Ctx::kernel(c).rdi(p).run();
     done(&o, "MMX")?;
     eq(u64::from(rd32(p + 8) & 0xffff) & 0xff3f, u64::from(rd32(p + 8) & 0xff3f), "")?;
@@ -270,7 +481,12 @@ fn enable_xsave(xcr0: u64) -> bool {
 }
 
 fn xsave_needs_osxsave() -> Verdict {
-    fault(&Ctx::kernel(code64!("mov eax, 3", "xor edx, edx", "xsave [rdi]")).rdi(page()).run(), UD, 0, "XSAVE with CR4.OSXSAVE clear")?;
+    fault(
+        &Ctx::kernel(code64!("mov eax, 3", "xor edx, edx", "xsave [rdi]")).rdi(page()).run(),
+        UD,
+        0,
+        "XSAVE with CR4.OSXSAVE clear",
+    )?;
     fault(&Ctx::kernel(code64!("xor ecx, ecx", "xgetbv")).run(), UD, 0, "XGETBV")
 }
 
@@ -281,8 +497,20 @@ fn xsave_roundtrip() -> Verdict {
     let p = page();
     (wr(p + 0x800, 0x1111), wr(p + 0x808, 0x2222));
     let c = code64!(
-        "fninit", "fldpi", "movups xmm5, [rdi + 0x800]", "mov eax, 3", "xor edx, edx", "xsave64 [rdi]",
-        "fninit", "xorps xmm5, xmm5", "mov eax, 3", "xor edx, edx", "xrstor64 [rdi]", "movups [rdi + 0x820], xmm5", "fstp tbyte ptr [rdi + 0x840]", "fninit"
+        "fninit",
+        "fldpi",
+        "movups xmm5, [rdi + 0x800]",
+        "mov eax, 3",
+        "xor edx, edx",
+        "xsave64 [rdi]",
+        "fninit",
+        "xorps xmm5, xmm5",
+        "mov eax, 3",
+        "xor edx, edx",
+        "xrstor64 [rdi]",
+        "movups [rdi + 0x820], xmm5",
+        "fstp tbyte ptr [rdi + 0x840]",
+        "fninit"
     );
     done(&Ctx::kernel(c).rdi(p).run(), "XSAVE and XRSTOR")?;
     eq(rd(p + 512) & 3, 3, "XSTATE_BV")?;
@@ -295,7 +523,24 @@ fn xrstor_init() -> Verdict {
         skip!("no XSAVE");
     }
     let p = page();
-    let c = code64!("fninit", "fld1", "pcmpeqd xmm5, xmm5", "mov eax, 3", "xor edx, edx", "xsave64 [rdi]", "mov qword ptr [rdi + 512], 0", "mov eax, 2", "xrstor64 [rdi]", "movq rbx, xmm5", "fnstsw ax", "movzx ecx, ax", "mov eax, 1", "xrstor64 [rdi]", "fnstsw ax", "fninit");
+    let c = code64!(
+        "fninit",
+        "fld1",
+        "pcmpeqd xmm5, xmm5",
+        "mov eax, 3",
+        "xor edx, edx",
+        "xsave64 [rdi]",
+        "mov qword ptr [rdi + 512], 0",
+        "mov eax, 2",
+        "xrstor64 [rdi]",
+        "movq rbx, xmm5",
+        "fnstsw ax",
+        "movzx ecx, ax",
+        "mov eax, 1",
+        "xrstor64 [rdi]",
+        "fnstsw ax",
+        "fninit"
+    );
     let o = Ctx::kernel(c).rdi(p).run();
     done(&o, "XRSTOR")?;
     eq(o.rbx, 0, "a component with its XSTATE_BV bit clear gets its initial state")?;
@@ -331,8 +576,16 @@ fn avx_rules() -> Verdict {
     fault(&Ctx::kernel(c).run(), UD, 0, "AVX with XCR0.AVX clear")?;
     ok(enable_xsave(7), "XCR0 = 7")?;
     done(&Ctx::kernel(c).run(), "AVX")?;
-    fault(&Ctx::kernel(code64!("vmovaps ymm0, [rdi]")).rdi(page() + 16).run(), GP, 0, "VMOVAPS ymm, misaligned")?;
-    done(&Ctx::kernel(code64!("vaddps ymm0, ymm0, [rdi]")).rdi(page() + 1).run(), "VEX arithmetic takes misaligned operands")?;
+    fault(
+        &Ctx::kernel(code64!("vmovaps ymm0, [rdi]")).rdi(page() + 16).run(),
+        GP,
+        0,
+        "VMOVAPS ymm, misaligned",
+    )?;
+    done(
+        &Ctx::kernel(code64!("vaddps ymm0, ymm0, [rdi]")).rdi(page() + 1).run(),
+        "VEX arithmetic takes misaligned operands",
+    )?;
     fault(&Ctx::kernel(code64!(".byte 0xf0, 0xc5, 0xfc, 0x57, 0xc0")).run(), UD, 0, "LOCK before VEX")?;
     fault(&Ctx::kernel(code64!(".byte 0x66, 0xc5, 0xfc, 0x57, 0xc0")).run(), UD, 0, "66H before VEX")
 }
@@ -343,15 +596,35 @@ fn avx_upper_halves() -> Verdict {
     }
     let p = page();
     let c = code64!(
-        "vpcmpeqd xmm1, xmm1, xmm1", "vinsertf128 ymm1, ymm1, xmm1, 1", "vmovaps ymm2, ymm1", "vmovaps ymm3, ymm1",
-        "xorps xmm1, xmm1", "vxorps xmm2, xmm2, xmm2", "vmovups [rdi], ymm1", "vmovups [rdi + 32], ymm2", "vzeroupper", "vmovups [rdi + 64], ymm3"
+        "vpcmpeqd xmm1, xmm1, xmm1",
+        "vinsertf128 ymm1, ymm1, xmm1, 1",
+        "vmovaps ymm2, ymm1",
+        "vmovaps ymm3, ymm1",
+        "xorps xmm1, xmm1",
+        "vxorps xmm2, xmm2, xmm2",
+        "vmovups [rdi], ymm1",
+        "vmovups [rdi + 32], ymm2",
+        "vzeroupper",
+        "vmovups [rdi + 64], ymm3"
     );
     done(&Ctx::kernel(c).rdi(p).run(), "AVX")?;
     ok(rd(p) == 0 && rd(p + 16) == u64::MAX, "legacy SSE keeps the upper half")?;
     ok(rd(p + 32) == 0 && rd(p + 48) == 0, "VEX.128 zeroes the upper half")?;
     ok(rd(p + 64) == u64::MAX && rd(p + 80) == 0, "VZEROUPPER")?;
     // And through XSAVE.
-    let c = code64!("vpcmpeqd xmm1, xmm1, xmm1", "vinsertf128 ymm1, ymm1, xmm1, 1", "mov eax, 7", "xor edx, edx", "xsave64 [rdi]", "vzeroall", "mov eax, 7", "xrstor64 [rdi]", "vextractf128 xmm2, ymm1, 1", "vmovq rcx, xmm2", "vzeroupper");
+    let c = code64!(
+        "vpcmpeqd xmm1, xmm1, xmm1",
+        "vinsertf128 ymm1, ymm1, xmm1, 1",
+        "mov eax, 7",
+        "xor edx, edx",
+        "xsave64 [rdi]",
+        "vzeroall",
+        "mov eax, 7",
+        "xrstor64 [rdi]",
+        "vextractf128 xmm2, ymm1, 1",
+        "vmovq rcx, xmm2",
+        "vzeroupper"
+    );
     let o = Ctx::kernel(c).rdi(p).run();
     done(&o, "XSAVE with AVX")?;
     eq(o.rcx, u64::MAX, "upper half restored")
@@ -365,7 +638,19 @@ fn avx_arithmetic() -> Verdict {
     for i in 0..4 {
         wr(p + i * 8, (i as f64 + 0.5).to_bits());
     }
-    done(&Ctx::kernel(code64!("vmovupd ymm0, [rdi]", "vaddpd ymm1, ymm0, [rdi]", "vhaddpd ymm2, ymm1, ymm0", "vmovupd [rdi + 32], ymm1", "vmovupd [rdi + 64], ymm2", "vzeroupper")).rdi(p).run(), "AVX")?;
+    done(
+        &Ctx::kernel(code64!(
+            "vmovupd ymm0, [rdi]",
+            "vaddpd ymm1, ymm0, [rdi]",
+            "vhaddpd ymm2, ymm1, ymm0",
+            "vmovupd [rdi + 32], ymm1",
+            "vmovupd [rdi + 64], ymm2",
+            "vzeroupper"
+        ))
+        .rdi(p)
+        .run(),
+        "AVX",
+    )?;
     for i in 0..4 {
         eq(rd(p + 32 + i * 8), (2.0 * i as f64 + 1.0).to_bits(), "VADDPD")?;
     }
@@ -377,7 +662,17 @@ fn state_across_traps() -> Verdict {
     // A trap and its return leave x87 and SSE registers alone.
     set_mode(3, RESUME);
     let p = page();
-    let c = code64!("fninit", "fldpi", "mov rax, 0x123456789abcdef0", "movq xmm9, rax", "int3", "int3", "movq rcx, xmm9", "fstp tbyte ptr [rdi]", "fninit");
+    let c = code64!(
+        "fninit",
+        "fldpi",
+        "mov rax, 0x123456789abcdef0",
+        "movq xmm9, rax",
+        "int3",
+        "int3",
+        "movq rcx, xmm9",
+        "fstp tbyte ptr [rdi]",
+        "fninit"
+    );
     let o = Ctx::user(c).rdi(p + crate::mem::ALIAS).run();
     done(&o, "code")?;
     eq(u64::from(count(3)), 2, "two traps")?;
@@ -390,19 +685,49 @@ fn ts_rules_avx() -> Verdict {
         skip!("no AVX");
     }
     fault(&Ctx::kernel(cr0_or!("8", "vxorps ymm0, ymm0, ymm0")).run(), NM, 0, "AVX with CR0.TS")?;
-    fault(&Ctx::kernel(cr0_or!("8", "mov eax, 3", "xor edx, edx", "xsave64 [rdi]")).rdi(page()).run(), NM, 0, "XSAVE with CR0.TS")?;
+    fault(
+        &Ctx::kernel(cr0_or!("8", "mov eax, 3", "xor edx, edx", "xsave64 [rdi]")).rdi(page()).run(),
+        NM,
+        0,
+        "XSAVE with CR0.TS",
+    )?;
     done(&Ctx::kernel(cr0_or!("8", "clts", "vxorps ymm0, ymm0, ymm0", "vzeroupper")).run(), "after CLTS")
 }
 
 fn movnti_fences() -> Verdict {
     let p = page();
-    done(&Ctx::kernel(code64!("movnti [rdi], rax", "sfence", "lfence", "mfence", "clflush [rdi]", "movd xmm0, eax", "movntdq [rdi + 16], xmm0", "sfence")).rdi(p).rax(0x77).run(), "non-temporal stores and fences")?;
+    done(
+        &Ctx::kernel(code64!(
+            "movnti [rdi], rax",
+            "sfence",
+            "lfence",
+            "mfence",
+            "clflush [rdi]",
+            "movd xmm0, eax",
+            "movntdq [rdi + 16], xmm0",
+            "sfence"
+        ))
+        .rdi(p)
+        .rax(0x77)
+        .run(),
+        "non-temporal stores and fences",
+    )?;
     ok(rd(p) == 0x77 && rd(p + 16) == 0x77, "stored")
 }
 
 fn fpu_env() -> Verdict {
     let p = page();
-    let c = code64!("fninit", "fld1", "fnsave [rdi]", "fnstsw ax", "movzx ecx, ax", "frstor [rdi]", "fnstsw ax", "fstp qword ptr [rdi + 128]", "fninit");
+    let c = code64!(
+        "fninit",
+        "fld1",
+        "fnsave [rdi]",
+        "fnstsw ax",
+        "movzx ecx, ax",
+        "frstor [rdi]",
+        "fnstsw ax",
+        "fstp qword ptr [rdi + 128]",
+        "fninit"
+    );
     let o = Ctx::kernel(c).rdi(p).run();
     done(&o, "FNSAVE and FRSTOR")?;
     eq(o.rcx & 0x3800, 0, "FNSAVE initialises")?;
@@ -413,7 +738,21 @@ fn fpu_env() -> Verdict {
 fn f2xm1_family() -> Verdict {
     let p = page();
     wr(p, 0.5f64.to_bits());
-    let c = code64!("fninit", "fld qword ptr [rdi]", "fsin", "fstp qword ptr [rdi + 8]", "fld1", "fld1", "fpatan", "fstp qword ptr [rdi + 16]", "fld1", "fld qword ptr [rdi]", "fscale", "fstp qword ptr [rdi + 24]", "fninit");
+    let c = code64!(
+        "fninit",
+        "fld qword ptr [rdi]",
+        "fsin",
+        "fstp qword ptr [rdi + 8]",
+        "fld1",
+        "fld1",
+        "fpatan",
+        "fstp qword ptr [rdi + 16]",
+        "fld1",
+        "fld qword ptr [rdi]",
+        "fscale",
+        "fstp qword ptr [rdi + 24]",
+        "fninit"
+    );
     done(&Ctx::kernel(c).rdi(p).run(), "FSIN, FPATAN, FSCALE")?;
     eq(rd(p + 8), 0x3fde_aee8_744b_05f0, "sin 0.5").or(eq(rd(p + 8), 0x3fde_aee8_744b_05ef, "sin 0.5"))?;
     eq(rd(p + 16), 0x3fe9_21fb_5444_2d18, "pi / 4")?;
@@ -435,7 +774,13 @@ fn avx512_if_there() -> Verdict {
         skip!("no AVX-512");
     }
     let p = page();
-    let c = code64!("vpternlogd zmm17, zmm17, zmm17, 0xff", "mov eax, 0x5555", "kmovw k1, eax", "vmovdqu32 [rdi] {{k1}}, zmm17", "vzeroupper");
+    let c = code64!(
+        "vpternlogd zmm17, zmm17, zmm17, 0xff",
+        "mov eax, 0x5555",
+        "kmovw k1, eax",
+        "vmovdqu32 [rdi] {{k1}}, zmm17",
+        "vzeroupper"
+    );
     done(&Ctx::kernel(c).rdi(p).run(), "AVX-512")?;
     eq(rd(p), 0xffff_ffff, "masked store")?;
     let s = crate::mem::Space::active();

@@ -81,7 +81,11 @@ fn rcl_rcr() -> Verdict {
 }
 
 fn shld_shrd() -> Verdict {
-    eq(Ctx::kernel(code64!("shld eax, ebx, 8")).rax(0x1234_5678).rbx(0xabcd_ef01).run().rax, 0x3456_78ab, "SHLD")?;
+    eq(
+        Ctx::kernel(code64!("shld eax, ebx, 8")).rax(0x1234_5678).rbx(0xabcd_ef01).run().rax,
+        0x3456_78ab,
+        "SHLD",
+    )?;
     eq(Ctx::kernel(code64!("shrd rax, rbx, 4")).rax(0x10).rbx(0xf).run().rax, 0xf000_0000_0000_0001, "SHRD")?;
     let o = Ctx::kernel(with_flags!("shrd eax, ebx, 1")).rax(1).rbx(0).run();
     eq(o.rdx & (CF | ZF), CF | ZF, "flags")
@@ -132,7 +136,11 @@ fn cmpxchg() -> Verdict {
     let o = Ctx::kernel(with_flags!("cmpxchg [rdi], rcx")).rdi(p).rax(5).rcx(1).run();
     eq(o.rax, 9, "unequal: loaded")?;
     eq(o.rdx & (ZF | CF), CF, "flags of the comparison 5 - 9")?;
-    let o = Ctx::kernel(code64!("cmpxchg ebx, ecx")).rax(0xffff_ffff_0000_0007).rbx(0xffff_ffff_0000_0007).rcx(8).run();
+    let o = Ctx::kernel(code64!("cmpxchg ebx, ecx"))
+        .rax(0xffff_ffff_0000_0007)
+        .rbx(0xffff_ffff_0000_0007)
+        .rcx(8)
+        .run();
     eq(o.rbx, 8, "register form zero-extends")?;
     eq(o.rax, 0xffff_ffff_0000_0007, "RAX is not written when equal")
 }
@@ -140,18 +148,33 @@ fn cmpxchg() -> Verdict {
 fn cmpxchg8b_16b() -> Verdict {
     let p = page();
     (wr(p, 0x1111_2222), wr(p + 8, 0x33));
-    let o = Ctx::kernel(code64!("mov edx, 0", "lock cmpxchg8b [rdi]")).rdi(p).rax(0x1111_2222).rbx(7).rcx(8).run();
+    let o = Ctx::kernel(code64!("mov edx, 0", "lock cmpxchg8b [rdi]"))
+        .rdi(p)
+        .rax(0x1111_2222)
+        .rbx(7)
+        .rcx(8)
+        .run();
     done(&o, "CMPXCHG8B")?;
     eq(rd(p), 0x8_0000_0007, "ECX:EBX stored")?;
     done(&Ctx::kernel(code64!("lock cmpxchg8b [rdi]")).rdi(p + 3).run(), "CMPXCHG8B needs no alignment")?;
     if !cpu::has_cx16() {
         skip!("no CMPXCHG16B");
     }
-    let o = Ctx::kernel(code64!("mov rdx, 0x44", "lock cmpxchg16b [rdi]", "pushfq", "pop r8")).rdi(p).rax(1).rbx(2).rcx(3).run();
+    let o = Ctx::kernel(code64!("mov rdx, 0x44", "lock cmpxchg16b [rdi]", "pushfq", "pop r8"))
+        .rdi(p)
+        .rax(1)
+        .rbx(2)
+        .rcx(3)
+        .run();
     done(&o, "CMPXCHG16B")?;
     ok(o.rax == 0x8_0000_0007 && o.rdx == 0x33, "unequal: loaded")?;
     eq(o.r8 & ZF, 0, "ZF")?;
-    let o = Ctx::kernel(code64!("mov rdx, 0x33", "lock cmpxchg16b [rdi]")).rdi(p).rax(0x8_0000_0007).rbx(2).rcx(3).run();
+    let o = Ctx::kernel(code64!("mov rdx, 0x33", "lock cmpxchg16b [rdi]"))
+        .rdi(p)
+        .rax(0x8_0000_0007)
+        .rbx(2)
+        .rcx(3)
+        .run();
     done(&o, "CMPXCHG16B")?;
     ok(rd(p) == 2 && rd(p + 8) == 3, "equal: stored")
 }
@@ -160,7 +183,12 @@ fn cmpxchg16b_misaligned() -> Verdict {
     if !cpu::has_cx16() {
         skip!("no CMPXCHG16B");
     }
-    fault(&Ctx::kernel(code64!("lock cmpxchg16b [rdi]")).rdi(page() + 8).run(), GP, 0, "not aligned to 16 bytes")
+    fault(
+        &Ctx::kernel(code64!("lock cmpxchg16b [rdi]")).rdi(page() + 8).run(),
+        GP,
+        0,
+        "not aligned to 16 bytes",
+    )
 }
 
 fn xadd_fault() -> Verdict {
@@ -177,7 +205,10 @@ fn xadd_fault() -> Verdict {
 }
 
 fn xchg_same() -> Verdict {
-    let o = Ctx::kernel(code64!("xchg eax, ecx", "xchg rbx, rbx")).rax(0xffff_ffff_0000_0001).rcx(0xffff_ffff_0000_0002).run();
+    let o = Ctx::kernel(code64!("xchg eax, ecx", "xchg rbx, rbx"))
+        .rax(0xffff_ffff_0000_0001)
+        .rcx(0xffff_ffff_0000_0002)
+        .run();
     ok(o.rax == 2 && o.rcx == 1, "XCHG of 32-bit registers zero-extends both")?;
     let o = Ctx::kernel(code64!(".byte 0x90")).rax(0xffff_ffff_0000_0001).run();
     eq(o.rax, 0xffff_ffff_0000_0001, "NOP is no XCHG eax, eax")?;
@@ -187,23 +218,58 @@ fn xchg_same() -> Verdict {
 }
 
 fn push_sp() -> Verdict {
-    let o = Ctx::kernel(code64!("mov rcx, rsp", "push rsp", "mov rax, [rsp]", "push qword ptr [rsp]", "mov rdx, [rsp]")).run();
+    let o = Ctx::kernel(code64!(
+        "mov rcx, rsp",
+        "push rsp",
+        "mov rax, [rsp]",
+        "push qword ptr [rsp]",
+        "mov rdx, [rsp]"
+    ))
+    .run();
     eq(o.rax, o.rcx, "PUSH RSP stores the old value")?;
     eq(o.rdx, o.rcx, "PUSH [RSP] reads with the old RSP")?;
-    let o = Ctx::kernel(code64!("mov rcx, rsp", "mov [rsp - 16], rcx", "push 0x66", "pop qword ptr [rsp - 8]", "mov rax, [rsp - 8]")).run();
+    let o = Ctx::kernel(code64!(
+        "mov rcx, rsp",
+        "mov [rsp - 16], rcx",
+        "push 0x66",
+        "pop qword ptr [rsp - 8]",
+        "mov rax, [rsp - 8]"
+    ))
+    .run();
     eq(o.rax, 0x66, "POP [RSP+x] uses the RSP after the increment")?;
     let o = Ctx::kernel(code64!("mov rcx, rsp", "push ax", "sub rcx, rsp")).run();
     eq(o.rcx, 2, "PUSH ax moves RSP by 2")
 }
 
 fn enter_leave() -> Verdict {
-    let o = Ctx::kernel(code64!("mov rbp, 0x1234", "mov rcx, rsp", "enter 32, 0", "mov rax, rbp", "mov rdx, rsp", "mov rbx, [rbp]", "leave", "mov rsi, rbp", "mov rdi, rsp")).run();
+    let o = Ctx::kernel(code64!(
+        "mov rbp, 0x1234",
+        "mov rcx, rsp",
+        "enter 32, 0",
+        "mov rax, rbp",
+        "mov rdx, rsp",
+        "mov rbx, [rbp]",
+        "leave",
+        "mov rsi, rbp",
+        "mov rdi, rsp"
+    ))
+    .run();
     done(&o, "ENTER and LEAVE")?;
     eq(o.rax, o.rcx - 8, "RBP")?;
     eq(o.rdx, o.rcx - 40, "RSP")?;
     ok(o.rbx == 0x1234 && o.rsi == 0x1234, "old RBP saved and restored")?;
     eq(o.rdi, o.rcx, "RSP restored")?;
-    let o = Ctx::kernel(code64!("mov rcx, rsp", "mov rbp, rsp", "mov qword ptr [rbp - 8], 0x77", "enter 16, 2", "mov rax, [rbp - 8]", "mov rdx, [rbp - 16]", "mov rbx, rbp", "mov rsi, rsp")).run();
+    let o = Ctx::kernel(code64!(
+        "mov rcx, rsp",
+        "mov rbp, rsp",
+        "mov qword ptr [rbp - 8], 0x77",
+        "enter 16, 2",
+        "mov rax, [rbp - 8]",
+        "mov rdx, [rbp - 16]",
+        "mov rbx, rbp",
+        "mov rsi, rsp"
+    ))
+    .run();
     done(&o, "ENTER with nesting level 2")?;
     eq(o.rbx, o.rcx - 8, "frame pointer")?;
     eq(o.rdx, o.rbx, "the new frame pointer is pushed last")?;
@@ -211,10 +277,17 @@ fn enter_leave() -> Verdict {
 }
 
 fn high_bytes() -> Verdict {
-    let o = Ctx::kernel(code64!("mov ah, 0x12", "mov ch, ah", "add dh, ch", "mov sil, 0x55")).rax(0xff).rsi(0x1100).run();
+    let o = Ctx::kernel(code64!("mov ah, 0x12", "mov ch, ah", "add dh, ch", "mov sil, 0x55"))
+        .rax(0xff)
+        .rsi(0x1100)
+        .run();
     ok(o.rax == 0x12ff && o.rcx == 0x1200 && o.rdx == 0x1200, "AH, CH, DH")?;
     eq(o.rsi, 0x1155, "SIL with REX")?;
-    eq(Ctx::kernel(code64!(".byte 0x40, 0x88, 0xc4")).rax(1).run().rsp & 0xff, 1, "with REX, register 4 is SPL")
+    eq(
+        Ctx::kernel(code64!(".byte 0x40, 0x88, 0xc4")).rax(1).run().rsp & 0xff,
+        1,
+        "with REX, register 4 is SPL",
+    )
 }
 
 fn upper_half() -> Verdict {
@@ -230,7 +303,9 @@ fn upper_half() -> Verdict {
 fn address_size_32() -> Verdict {
     let p = page();
     wr(p, 0x4711);
-    let o = Ctx::kernel(code64!("mov rax, [edi + 0x10]", "lea rcx, [edi + 0x10]", "lea ecx, [rdi + 0x10]")).rdi((p - 0x10) | 0xdead_0000_0000_0000).run();
+    let o = Ctx::kernel(code64!("mov rax, [edi + 0x10]", "lea rcx, [edi + 0x10]", "lea ecx, [rdi + 0x10]"))
+        .rdi((p - 0x10) | 0xdead_0000_0000_0000)
+        .run();
     done(&o, "67H truncates the address to 32 bits")?;
     eq(o.rax, 0x4711, "data")?;
     let o = Ctx::kernel(code64!("mov rax, [edi + esi]")).rdi(0xffff_fff0).rsi(p + 0x10).run();
@@ -254,7 +329,11 @@ fn string_df() -> Verdict {
 }
 
 fn rep_zero() -> Verdict {
-    let o = Ctx::kernel(with_flags!("xor eax, eax", "rep movsb", "repe cmpsb", "rep stosb")).rsi(1 << 63).rdi(1 << 63).rcx(0).run();
+    let o = Ctx::kernel(with_flags!("xor eax, eax", "rep movsb", "repe cmpsb", "rep stosb"))
+        .rsi(1 << 63)
+        .rdi(1 << 63)
+        .rcx(0)
+        .run();
     done(&o, "REP with RCX zero touches no memory")?;
     eq(o.rdx & ZF, ZF, "and no flags")?;
     eq(o.rsi, 1 << 63, "RSI")
@@ -353,7 +432,21 @@ fn daa_das() -> Verdict {
 }
 
 fn pusha_popa() -> Verdict {
-    let o = Ctx::user32(code32!("mov eax, 1", "mov ebx, 2", "mov ebp, 3", "mov edi, 4", "mov ecx, esp", "pushad", "mov edx, [esp + 12]", "xor eax, eax", "xor edi, edi", "mov [esp + 20], edx", "popad", "mov esi, esp")).run();
+    let o = Ctx::user32(code32!(
+        "mov eax, 1",
+        "mov ebx, 2",
+        "mov ebp, 3",
+        "mov edi, 4",
+        "mov ecx, esp",
+        "pushad",
+        "mov edx, [esp + 12]",
+        "xor eax, eax",
+        "xor edi, edi",
+        "mov [esp + 20], edx",
+        "popad",
+        "mov esi, esp"
+    ))
+    .run();
     done(&o, "PUSHA and POPA")?;
     ok(o.rax == 1 && o.rdi == 4 && o.rbp == 3, "registers")?;
     eq(o.rdx, o.rcx, "PUSHA stores the old ESP")?;
@@ -370,24 +463,73 @@ fn cmov_reads() -> Verdict {
 }
 
 fn setcc_jcc() -> Verdict {
-    let c = code64!("push rax", "popfq", "seto bl", "setb bh", "setz cl", "sets ch", "setp dl", "setl dh", "setle r8b", "seta r9b");
+    let c = code64!(
+        "push rax",
+        "popfq",
+        "seto bl",
+        "setb bh",
+        "setz cl",
+        "sets ch",
+        "setp dl",
+        "setl dh",
+        "setle r8b",
+        "seta r9b"
+    );
     let go = |f: u64| Ctx::kernel(c).rax(f | 2).run();
     let o = go(OF_);
-    ok(o.rbx & 0xffff == 1 && o.rdx >> 8 & 0xff == 1 && o.r8 & 0xff == 1 && o.r9 & 0xff == 1, "OF: O, L, LE, A")?;
+    ok(
+        o.rbx & 0xffff == 1 && o.rdx >> 8 & 0xff == 1 && o.r8 & 0xff == 1 && o.r9 & 0xff == 1,
+        "OF: O, L, LE, A",
+    )?;
     let o = go(SF | OF_ | CF);
     ok(o.rdx >> 8 & 0xff == 0 && o.rbx >> 8 & 0xff == 1 && o.r9 & 0xff == 0, "SF = OF: not L; CF: B, not A")?;
     let o = go(ZF | PF_);
     ok(o.rcx & 0xff == 1 && o.rdx & 0xff == 1 && o.r8 & 0xff == 1 && o.r9 & 0xff == 0, "ZF: Z, LE, not A")?;
-    let o = Ctx::kernel(code64!("mov al, 0x80", "cmp al, 1", "jl 2f", "ud2", "2: ja 3f", "ud2", "3: jo 4f", "ud2", "4: jns 5f", "ud2", "5: nop")).run();
+    let o = Ctx::kernel(code64!(
+        "mov al, 0x80",
+        "cmp al, 1",
+        "jl 2f",
+        "ud2",
+        "2: ja 3f",
+        "ud2",
+        "3: jo 4f",
+        "ud2",
+        "4: jns 5f",
+        "ud2",
+        "5: nop"
+    ))
+    .run();
     done(&o, "conditional jumps on -128 - 1")
 }
 
 fn loop_jrcxz() -> Verdict {
-    let o = Ctx::kernel(code64!("xor eax, eax", "mov ecx, 5", "2: inc eax", "loop 2b", "jrcxz 3f", "ud2", "3: mov ecx, 3", "xor edx, edx", "4: inc edx", "cmp edx, 2", "loopne 4b")).run();
+    let o = Ctx::kernel(code64!(
+        "xor eax, eax",
+        "mov ecx, 5",
+        "2: inc eax",
+        "loop 2b",
+        "jrcxz 3f",
+        "ud2",
+        "3: mov ecx, 3",
+        "xor edx, edx",
+        "4: inc edx",
+        "cmp edx, 2",
+        "loopne 4b"
+    ))
+    .run();
     done(&o, "LOOP")?;
     eq(o.rax, 5, "rounds")?;
     ok(o.rdx == 2 && o.rcx == 1, "LOOPNE")?;
-    let o = Ctx::kernel(code64!("mov rcx, 0x100000000", "jecxz 2f", "ud2", "2: jrcxz 3f", "jmp 4f", "3: ud2", "4: nop")).run();
+    let o = Ctx::kernel(code64!(
+        "mov rcx, 0x100000000",
+        "jecxz 2f",
+        "ud2",
+        "2: jrcxz 3f",
+        "jmp 4f",
+        "3: ud2",
+        "4: nop"
+    ))
+    .run();
     done(&o, "JECXZ looks at ECX, JRCXZ at RCX")
 }
 
@@ -457,15 +599,46 @@ fn xlat() -> Verdict {
 }
 
 fn call_ret() -> Verdict {
-    let o = Ctx::kernel(code64!("mov rbx, rsp", "push 7", "call 2f", "jmp 3f", "2: mov rax, [rsp + 8]", "ret 8", "3: mov rcx, rsp")).run();
+    let o = Ctx::kernel(code64!(
+        "mov rbx, rsp",
+        "push 7",
+        "call 2f",
+        "jmp 3f",
+        "2: mov rax, [rsp + 8]",
+        "ret 8",
+        "3: mov rcx, rsp"
+    ))
+    .run();
     done(&o, "CALL and RET 8")?;
     ok(o.rax == 7 && o.rcx == o.rbx, "argument and RSP")?;
-    let o = Ctx::kernel(code64!("lea rax, [rip + 2f]", "mov [rsp - 64], rax", "lea rbx, [rsp - 72]", "jmp [rbx + 8]", "ud2", "2: lea rax, [rip + 3f]", "push rax", "call [rsp]", "jmp 4f", "3: ret", "4: nop")).run();
+    let o = Ctx::kernel(code64!(
+        "lea rax, [rip + 2f]",
+        "mov [rsp - 64], rax",
+        "lea rbx, [rsp - 72]",
+        "jmp [rbx + 8]",
+        "ud2",
+        "2: lea rax, [rip + 3f]",
+        "push rax",
+        "call [rsp]",
+        "jmp 4f",
+        "3: ret",
+        "4: nop"
+    ))
+    .run();
     done(&o, "indirect JMP and CALL through memory")
 }
 
 fn pop_rsp() -> Verdict {
-    let o = Ctx::kernel(code64!("mov rcx, rsp", "push rcx", "mov qword ptr [rsp - 8], 0", "pop rsp", "mov rax, rsp", "pushfq", "pop r8")).run();
+    let o = Ctx::kernel(code64!(
+        "mov rcx, rsp",
+        "push rcx",
+        "mov qword ptr [rsp - 8], 0",
+        "pop rsp",
+        "mov rax, rsp",
+        "pushfq",
+        "pop r8"
+    ))
+    .run();
     done(&o, "POP RSP")?;
     eq(o.rax, o.rcx, "RSP is the popped value")
 }
@@ -534,7 +707,10 @@ fn nop_forms() -> Verdict {
         ".byte 0x0f, 0x18, 0x07",
         ".byte 0x0f, 0x0d, 0x0f"
     );
-    done(&Ctx::kernel(c).rax(1 << 63).rdi(1 << 63).run(), "NOP with a bad address, PAUSE, ENDBR64, PREFETCH touch nothing")
+    done(
+        &Ctx::kernel(c).rax(1 << 63).rdi(1 << 63).run(),
+        "NOP with a bad address, PAUSE, ENDBR64, PREFETCH touch nothing",
+    )
 }
 
 fn movbe_crc32() -> Verdict {
@@ -555,17 +731,41 @@ fn movbe_crc32() -> Verdict {
 }
 
 fn push_imm() -> Verdict {
-    let o = Ctx::kernel(code64!(".byte 0x68, 0, 0, 0, 0x80", "pop rax", ".byte 0x6a, 0xff", "pop rcx", ".byte 0x66, 0x68, 0x34, 0x12", "mov rdx, rsp", "pop bx")).run();
+    let o = Ctx::kernel(code64!(
+        ".byte 0x68, 0, 0, 0, 0x80",
+        "pop rax",
+        ".byte 0x6a, 0xff",
+        "pop rcx",
+        ".byte 0x66, 0x68, 0x34, 0x12",
+        "mov rdx, rsp",
+        "pop bx"
+    ))
+    .run();
     ok(o.rax == 0xffff_ffff_8000_0000 && o.rcx == u64::MAX, "immediates are sign-extended")?;
     ok(o.rdx == sys_stack() - 2 && o.rbx & 0xffff == 0x1234, "66H pushes two bytes")
 }
 
 fn test_high_rip_relative() -> Verdict {
     // A RIP-relative operand with an immediate: the base is the end of the whole instruction.
-    let o = Ctx::kernel(with_flags!("cmp dword ptr [rip + 2f], 0x11223344", "jmp 3f", "2: .long 0x11223344", "3: nop")).run();
+    let o = Ctx::kernel(with_flags!(
+        "cmp dword ptr [rip + 2f], 0x11223344",
+        "jmp 3f",
+        "2: .long 0x11223344",
+        "3: nop"
+    ))
+    .run();
     done(&o, "CMP [RIP + x], imm32")?;
-    let o2 = Ctx::kernel(code64!("mov eax, dword ptr [rip + 2f]", "jmp 3f", "2: .long 0x55667788", "3: nop")).run();
+    let o2 = Ctx::kernel(code64!("mov eax, dword ptr [rip + 2f]", "jmp 3f", "2: .long 0x55667788", "3: nop"))
+        .run();
     eq(o2.rax, 0x5566_7788, "MOV [RIP + x]")?;
-    let o3 = Ctx::kernel(code64!("cmp dword ptr [rip + 2f], 0x11223344", "sete al", "movzx eax, al", "jmp 3f", "2: .long 0x11223344", "3: nop")).run();
+    let o3 = Ctx::kernel(code64!(
+        "cmp dword ptr [rip + 2f], 0x11223344",
+        "sete al",
+        "movzx eax, al",
+        "jmp 3f",
+        "2: .long 0x11223344",
+        "3: nop"
+    ))
+    .run();
     eq(o3.rax, 1, "equal")
 }

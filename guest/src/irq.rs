@@ -351,17 +351,40 @@ fn nmi_self() -> Verdict {
 fn nmi_blocked_until_iret() -> Verdict {
     // The handler sends a second NMI and goes on for a while; R8 counts entries, R9 the depth, R10 its maximum.
     let h = code64!(
-        "inc r8", "inc r9", "cmp r9, r10", "jbe 2f", "mov r10, r9",
-        "2: cmp r8, 1", "jne 4f",
-        "mov eax, 0xfee00000", "mov ecx, [rax + 0x20]", "mov [rax + 0x310], ecx", "mov dword ptr [rax + 0x300], 0x4400",
-        "mov ecx, 20000", "3: pause", "loop 3b", "mov r11, r8",
-        "4: dec r9", "iretq"
+        "inc r8",
+        "inc r9",
+        "cmp r9, r10",
+        "jbe 2f",
+        "mov r10, r9",
+        "2: cmp r8, 1",
+        "jne 4f",
+        "mov eax, 0xfee00000",
+        "mov ecx, [rax + 0x20]",
+        "mov [rax + 0x310], ecx",
+        "mov dword ptr [rax + 0x300], 0x4400",
+        "mov ecx, 20000",
+        "3: pause",
+        "loop 3b",
+        "mov r11, r8",
+        "4: dec r9",
+        "iretq"
     );
     crate::desc::set_gate(2, h.start, crate::desc::KCS, 2, 0x8e);
     let c = code64!(
-        "xor r8d, r8d", "xor r9d, r9d", "xor r10d, r10d", "xor r11d, r11d",
-        "mov eax, 0xfee00000", "mov ecx, [rax + 0x20]", "mov [rax + 0x310], ecx", "mov dword ptr [rax + 0x300], 0x4400",
-        "mov ecx, 10000000", "5: pause", "cmp r8, 2", "je 6f", "loop 5b", "6: nop"
+        "xor r8d, r8d",
+        "xor r9d, r9d",
+        "xor r10d, r10d",
+        "xor r11d, r11d",
+        "mov eax, 0xfee00000",
+        "mov ecx, [rax + 0x20]",
+        "mov [rax + 0x310], ecx",
+        "mov dword ptr [rax + 0x300], 0x4400",
+        "mov ecx, 10000000",
+        "5: pause",
+        "cmp r8, 2",
+        "je 6f",
+        "loop 5b",
+        "6: nop"
     );
     let o = Ctx::kernel(c).run();
     done(&o, "code")?;
@@ -528,7 +551,12 @@ fn rep_interrupted() -> Verdict {
         eq(rd(dst + i * 8), i * 0x0101_0101, "copied right")?;
     }
     if inside == 0 {
-        crate::fail!("{} interrupts, none inside REP MOVSB; last at {:#x} RCX {:#x}", logged(), log(logged().saturating_sub(1)).rip, log(logged().saturating_sub(1)).rcx);
+        crate::fail!(
+            "{} interrupts, none inside REP MOVSB; last at {:#x} RCX {:#x}",
+            logged(),
+            log(logged().saturating_sub(1)).rip,
+            log(logged().saturating_sub(1)).rcx
+        );
     }
     ok(inside != 0, "an interrupt comes inside REP MOVSB, with RCX telling how far it got")
 }
@@ -536,7 +564,18 @@ fn rep_interrupted() -> Verdict {
 fn user_interrupted() -> Verdict {
     set_mode(0x63, RESUME | EOI_APIC);
     timer(0x2_0063, 50_000);
-    let c = code64!("mov ecx, 3000000", "xor eax, eax", "2: inc eax", "mov rdx, rax", "push rdx", "pop rbx", "cmp rbx, rax", "jne 3f", "loop 2b", "3: nop");
+    let c = code64!(
+        "mov ecx, 3000000",
+        "xor eax, eax",
+        "2: inc eax",
+        "mov rdx, rax",
+        "push rdx",
+        "pop rbx",
+        "cmp rbx, rax",
+        "jne 3f",
+        "loop 2b",
+        "3: nop"
+    );
     let o = Ctx::user(c).flags(0x200).run();
     write(0x380, 0);
     done(&o, "user loop")?;

@@ -597,7 +597,12 @@ impl Legacy {
         }
         let o = traps::catch(|| unsafe { legacy_enter(&me) });
         if o.vector != traps::NONE {
-            return LegacyOutcome { vector: o.vector | 0x1_0000, error: o.error, eip: o.rip as u32, ..Default::default() };
+            return LegacyOutcome {
+                vector: o.vector | 0x1_0000,
+                error: o.error,
+                eip: o.rip as u32,
+                ..Default::default()
+            };
         }
         if self.real != 0 { real_outcome() } else { outcome() }
     }

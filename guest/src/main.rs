@@ -12,12 +12,12 @@
 mod apic;
 mod boot;
 mod cpu;
+mod crmsr;
+mod debug;
 mod desc;
 mod faults;
 mod fpu;
 mod harness;
-mod crmsr;
-mod debug;
 mod integer;
 mod irq;
 mod legacy;
@@ -36,7 +36,25 @@ mod snapshot;
 mod syscalls;
 mod traps;
 
-const GROUPS: &[&[harness::Test]] = &[faults::TESTS, paging::TESTS, modes::TESTS, paging32::TESTS, debug::TESTS, segments::TESTS, segments32::TESTS, sensitive::TESTS, privileged::TESTS, crmsr::TESTS, syscalls::TESTS, integer::TESTS, smc::TESTS, irq::TESTS, fpu::TESTS, snapshot::TESTS, smp::TESTS];
+const GROUPS: &[&[harness::Test]] = &[
+    faults::TESTS,
+    paging::TESTS,
+    modes::TESTS,
+    paging32::TESTS,
+    debug::TESTS,
+    segments::TESTS,
+    segments32::TESTS,
+    sensitive::TESTS,
+    privileged::TESTS,
+    crmsr::TESTS,
+    syscalls::TESTS,
+    integer::TESTS,
+    smc::TESTS,
+    irq::TESTS,
+    fpu::TESTS,
+    snapshot::TESTS,
+    smp::TESTS,
+];
 
 /// Called by the boot code in long mode.
 #[unsafe(no_mangle)]

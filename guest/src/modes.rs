@@ -33,7 +33,9 @@ pub fn ldone(o: &LegacyOutcome, what: &str) -> Verdict {
 }
 
 fn compatibility() -> Verdict {
-    let o = Ctx::kernel32(code32!("mov eax, -1", "inc eax", "dec eax", "mov ecx, cs", "push eax", "pop edx")).rax(1).run();
+    let o = Ctx::kernel32(code32!("mov eax, -1", "inc eax", "dec eax", "mov ecx, cs", "push eax", "pop edx"))
+        .rax(1)
+        .run();
     done(&o, "32-bit code at CPL 0")?;
     eq(o.rax, 0xffff_ffff, "40H to 4FH are INC and DEC, upper half zero")?;
     eq(o.rcx & 0xffff, u64::from(desc::KCS32), "CS")?;
@@ -72,7 +74,14 @@ fn compat_to_long_and_back() -> Verdict {
 }
 
 fn protected_32() -> Verdict {
-    let mut l = Legacy::kernel(code32!("mov eax, cr0", "mov ebx, cr4", "smsw ecx", "mov edx, cs", "inc esi", "add esi, 0xffffffff"));
+    let mut l = Legacy::kernel(code32!(
+        "mov eax, cr0",
+        "mov ebx, cr4",
+        "smsw ecx",
+        "mov edx, cs",
+        "inc esi",
+        "add esi, 0xffffffff"
+    ));
     l.esi = 0x1234_5678;
     let o = l.run();
     ldone(&o, "protected mode")?;
@@ -99,7 +108,10 @@ fn protected_32_user() -> Verdict {
 }
 
 fn real_mode() -> Verdict {
-    let mut l = Legacy::real(code16!("mov eax, cr0", "mov ecx, 0x12345678", "mov dx, cs", "add bx, 1", "smsw si"), false);
+    let mut l = Legacy::real(
+        code16!("mov eax, cr0", "mov ecx, 0x12345678", "mov dx, cs", "add bx, 1", "smsw si"),
+        false,
+    );
     l.ebx = 0x0001_ffff;
     let o = l.run();
     ldone(&o, "real mode")?;
@@ -112,9 +124,15 @@ fn real_mode() -> Verdict {
 
 fn real_mode_segments() -> Verdict {
     wr32(0x9800, 0xcafe_f00d);
-    wr32(0x10_ffec - 0x1000, 0);
     let o = Legacy::real(
-        code16!("mov ax, 0x980", "mov ds, ax", "mov eax, dword ptr ds:[0]", "mov bx, 0x900", "mov es, bx", "mov edx, dword ptr es:[0x800]"),
+        code16!(
+            "mov ax, 0x980",
+            "mov ds, ax",
+            "mov eax, dword ptr ds:[0]",
+            "mov bx, 0x900",
+            "mov es, bx",
+            "mov edx, dword ptr es:[0x800]"
+        ),
         false,
     )
     .run();
@@ -156,7 +174,8 @@ fn unreal() -> Verdict {
     eq(u64::from(o.eax), 0x1357_9bdf, "read")?;
     eq(u64::from(rd32(at + 4)), 0x2468_ace0, "write")?;
     // Loading FS in real mode changes the base, not the limit.
-    let mut l = Legacy::real(code16!("mov ax, 0x10", "mov fs, ax", "mov eax, dword ptr fs:[ebx - 0x100]"), true);
+    let mut l =
+        Legacy::real(code16!("mov ax, 0x10", "mov fs, ax", "mov eax, dword ptr fs:[ebx - 0x100]"), true);
     l.ebx = at as u32;
     let o = l.run();
     ldone(&o, "limit stays after MOV FS")?;
@@ -164,7 +183,16 @@ fn unreal() -> Verdict {
 }
 
 fn v86_basic() -> Verdict {
-    let mut l = Legacy::v86(code16!("mov ax, cs", "mov bx, ds", "mov cx, 0x1234", "mov word ptr ds:[0x700], cx", "mov dx, word ptr ds:[0x700]"), 3);
+    let mut l = Legacy::v86(
+        code16!(
+            "mov ax, cs",
+            "mov bx, ds",
+            "mov cx, 0x1234",
+            "mov word ptr ds:[0x700], cx",
+            "mov dx, word ptr ds:[0x700]"
+        ),
+        3,
+    );
     l.ds = 0x950;
     let o = l.run();
     ldone(&o, "V86")?;
@@ -193,7 +221,11 @@ fn v86_iopl0() -> Verdict {
 }
 
 fn v86_iopl3() -> Verdict {
-    let o = Legacy::v86(code16!("sti", "pushf", "pop ax", "cli", "pushf", "pop bx", "push 0x3202", "popf", "pushf", "pop cx"), 3).run();
+    let o = Legacy::v86(
+        code16!("sti", "pushf", "pop ax", "cli", "pushf", "pop bx", "push 0x3202", "popf", "pushf", "pop cx"),
+        3,
+    )
+    .run();
     ldone(&o, "IOPL 3")?;
     eq(u64::from(o.eax & 0x200), 0x200, "STI sets IF")?;
     eq(u64::from(o.ebx & 0x200), 0, "CLI clears IF")?;
@@ -205,7 +237,18 @@ fn v86_iopl3() -> Verdict {
 
 fn v86_segments() -> Verdict {
     wr32(0x9d00, 0x600d_600d);
-    let o = Legacy::v86(code16!("mov ax, 0x9d0", "mov es, ax", "mov ebx, dword ptr es:[0]", "push es", "pop fs", "mov cx, fs"), 3).run();
+    let o = Legacy::v86(
+        code16!(
+            "mov ax, 0x9d0",
+            "mov es, ax",
+            "mov ebx, dword ptr es:[0]",
+            "push es",
+            "pop fs",
+            "mov cx, fs"
+        ),
+        3,
+    )
+    .run();
     ldone(&o, "segment loads in V86 mode")?;
     eq(u64::from(o.ebx), 0x600d_600d, "base is selector * 16")?;
     eq(u64::from(o.fs), 0x9d0, "FS")?;
@@ -218,7 +261,10 @@ fn v86_int_n() -> Verdict {
     let o = l.run();
     ldone(&o, "INT at IOPL 3 goes through the IDT")?;
     eq(u64::from(o.eip), 3, "EIP")?;
-    ok(o.fs == 0x111 && o.gs == 0x222 && o.ds == 0x333 && o.es == 0x444, "segments saved on the CPL 0 stack")?;
+    ok(
+        o.fs == 0x111 && o.gs == 0x222 && o.ds == 0x333 && o.es == 0x444,
+        "segments saved on the CPL 0 stack",
+    )?;
     eq(u64::from(o.esp), 0x6700, "ESP")
 }
 

@@ -243,7 +243,12 @@ fn dirty_after_read() -> Verdict {
     for i in 0..4 {
         rd(WIN + i * 4096);
     }
-    let c = code64!("add dword ptr [rdi], 1", "mov qword ptr [rdi + 4096], 1", "lock xadd [rdi + 8192], rax", "movups [rdi + 12288], xmm0");
+    let c = code64!(
+        "add dword ptr [rdi], 1",
+        "mov qword ptr [rdi + 4096], 1",
+        "lock xadd [rdi + 8192], rax",
+        "movups [rdi + 12288], xmm0"
+    );
     done(&Ctx::kernel(c).rdi(WIN).run(), "writes after reads")?;
     for i in 0..4 {
         eq(s.pte(WIN + i * 4096) & D, D, "D is set by a write that finds a clean translation")?;
@@ -511,7 +516,10 @@ fn smap() -> Verdict {
     cpu::set_cr4(cpu::cr4() | 1 << 21);
     page_fault(&load(WIN), 1, WIN, "supervisor read of a user page, AC clear")?;
     page_fault(&store(WIN), 3, WIN, "supervisor write")?;
-    done(&Ctx::kernel(code64!("stac", "mov rbx, [rdi]", "mov [rdi], rbx", "clac")).rdi(WIN).run(), "with AC set by STAC")?;
+    done(
+        &Ctx::kernel(code64!("stac", "mov rbx, [rdi]", "mov [rdi], rbx", "clac")).rdi(WIN).run(),
+        "with AC set by STAC",
+    )?;
     page_fault(&Ctx::kernel(code64!("stac", "clac", "mov rbx, [rdi]")).rdi(WIN).run(), 1, WIN, "after CLAC")?;
     done(&Ctx::kernel(code64!("mov rbx, [rdi]")).rdi(WIN).flags(1 << 18).run(), "AC set by IRETQ")?;
     done(&user_load(WIN), "user access")?;
@@ -552,7 +560,8 @@ fn protection_keys() -> Verdict {
     s.map(WIN, page(), P | W | U | 3 << 59);
     fault(&Ctx::kernel(code64!("xor ecx, ecx", "rdpkru")).run(), UD, 0, "RDPKRU with CR4.PKE clear")?;
     cpu::set_cr4(cpu::cr4() | 1 << 22);
-    let set = |v: u64| done(&Ctx::kernel(code64!("xor ecx, ecx", "xor edx, edx", "wrpkru")).rax(v).run(), "WRPKRU");
+    let set =
+        |v: u64| done(&Ctx::kernel(code64!("xor ecx, ecx", "xor edx, edx", "wrpkru")).rax(v).run(), "WRPKRU");
     set(0)?;
     done(&user_store(WIN), "key 3 open")?;
     set(2 << 6)?;

@@ -102,7 +102,12 @@ fn user_pages() -> Verdict {
     fault_at(&user(code32!("mov eax, [edi]"), VA), 5, VA, "user read of a supervisor page")?;
     fault_at(&user(code32!("mov [edi], eax"), VA), 7, VA, "user write of a supervisor page")?;
     ldone(&user(code32!("mov eax, [edi]"), VA + 0x1000), "user read of a user page")?;
-    fault_at(&user(code32!("mov [edi], eax"), VA + 0x1000), 7, VA + 0x1000, "user write of a read-only page")?;
+    fault_at(
+        &user(code32!("mov [edi], eax"), VA + 0x1000),
+        7,
+        VA + 0x1000,
+        "user write of a read-only page",
+    )?;
     fault_at(&user(code32!("mov [edi], eax"), VA + 0x2000), 6, VA + 0x2000, "user write of an absent page")
 }
 
@@ -222,7 +227,13 @@ fn pae_pdpte_reload() -> Verdict {
     wr(other, pt2 | P | W);
     wr(pt2, b | P | W);
     let mut l = with_pae(
-        Legacy::kernel(code32!("mov eax, [edi]", "mov [esi], ebx", "mov ecx, cr3", "mov cr3, ecx", "mov edx, [edi]")),
+        Legacy::kernel(code32!(
+            "mov eax, [edi]",
+            "mov [esi], ebx",
+            "mov ecx, cr3",
+            "mov cr3, ecx",
+            "mov edx, [edi]"
+        )),
         pdpt,
     );
     (l.edi, l.esi, l.ebx) = (VA, pdpt as u32 + 16, (other | P) as u32);
@@ -268,7 +279,16 @@ fn cr3_switch() -> Verdict {
     (wr32(a, 1), wr32(b, 2));
     set(pt, 0, a | P | W);
     set(pt2, 0, b | P | W);
-    let mut l = with(Legacy::kernel(code32!("mov eax, [edi]", "mov cr3, ebx", "mov ecx, [edi]", "mov cr3, esi", "mov edx, [edi]")), pd);
+    let mut l = with(
+        Legacy::kernel(code32!(
+            "mov eax, [edi]",
+            "mov cr3, ebx",
+            "mov ecx, [edi]",
+            "mov cr3, esi",
+            "mov edx, [edi]"
+        )),
+        pd,
+    );
     (l.edi, l.ebx, l.esi) = (VA, pd2 as u32, pd as u32);
     let o = l.run();
     ldone(&o, "switch")?;

@@ -55,7 +55,8 @@ fn cache_and_tlb() -> Verdict {
 fn clts_lmsw() -> Verdict {
     all_gp(&[(code64!("clts"), "CLTS"), (code64!("lmsw ax"), "LMSW")])?;
     // LMSW sets PE but cannot clear it; MP, EM and TS follow.
-    let o = Ctx::kernel(code64!("mov rcx, cr0", "mov eax, 0xa", "lmsw ax", "mov rdx, cr0", "mov cr0, rcx")).run();
+    let o =
+        Ctx::kernel(code64!("mov rcx, cr0", "mov eax, 0xa", "lmsw ax", "mov rdx, cr0", "mov cr0, rcx")).run();
     done(&o, "LMSW")?;
     eq(o.rdx & 0xf, 0xb, "PE stays, MP and TS set")
 }
@@ -96,7 +97,10 @@ fn io_bitmap_allows() -> Verdict {
 
 fn io_bitmap_width() -> Verdict {
     allow(0x86, 4);
-    done(&Ctx::user(code64!("mov dx, 0x86", "in eax, dx")).run(), "four ports across two bytes of the bitmap")?;
+    done(
+        &Ctx::user(code64!("mov dx, 0x86", "in eax, dx")).run(),
+        "four ports across two bytes of the bitmap",
+    )?;
     fault(&Ctx::user(code64!("mov dx, 0x87", "in eax, dx")).run(), GP, 0, "one of the four is denied")
 }
 
@@ -145,11 +149,29 @@ fn in_compat_mode() -> Verdict {
 
 fn monitor_user() -> Verdict {
     if !cpu::has_monitor() {
-        fault(&Ctx::kernel(code64!("mov rax, rsp", "xor ecx, ecx", "xor edx, edx", "monitor")).run(), UD, 0, "MONITOR not announced")?;
-        return fault(&Ctx::kernel(code64!("xor eax, eax", "xor ecx, ecx", "mwait")).run(), UD, 0, "MWAIT not announced");
+        fault(
+            &Ctx::kernel(code64!("mov rax, rsp", "xor ecx, ecx", "xor edx, edx", "monitor")).run(),
+            UD,
+            0,
+            "MONITOR not announced",
+        )?;
+        return fault(
+            &Ctx::kernel(code64!("xor eax, eax", "xor ecx, ecx", "mwait")).run(),
+            UD,
+            0,
+            "MWAIT not announced",
+        );
     }
-    fault(&Ctx::user(code64!("mov rax, rsp", "xor ecx, ecx", "xor edx, edx", "monitor")).run(), UD, 0, "MONITOR at CPL 3")?;
-    done(&Ctx::kernel(code64!("mov rax, rsp", "xor ecx, ecx", "xor edx, edx", "monitor")).run(), "MONITOR at CPL 0")
+    fault(
+        &Ctx::user(code64!("mov rax, rsp", "xor ecx, ecx", "xor edx, edx", "monitor")).run(),
+        UD,
+        0,
+        "MONITOR at CPL 3",
+    )?;
+    done(
+        &Ctx::kernel(code64!("mov rax, rsp", "xor ecx, ecx", "xor edx, edx", "monitor")).run(),
+        "MONITOR at CPL 0",
+    )
 }
 
 fn rdtsc_tsd() -> Verdict {

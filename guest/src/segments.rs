@@ -27,7 +27,10 @@ fn user_load_ds(selector: u16) -> Outcome {
 
 fn null_data() -> Verdict {
     for s in 0..4u64 {
-        let o = Ctx::kernel(code64!("mov ds, edi", "mov es, edi", "mov rax, [rsi]", "mov ecx, ds")).rdi(s).rsi(sys_stack()).run();
+        let o = Ctx::kernel(code64!("mov ds, edi", "mov es, edi", "mov rax, [rsi]", "mov ecx, ds"))
+            .rdi(s)
+            .rsi(sys_stack())
+            .run();
         done(&o, "null selectors in DS and ES")?;
         eq(o.rcx, s, "DS reads back with its RPL")?;
     }
@@ -85,7 +88,16 @@ fn accessed_bit_cs() -> Verdict {
 }
 
 fn descriptor_types() -> Verdict {
-    for (access, ok_in_ds) in [(0x91u8, true), (0x93, true), (0x95, true), (0x97, true), (0x99, false), (0x9b, true), (0x9d, false), (0x9f, true)] {
+    for (access, ok_in_ds) in [
+        (0x91u8, true),
+        (0x93, true),
+        (0x95, true),
+        (0x97, true),
+        (0x99, false),
+        (0x9b, true),
+        (0x9d, false),
+        (0x9f, true),
+    ] {
         desc::set_gdt(F, desc::descriptor(0, 0xfffff, access, if access & 8 == 0 { 0xc } else { 0xa }));
         let o = load_ds(F);
         if ok_in_ds {
@@ -123,7 +135,12 @@ fn compat_limit() -> Verdict {
     done(&compat_kernel(c, 0xfff, DATA3, 4, 0xffc), "last double word")?;
     fault(&compat_kernel(c, 0xfff, DATA3, 4, 0xffd), GP, 0, "one byte beyond the limit")?;
     fault(&compat_kernel(c, 0xfff, DATA3, 4, 0x1000), GP, 0, "beyond the limit")?;
-    fault(&compat_kernel(code32!("mov [esi], eax"), 0xfff, DATA3, 4, 0x1000), GP, 0, "store beyond the limit")?;
+    fault(
+        &compat_kernel(code32!("mov [esi], eax"), 0xfff, DATA3, 4, 0x1000),
+        GP,
+        0,
+        "store beyond the limit",
+    )?;
     done(&compat_kernel(c, 0, DATA3, 0xc, 0xffc), "granular limit 0 is FFFH")?;
     fault(&compat_kernel(c, 0, DATA3, 0xc, 0x1000), GP, 0, "beyond it")?;
     fault(&compat_kernel(code32!("lodsd"), 0xfff, DATA3, 4, 0x1000), GP, 0, "string instruction")?;
@@ -139,10 +156,25 @@ fn compat_stack_limit() -> Verdict {
         x.0.rbx = sys_stack();
         x.run()
     };
-    let c = code32!("mov ss, edi", "mov esp, esi", "push eax", "pop ecx", "mov edi, 0x10", "mov ss, edi", "mov esp, ebx");
+    let c = code32!(
+        "mov ss, edi",
+        "mov esp, esi",
+        "push eax",
+        "pop ecx",
+        "mov edi, 0x10",
+        "mov ss, edi",
+        "mov esp, ebx"
+    );
     done(&ctx(0x1000, c), "push below the limit")?;
     fault(&ctx(0x1004, c), SS, 0, "push above the limit")?;
-    let c = code32!("mov ss, edi", "mov ebp, esi", "mov eax, [ebp]", "mov edi, 0x10", "mov ss, edi", "mov esp, ebx");
+    let c = code32!(
+        "mov ss, edi",
+        "mov ebp, esi",
+        "mov eax, [ebp]",
+        "mov edi, 0x10",
+        "mov ss, edi",
+        "mov esp, ebx"
+    );
     fault(&ctx(0xffe, c), SS, 0, "read through EBP across the limit")
 }
 
@@ -156,8 +188,18 @@ fn compat_expand_down() -> Verdict {
 fn compat_readonly() -> Verdict {
     fault(&compat_kernel(code32!("mov [esi], eax"), 0xfff, 0xf1, 4, 0), GP, 0, "write to read-only data")?;
     done(&compat_kernel(code32!("mov eax, [esi]"), 0xfff, 0xf1, 4, 0), "read")?;
-    fault(&compat_kernel(code32!("mov byte ptr cs:[esi], 0"), 0xfff, DATA3, 4, 0), GP, 0, "write through CS")?;
-    fault(&compat_kernel(code32!("add dword ptr [esi], 0"), 0xfff, 0xf1, 4, 0), GP, 0, "RMW of read-only data")
+    fault(
+        &compat_kernel(code32!("mov byte ptr cs:[esi], 0"), 0xfff, DATA3, 4, 0),
+        GP,
+        0,
+        "write through CS",
+    )?;
+    fault(
+        &compat_kernel(code32!("add dword ptr [esi], 0"), 0xfff, 0xf1, 4, 0),
+        GP,
+        0,
+        "RMW of read-only data",
+    )
 }
 
 fn compat_execute_only() -> Verdict {
@@ -202,12 +244,26 @@ fn conforming_code() -> Verdict {
 
 /// At CPL 3: far indirect jump to the next instruction through this selector.
 fn far_user(selector: u16) -> Outcome {
-    let c = code64!("lea rax, [rip + 2f]", "push rdi", "push rax", "mov [rsp + 4], edi", ".byte 0xff, 0x2c, 0x24", "2: nop");
+    let c = code64!(
+        "lea rax, [rip + 2f]",
+        "push rdi",
+        "push rax",
+        "mov [rsp + 4], edi",
+        ".byte 0xff, 0x2c, 0x24",
+        "2: nop"
+    );
     Ctx::user(c).rdi(u64::from(selector)).run()
 }
 
 fn far_kernel(selector: u16) -> Outcome {
-    let c = code64!("lea rax, [rip + 2f]", "push rdi", "push rax", "mov [rsp + 4], edi", ".byte 0xff, 0x2c, 0x24", "2: nop");
+    let c = code64!(
+        "lea rax, [rip + 2f]",
+        "push rdi",
+        "push rax",
+        "mov [rsp + 4], edi",
+        ".byte 0xff, 0x2c, 0x24",
+        "2: nop"
+    );
     Ctx::kernel(c).rdi(u64::from(selector)).run()
 }
 
@@ -229,7 +285,10 @@ fn l_and_d_code() -> Verdict {
 }
 
 fn gate64(selector: u16, target: u64, code: u16, dpl: u8, kind: u8) {
-    let lo = target & 0xffff | u64::from(code) << 16 | u64::from(0x80 | dpl << 5 | kind) << 40 | (target >> 16 & 0xffff) << 48;
+    let lo = target & 0xffff
+        | u64::from(code) << 16
+        | u64::from(0x80 | dpl << 5 | kind) << 40
+        | (target >> 16 & 0xffff) << 48;
     desc::set_gdt(selector, lo);
     desc::set_gdt(selector + 8, target >> 32);
 }
@@ -241,7 +300,16 @@ fn call_gate(selector: u16) -> Outcome {
 }
 
 fn call_gate_64() -> Verdict {
-    let target = code64!("mov r9, rsp", "mov r10d, cs", "mov r11d, ss", "mov rbx, [rsp]", "mov rdx, [rsp + 8]", "mov rsi, [rsp + 16]", "mov r12, [rsp + 24]", ".byte 0x48, 0xcb");
+    let target = code64!(
+        "mov r9, rsp",
+        "mov r10d, cs",
+        "mov r11d, ss",
+        "mov rbx, [rsp]",
+        "mov rdx, [rsp + 8]",
+        "mov rsi, [rsp + 16]",
+        "mov r12, [rsp + 24]",
+        ".byte 0x48, 0xcb"
+    );
     gate64(F, target.start, desc::KCS, 3, 0xc);
     let o = call_gate(F | 3);
     done(&o, "call through a 64-bit gate and return")?;
@@ -288,18 +356,41 @@ fn retf_outer_and_back() -> Verdict {
     eq(o.r8, u64::from(desc::UDS), "SS")?;
     eq(o.r9, user_stack() - 128, "RSP")?;
     // Data segments that CPL 3 may not use become null.
-    let c = code64!("mov eax, 0x10", "mov ds, eax", "mov es, eax", "push 0x23", "push rsi", "push 0x2b", "push rdi", ".byte 0x48, 0xcb");
+    let c = code64!(
+        "mov eax, 0x10",
+        "mov ds, eax",
+        "mov es, eax",
+        "push 0x23",
+        "push rsi",
+        "push 0x2b",
+        "push rdi",
+        ".byte 0x48, 0xcb"
+    );
     let o = Ctx::kernel(c).rdi(user.start + ALIAS).rsi(user_stack() - 128).run();
     done(&o, "far return to CPL 3")?;
     ok(o.ds == 0 && o.es == 0, "DS and ES of DPL 0 are nulled")?;
     let c = code64!("push 0x10", "push rsi", "push 0x2b", "push rdi", ".byte 0x48, 0xcb");
-    fault(&Ctx::kernel(c).rdi(user.start + ALIAS).rsi(user_stack()).run(), GP, u64::from(desc::KDS), "SS of DPL 0 for CPL 3")
+    fault(
+        &Ctx::kernel(c).rdi(user.start + ALIAS).rsi(user_stack()).run(),
+        GP,
+        u64::from(desc::KDS),
+        "SS of DPL 0 for CPL 3",
+    )
 }
 
 fn retf_inner() -> Verdict {
     let c = code64!("push rdi", "lea rax, [rip + 2f]", "push rax", ".byte 0x48, 0xcb", "2:");
     fault(&Ctx::user(c).rdi(u64::from(desc::KCS)).run(), GP, u64::from(desc::KCS), "RETF to an inner level")?;
-    let c = code64!("push 0x10", "push rsp", "push 2", "push rdi", "lea rax, [rip + 2f]", "push rax", "iretq", "2:");
+    let c = code64!(
+        "push 0x10",
+        "push rsp",
+        "push 2",
+        "push rdi",
+        "lea rax, [rip + 2f]",
+        "push rax",
+        "iretq",
+        "2:"
+    );
     fault(&Ctx::user(c).rdi(u64::from(desc::KCS)).run(), GP, u64::from(desc::KCS), "IRETQ to an inner level")
 }
 
@@ -312,7 +403,10 @@ fn ldt() -> Verdict {
     mem::wr(p + 8, desc::descriptor(0x1000, 0xfffff, 0xf3, 0xc));
     desc::set_system(F, p, 15, 0x82);
     done(&lldt(F), "LLDT")?;
-    let o = Ctx::kernel(code64!("mov fs, edi", "mov rax, fs:[rsi]", "sldt ecx")).rdi(0xf).rsi(sys_stack() - 0x1000).run();
+    let o = Ctx::kernel(code64!("mov fs, edi", "mov rax, fs:[rsi]", "sldt ecx"))
+        .rdi(0xf)
+        .rsi(sys_stack() - 0x1000)
+        .run();
     done(&o, "a segment of the LDT")?;
     eq(o.rcx, u64::from(F), "SLDT")?;
     fault(&load_ds(0x17), GP, 0x14, "beyond the LDT's limit")?;
@@ -419,7 +513,12 @@ fn base_noncanonical() -> Verdict {
         eq(cpu::rdmsr(msr), 0xffff_8000_0000_0000, "reads back")?;
     }
     cpu::wrmsr(FS_BASE, 0x7fff_ffff_f000);
-    fault(&Ctx::kernel(code64!("mov rax, fs:[0x1000]")).run(), GP, 0, "base plus offset becomes non-canonical")
+    fault(
+        &Ctx::kernel(code64!("mov rax, fs:[0x1000]")).run(),
+        GP,
+        0,
+        "base plus offset becomes non-canonical",
+    )
 }
 
 fn fsgsbase() -> Verdict {
@@ -428,12 +527,18 @@ fn fsgsbase() -> Verdict {
     }
     fault(&Ctx::kernel(code64!("rdfsbase rax")).run(), UD, 0, "CR4.FSGSBASE clear")?;
     cpu::set_cr4(cpu::cr4() | 1 << 16);
-    let o = Ctx::user(code64!("wrfsbase rdi", "rdfsbase rax", "wrgsbase rsi", "rdgsbase rcx")).rdi(0x7000_1234_5678).rsi(0x1111).run();
+    let o = Ctx::user(code64!("wrfsbase rdi", "rdfsbase rax", "wrgsbase rsi", "rdgsbase rcx"))
+        .rdi(0x7000_1234_5678)
+        .rsi(0x1111)
+        .run();
     done(&o, "at CPL 3")?;
     eq(o.rax, 0x7000_1234_5678, "FS base")?;
     eq(o.rcx, 0x1111, "GS base")?;
     eq(cpu::rdmsr(FS_BASE), 0x7000_1234_5678, "the MSR is the same register")?;
-    let o = Ctx::kernel(code64!("wrfsbase edi", "rdfsbase rax", "wrgsbase rsi", "rdgsbase ecx")).rdi(0x1_8000_0000).rsi(0x7fff_8765_4321).run();
+    let o = Ctx::kernel(code64!("wrfsbase edi", "rdfsbase rax", "wrgsbase rsi", "rdgsbase ecx"))
+        .rdi(0x1_8000_0000)
+        .rsi(0x7fff_8765_4321)
+        .run();
     eq(o.rax, 0x8000_0000, "32-bit WRFSBASE zero-extends")?;
     eq(o.rcx, 0x8765_4321, "32-bit RDGSBASE truncates")?;
     fault(&Ctx::user(code64!("wrfsbase rdi")).rdi(1 << 47).run(), GP, 0, "non-canonical")?;
@@ -461,7 +566,9 @@ fn lss_lfs_lgs() -> Verdict {
         eq(o.rcx, 0x10, "selector")?;
     }
     let m = 0x0010_8765_4321_u64;
-    let o = Ctx::kernel(code64!("lfs eax, [rdi]", "mov ecx, fs", "lgs edx, [rdi]")).rdi((&raw const m) as u64).run();
+    let o = Ctx::kernel(code64!("lfs eax, [rdi]", "mov ecx, fs", "lgs edx, [rdi]"))
+        .rdi((&raw const m) as u64)
+        .run();
     done(&o, "LFS r32, m16:32")?;
     eq(o.rax, 0x8765_4321, "offset")?;
     eq(o.rcx, 0x10, "selector")?;
@@ -478,11 +585,30 @@ fn mov_cs() -> Verdict {
 }
 
 fn segment_push_pop() -> Verdict {
-    let o = Ctx::kernel(code64!("mov eax, 0x23", "mov fs, eax", "push fs", "mov rcx, [rsp]", "push 0x10", "pop gs", "mov edx, gs", "pop rax")).run();
+    let o = Ctx::kernel(code64!(
+        "mov eax, 0x23",
+        "mov fs, eax",
+        "push fs",
+        "mov rcx, [rsp]",
+        "push 0x10",
+        "pop gs",
+        "mov edx, gs",
+        "pop rax"
+    ))
+    .run();
     done(&o, "PUSH FS, POP GS")?;
     eq(o.rcx, 0x23, "PUSH FS writes eight bytes, zero-extended")?;
     eq(o.rdx, 0x10, "GS")?;
-    let o = Ctx::kernel(code64!("mov rax, -1", ".byte 0x66, 0x8c, 0xc8", "mov rcx, -1", "mov ecx, cs", "mov qword ptr [rsp - 8], -1", "mov word ptr [rsp - 8], ds", "mov rdx, [rsp - 8]")).run();
+    let o = Ctx::kernel(code64!(
+        "mov rax, -1",
+        ".byte 0x66, 0x8c, 0xc8",
+        "mov rcx, -1",
+        "mov ecx, cs",
+        "mov qword ptr [rsp - 8], -1",
+        "mov word ptr [rsp - 8], ds",
+        "mov rdx, [rsp - 8]"
+    ))
+    .run();
     done(&o, "MOV from segments")?;
     eq(o.rax, 0xffff_ffff_ffff_0008, "16-bit register: upper bits kept")?;
     eq(o.rcx, 8, "32-bit register: zero-extended")?;
@@ -491,12 +617,32 @@ fn segment_push_pop() -> Verdict {
 
 fn base_zero_in_long_mode() -> Verdict {
     desc::set_gdt(F, desc::descriptor(0x1000, 0xf, 0xf3, 4));
-    let o = Ctx::kernel(code64!("mov ds, edi", "mov es, edi", "mov rax, [rsi + 0x100]", "mov rcx, es:[rsi + 0x100]")).rdi(u64::from(F)).rsi(sys_stack() - 0x400).run();
+    let o = Ctx::kernel(code64!(
+        "mov ds, edi",
+        "mov es, edi",
+        "mov rax, [rsi + 0x100]",
+        "mov rcx, es:[rsi + 0x100]"
+    ))
+    .rdi(u64::from(F))
+    .rsi(sys_stack() - 0x400)
+    .run();
     done(&o, "base and limit of DS and ES are ignored in 64-bit mode")
 }
 
 fn iret_nt() -> Verdict {
-    let c = code64!("pushfq", "or qword ptr [rsp], 0x4000", "popfq", "push 0x10", "push rsp", "push 2", "push 8", "lea rax, [rip + 2f]", "push rax", "iretq", "2:");
+    let c = code64!(
+        "pushfq",
+        "or qword ptr [rsp], 0x4000",
+        "popfq",
+        "push 0x10",
+        "push rsp",
+        "push 2",
+        "push 8",
+        "lea rax, [rip + 2f]",
+        "push rax",
+        "iretq",
+        "2:"
+    );
     fault(&Ctx::kernel(c).run(), GP, 0, "IRET with NT in long mode")
 }
 

@@ -2,7 +2,7 @@
 
 use crate::harness::{Verdict, eq, ok};
 use crate::legacy::*;
-use crate::mem::{page, rd32, wr32, wr8};
+use crate::mem::{page, rd32, wr8, wr32};
 use crate::modes::{ldone, lfault};
 use crate::traps::*;
 use crate::{code32, desc, tests};
@@ -38,10 +38,18 @@ fn gate(selector: u16, target: u32, code: u16, access: u8, params: u8) {
 }
 
 fn call_gate_params() -> Verdict {
-    let target = code32!("mov eax, [esp + 8]", "mov ebx, [esp + 12]", "mov ecx, esp", "mov edx, ss", "retf 8");
+    let target =
+        code32!("mov eax, [esp + 8]", "mov ebx, [esp + 12]", "mov ecx, esp", "mov edx, ss", "retf 8");
     gate(F, target.start as u32, desc::KCS32, 0xec, 2);
     // lcall F|3:0
-    let l = Legacy::user(code32!("mov ebp, esp", "push 22", "push 11", ".byte 0x9a, 0, 0, 0, 0, 0x8b, 0", "mov esi, esp", "mov edi, cs"));
+    let l = Legacy::user(code32!(
+        "mov ebp, esp",
+        "push 22",
+        "push 11",
+        ".byte 0x9a, 0, 0, 0, 0, 0x8b, 0",
+        "mov esi, esp",
+        "mov edi, cs"
+    ));
     let o = l.run();
     ldone(&o, "call through a 32-bit gate with two parameters")?;
     ok(o.eax == 11 && o.ebx == 22, "parameters are copied to the inner stack")?;
@@ -62,7 +70,17 @@ fn call_gate_same_level() -> Verdict {
 }
 
 fn retf_immediate() -> Verdict {
-    let o = Legacy::kernel(code32!("mov ebx, esp", "push 1", "push 2", "push 0x38", "call 2f", "jmp 3f", "2: retf 8", "3: mov ecx, esp")).run();
+    let o = Legacy::kernel(code32!(
+        "mov ebx, esp",
+        "push 1",
+        "push 2",
+        "push 0x38",
+        "call 2f",
+        "jmp 3f",
+        "2: retf 8",
+        "3: mov ecx, esp"
+    ))
+    .run();
     ldone(&o, "RETF imm16")?;
     eq(u64::from(o.ecx), u64::from(o.ebx), "ESP")
 }
@@ -91,8 +109,12 @@ fn set_task_gate(vector: u8, selector: u16) -> u64 {
 /// Entry for a handler task: no frame was pushed by the CPU but the error code, so build one.
 fn stub_task(vector: u8) -> u32 {
     let c = match vector {
-        8 => code32!("pop eax", "pushfd", "push cs", "push 0", "push eax", "push 8", "jmp dword ptr [0x8f00]"),
-        10 => code32!("pop eax", "pushfd", "push cs", "push 0", "push eax", "push 10", "jmp dword ptr [0x8f00]"),
+        8 => {
+            code32!("pop eax", "pushfd", "push cs", "push 0", "push eax", "push 8", "jmp dword ptr [0x8f00]")
+        }
+        10 => {
+            code32!("pop eax", "pushfd", "push cs", "push 0", "push eax", "push 10", "jmp dword ptr [0x8f00]")
+        }
         _ => code32!("int 0x80"),
     };
     wr32(0x8f00, crate::legacy::stub(0x80) + 7);
@@ -136,7 +158,10 @@ fn task_jump() -> Verdict {
 }
 
 fn task_call_and_iret() -> Verdict {
-    let t = make_task(F, code32!("mov edx, 0x55", "pushfd", "pop esi", "iretd", "mov edx, 0x66", "iretd").start as u32);
+    let t = make_task(
+        F,
+        code32!("mov edx, 0x55", "pushfd", "pop esi", "iretd", "mov edx, 0x66", "iretd").start as u32,
+    );
     let c = code32!("mov edx, 1", ".byte 0x9a, 0, 0, 0, 0, 0x88, 0", "inc edx", "mov ebx, 3", "str ecx");
     let o = Legacy::kernel(c).run();
     ldone(&o, "CALL to a TSS and IRET back")?;
@@ -152,8 +177,18 @@ fn task_call_and_iret() -> Verdict {
 fn task_busy() -> Verdict {
     make_task(F, 0);
     desc::set_gdt(F, desc::get_gdt(F) | 2 << 40);
-    lfault(&Legacy::kernel(code32!(".byte 0xea, 0, 0, 0, 0, 0x88, 0")).run(), GP, u64::from(F), "JMP to a busy TSS")?;
-    lfault(&Legacy::kernel(code32!(".byte 0x9a, 0, 0, 0, 0, 0x60, 0")).run(), GP, u64::from(desc::TSS32), "CALL to the own TSS")
+    lfault(
+        &Legacy::kernel(code32!(".byte 0xea, 0, 0, 0, 0, 0x88, 0")).run(),
+        GP,
+        u64::from(F),
+        "JMP to a busy TSS",
+    )?;
+    lfault(
+        &Legacy::kernel(code32!(".byte 0x9a, 0, 0, 0, 0, 0x60, 0")).run(),
+        GP,
+        u64::from(desc::TSS32),
+        "CALL to the own TSS",
+    )
 }
 
 fn task_errors() -> Verdict {
@@ -277,7 +312,15 @@ fn double_fault_task() -> Verdict {
 
 fn conforming() -> Verdict {
     desc::set_gdt(F, desc::descriptor(0, 0xfffff, 0x9f, 0xc));
-    let c = code32!("call 2f", "2: pop eax", ".byte 0x8d, 0x40, 3f - 2b", "push edi", "push eax", "retf", "3: mov ecx, cs");
+    let c = code32!(
+        "call 2f",
+        "2: pop eax",
+        ".byte 0x8d, 0x40, 3f - 2b",
+        "push edi",
+        "push eax",
+        "retf",
+        "3: mov ecx, cs"
+    );
     let mut l = Legacy::user(c);
     l.edi = 0x88;
     lfault(&l.run(), GP, 0x88, "RETF to RPL 0 at CPL 3")?;
@@ -324,7 +367,15 @@ fn gate_16() -> Verdict {
 
 fn sixteen_bit_stack() -> Verdict {
     // With SS.B clear the stack pointer is SP: it wraps at 64 KiB and the upper half stays.
-    let mut l = Legacy::kernel(code32!("mov esp, 0x12340004", "push 1", "push 2", "mov ecx, esp", "mov eax, 0x10", "mov ss, eax", "mov esp, ebx"));
+    let mut l = Legacy::kernel(code32!(
+        "mov esp, 0x12340004",
+        "push 1",
+        "push 2",
+        "mov ecx, esp",
+        "mov eax, 0x10",
+        "mov ss, eax",
+        "mov esp, ebx"
+    ));
     l.ss = u32::from(desc::KDS16);
     l.ebx = stack0();
     l.esp = 0x6700;

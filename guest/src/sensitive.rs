@@ -38,7 +38,19 @@ fn popf_user_iopl() -> Verdict {
 }
 
 fn popf_iopl3() -> Verdict {
-    let c = code64!("push 0x2", "popfq", "pushfq", "pop rax", "push 0x3202", "popfq", "pushfq", "pop rcx", "cli", "pushfq", "pop rdx");
+    let c = code64!(
+        "push 0x2",
+        "popfq",
+        "pushfq",
+        "pop rax",
+        "push 0x3202",
+        "popfq",
+        "pushfq",
+        "pop rcx",
+        "cli",
+        "pushfq",
+        "pop rdx"
+    );
     let o = Ctx::user(c).flags(IF | IOPL).run();
     done(&o, "POPF and CLI at CPL 3, IOPL 3")?;
     eq(o.rax & (IF | IOPL), IOPL, "IF changes, IOPL does not")?;
@@ -47,7 +59,22 @@ fn popf_iopl3() -> Verdict {
 }
 
 fn popf_kernel() -> Verdict {
-    let c = code64!("push 0x3002", "popfq", "pushfq", "pop rax", "push 0x2", "popfq", "mov rcx, -1", "push rcx", "xor dword ptr [rsp], 0x24100", "popfq", "pushfq", "pop rdx", "push 2", "popfq");
+    let c = code64!(
+        "push 0x3002",
+        "popfq",
+        "pushfq",
+        "pop rax",
+        "push 0x2",
+        "popfq",
+        "mov rcx, -1",
+        "push rcx",
+        "xor dword ptr [rsp], 0x24100",
+        "popfq",
+        "pushfq",
+        "pop rdx",
+        "push 2",
+        "popfq"
+    );
     set_mode(1, RESUME);
     let o = Ctx::kernel(c).run();
     done(&o, "POPF at CPL 0")?;
@@ -76,13 +103,32 @@ fn pushf_32_flags() -> Verdict {
 }
 
 fn id_flag() -> Verdict {
-    let o = Ctx::user(code64!("pushfq", "pop rax", "mov rcx, rax", "xor eax, 0x200000", "push rax", "popfq", "pushfq", "pop rdx", "xor rdx, rcx")).run();
+    let o = Ctx::user(code64!(
+        "pushfq",
+        "pop rax",
+        "mov rcx, rax",
+        "xor eax, 0x200000",
+        "push rax",
+        "popfq",
+        "pushfq",
+        "pop rdx",
+        "xor rdx, rcx"
+    ))
+    .run();
     done(&o, "POPF")?;
     eq(o.rdx, 0x20_0000, "the ID flag can be toggled")
 }
 
 fn sgdt_sidt_user() -> Verdict {
-    let o = Ctx::user(code64!("sgdt [rsp - 16]", "sidt [rsp - 32]", "mov rax, [rsp - 14]", "movzx ecx, word ptr [rsp - 16]", "mov rdx, [rsp - 30]", "movzx ebx, word ptr [rsp - 32]")).run();
+    let o = Ctx::user(code64!(
+        "sgdt [rsp - 16]",
+        "sidt [rsp - 32]",
+        "mov rax, [rsp - 14]",
+        "movzx ecx, word ptr [rsp - 16]",
+        "mov rdx, [rsp - 30]",
+        "movzx ebx, word ptr [rsp - 32]"
+    ))
+    .run();
     done(&o, "SGDT and SIDT at CPL 3")?;
     eq(o.rax, desc::gdt_base(), "GDT base")?;
     eq(o.rcx, (desc::GDT_LEN * 8 - 1) as u64, "GDT limit")?;
@@ -91,7 +137,18 @@ fn sgdt_sidt_user() -> Verdict {
 }
 
 fn sldt_str_user() -> Verdict {
-    let o = Ctx::user(code64!("mov rax, -1", "sldt ax", "mov rcx, -1", "str ecx", "mov rdx, -1", "str rdx", "mov qword ptr [rsp - 8], -1", "str [rsp - 8]", "mov rbx, [rsp - 8]")).run();
+    let o = Ctx::user(code64!(
+        "mov rax, -1",
+        "sldt ax",
+        "mov rcx, -1",
+        "str ecx",
+        "mov rdx, -1",
+        "str rdx",
+        "mov qword ptr [rsp - 8], -1",
+        "str [rsp - 8]",
+        "mov rbx, [rsp - 8]"
+    ))
+    .run();
     done(&o, "SLDT and STR at CPL 3")?;
     eq(o.rax, 0xffff_ffff_ffff_0000, "SLDT ax")?;
     eq(o.rcx, u64::from(desc::TSS), "STR ecx is zero-extended")?;
@@ -100,7 +157,15 @@ fn sldt_str_user() -> Verdict {
 }
 
 fn smsw_user() -> Verdict {
-    let o = Ctx::user(code64!("smsw rax", "mov rcx, -1", "smsw cx", "mov qword ptr [rsp - 8], 0", "smsw [rsp - 8]", "mov rdx, [rsp - 8]")).run();
+    let o = Ctx::user(code64!(
+        "smsw rax",
+        "mov rcx, -1",
+        "smsw cx",
+        "mov qword ptr [rsp - 8], 0",
+        "smsw [rsp - 8]",
+        "mov rdx, [rsp - 8]"
+    ))
+    .run();
     done(&o, "SMSW at CPL 3")?;
     eq(o.rax & 0xffff, cpu::cr0() & 0xffff, "CR0")?;
     eq(o.rcx, 0xffff_ffff_ffff_0000 | cpu::cr0() & 0xffff, "SMSW cx")?;
@@ -129,13 +194,17 @@ fn umip_kernel() -> Verdict {
         skip!("no UMIP");
     }
     cpu::set_cr4(cpu::cr4() | 1 << 11);
-    done(&Ctx::kernel(code64!("sgdt [rsp - 16]", "sidt [rsp - 16]", "sldt eax", "str eax", "smsw eax")).run(), "CPL 0 is not concerned")
+    done(
+        &Ctx::kernel(code64!("sgdt [rsp - 16]", "sidt [rsp - 16]", "sldt eax", "str eax", "smsw eax")).run(),
+        "CPL 0 is not concerned",
+    )
 }
 
 const ZF: u64 = 0x40;
 
 fn lar() -> Verdict {
-    let run = |s: u64| Ctx::kernel(code64!("mov eax, 0x77", "lar eax, edi", "pushfq", "pop rcx")).rdi(s).run();
+    let run =
+        |s: u64| Ctx::kernel(code64!("mov eax, 0x77", "lar eax, edi", "pushfq", "pop rcx")).rdi(s).run();
     let o = run(u64::from(desc::KDS));
     done(&o, "LAR")?;
     eq(o.rcx & ZF, ZF, "ZF")?;
@@ -176,7 +245,9 @@ fn lsl() -> Verdict {
 
 fn verr_verw() -> Verdict {
     let run = |s: u16| {
-        let o = Ctx::kernel(code64!("verr di", "pushfq", "pop rax", "verw di", "pushfq", "pop rcx")).rdi(u64::from(s)).run();
+        let o = Ctx::kernel(code64!("verr di", "pushfq", "pop rax", "verw di", "pushfq", "pop rcx"))
+            .rdi(u64::from(s))
+            .run();
         (o.rax & ZF != 0, o.rcx & ZF != 0)
     };
     ok(run(desc::KDS) == (true, true), "writable data")?;
@@ -192,10 +263,23 @@ fn verr_verw() -> Verdict {
 }
 
 fn lar_lsl_user() -> Verdict {
-    let o = Ctx::user(code64!("lar eax, edi", "pushfq", "pop rax", "lsl ecx, edi", "pushfq", "pop rcx", "verr di", "pushfq", "pop rdx", "lar ebx, esi", "pushfq", "pop rbx"))
-        .rdi(u64::from(desc::KDS))
-        .rsi(u64::from(desc::UDS))
-        .run();
+    let o = Ctx::user(code64!(
+        "lar eax, edi",
+        "pushfq",
+        "pop rax",
+        "lsl ecx, edi",
+        "pushfq",
+        "pop rcx",
+        "verr di",
+        "pushfq",
+        "pop rdx",
+        "lar ebx, esi",
+        "pushfq",
+        "pop rbx"
+    ))
+    .rdi(u64::from(desc::KDS))
+    .rsi(u64::from(desc::UDS))
+    .run();
     done(&o, "at CPL 3")?;
     eq((o.rax | o.rcx | o.rdx) & ZF, 0, "a DPL 0 segment is not visible to CPL 3")?;
     eq(o.rbx & ZF, ZF, "a DPL 3 segment is")?;
@@ -233,7 +317,17 @@ fn int_n_user() -> Verdict {
 }
 
 fn sgdt_sidt_32() -> Verdict {
-    let o = Legacy::user(code32!("sgdt [esp - 8]", "sidt [esp - 16]", "mov eax, [esp - 6]", "movzx ecx, word ptr [esp - 8]", "mov edx, [esp - 14]", "sldt esi", "str edi", "smsw ebx")).run();
+    let o = Legacy::user(code32!(
+        "sgdt [esp - 8]",
+        "sidt [esp - 16]",
+        "mov eax, [esp - 6]",
+        "movzx ecx, word ptr [esp - 8]",
+        "mov edx, [esp - 14]",
+        "sldt esi",
+        "str edi",
+        "smsw ebx"
+    ))
+    .run();
     ldone(&o, "at CPL 3 in protected mode")?;
     eq(u64::from(o.eax), desc::gdt_base(), "GDT base")?;
     eq(u64::from(o.ecx), (desc::GDT_LEN * 8 - 1) as u64, "GDT limit")?;
@@ -245,7 +339,18 @@ fn sgdt_sidt_32() -> Verdict {
 
 fn iret_user_flags() -> Verdict {
     // IRETQ at CPL 3 treats IF and IOPL as POPF does.
-    let c = code64!("mov rcx, rsp", "push 0x23", "push rcx", "push 0x3002", "push 0x2b", "lea rax, [rip + 2f]", "push rax", "iretq", "2: pushfq", "pop rax");
+    let c = code64!(
+        "mov rcx, rsp",
+        "push 0x23",
+        "push rcx",
+        "push 0x3002",
+        "push 0x2b",
+        "lea rax, [rip + 2f]",
+        "push rax",
+        "iretq",
+        "2: pushfq",
+        "pop rax"
+    );
     let o = Ctx::user(c).flags(IF).run();
     done(&o, "IRETQ at CPL 3")?;
     eq(o.rax & (IF | IOPL), IF, "IF and IOPL unchanged")

@@ -26,7 +26,15 @@ fn next_instruction() -> Verdict {
 }
 
 fn same_block_ahead() -> Verdict {
-    let c = code64!("lea rdi, [rip + 2f]", "mov dword ptr [rdi + 1], ecx", "nop", "nop", "add ebx, 1", "2: mov eax, 0x22222222", "add eax, ebx");
+    let c = code64!(
+        "lea rdi, [rip + 2f]",
+        "mov dword ptr [rdi + 1], ecx",
+        "nop",
+        "nop",
+        "add ebx, 1",
+        "2: mov eax, 0x22222222",
+        "add eax, ebx"
+    );
     let o = Ctx::kernel(c).rcx(40).rbx(1).run();
     done(&o, "store some instructions ahead")?;
     eq(o.rax, 42, "the new immediate is executed")
@@ -34,7 +42,16 @@ fn same_block_ahead() -> Verdict {
 
 fn own_loop() -> Verdict {
     // A loop that increments its own immediate.
-    let c = code64!("xor ebx, ebx", "mov ecx, 10", "lea rdi, [rip + 2f]", "mov dword ptr [rdi + 1], 0", "2: mov eax, 0", "add ebx, eax", "inc dword ptr [rdi + 1]", "loop 2b");
+    let c = code64!(
+        "xor ebx, ebx",
+        "mov ecx, 10",
+        "lea rdi, [rip + 2f]",
+        "mov dword ptr [rdi + 1], 0",
+        "2: mov eax, 0",
+        "add ebx, eax",
+        "inc dword ptr [rdi + 1]",
+        "loop 2b"
+    );
     let o = Ctx::kernel(c).run();
     done(&o, "loop")?;
     eq(o.rbx, 45, "sum of 0 to 9")
@@ -109,7 +126,15 @@ fn rep_stos_over_code() -> Verdict {
     done(&o, "REP STOSB")?;
     eq(call(p), 9, "two increments are NOPs now")?;
     // Within one run: the string store overwrites what comes next.
-    let c = code64!("lea rdi, [rip + 2f]", "mov ecx, 4", "mov eax, 0x90", "rep stosb", "2: inc ebx", "inc ebx", "nop");
+    let c = code64!(
+        "lea rdi, [rip + 2f]",
+        "mov ecx, 4",
+        "mov eax, 0x90",
+        "rep stosb",
+        "2: inc ebx",
+        "inc ebx",
+        "nop"
+    );
     let o = Ctx::kernel(c).rbx(5).run();
     done(&o, "REP STOSB over the next instructions")?;
     eq(o.rbx, 5, "the increments are gone")
@@ -126,7 +151,15 @@ fn rep_movs_over_code() -> Verdict {
 
 fn data_beside_code() -> Verdict {
     // Code that writes data in its own page.
-    let c = code64!("mov ecx, 1000", "2: inc dword ptr [rip + 3f]", "loop 2b", "mov eax, [rip + 3f]", "jmp 4f", "3: .long 0", "4: nop");
+    let c = code64!(
+        "mov ecx, 1000",
+        "2: inc dword ptr [rip + 3f]",
+        "loop 2b",
+        "mov eax, [rip + 3f]",
+        "jmp 4f",
+        "3: .long 0",
+        "4: nop"
+    );
     let o = Ctx::kernel(c).run();
     done(&o, "data in the code page")?;
     eq(o.rax, 1000, "counter")
@@ -210,14 +243,25 @@ fn atomic_patch() -> Verdict {
     let new = u64::from_le_bytes([0xb8, 0x22, 0, 0, 0, 0xc3, 0xc3, 0]);
     done(&Ctx::kernel(code64!("lock xchg [rdi], rax")).rdi(p).rax(new).run(), "XCHG")?;
     eq(call(p), 0x22, "patched by XCHG")?;
-    done(&Ctx::kernel(code64!("lock cmpxchg [rdi], rcx")).rdi(p).rax(new).rcx(new ^ 0x1100).run(), "CMPXCHG")?;
+    done(
+        &Ctx::kernel(code64!("lock cmpxchg [rdi], rcx")).rdi(p).rax(new).rcx(new ^ 0x1100).run(),
+        "CMPXCHG",
+    )?;
     eq(call(p), 0x33, "patched by CMPXCHG")?;
     done(&Ctx::kernel(code64!("lock or dword ptr [rdi + 1], 4")).rdi(p).run(), "LOCK OR")?;
     eq(call(p), 0x37, "patched by LOCK OR")
 }
 
 fn code_on_stack() -> Verdict {
-    let c = code64!("mov rax, 0xc300000055b890", "push rax", "call rsp", "mov ebx, eax", "mov byte ptr [rsp + 2], 0x66", "call rsp", "pop rcx");
+    let c = code64!(
+        "mov rax, 0xc300000055b890",
+        "push rax",
+        "call rsp",
+        "mov ebx, eax",
+        "mov byte ptr [rsp + 2], 0x66",
+        "call rsp",
+        "pop rcx"
+    );
     let o = Ctx::kernel(c).run();
     done(&o, "code on the stack")?;
     eq(o.rbx, 0x55, "first")?;
@@ -250,9 +294,19 @@ fn sse_store_over_code() -> Verdict {
 fn patch_previous_block() -> Verdict {
     // The loop body patches code that it has already run and will run again.
     let c = code64!(
-        "xor ebx, ebx", "mov ecx, 6", "lea rdi, [rip + 2f]", "mov byte ptr [rdi + 2], 1",
-        "2: .byte 0x83, 0xc3, 1", "jmp 3f", "3: test cl, 1", "jz 4f", "mov byte ptr [rdi + 2], 10", "jmp 5f",
-        "4: mov byte ptr [rdi + 2], 1", "5: dec ecx", "jnz 2b"
+        "xor ebx, ebx",
+        "mov ecx, 6",
+        "lea rdi, [rip + 2f]",
+        "mov byte ptr [rdi + 2], 1",
+        "2: .byte 0x83, 0xc3, 1",
+        "jmp 3f",
+        "3: test cl, 1",
+        "jz 4f",
+        "mov byte ptr [rdi + 2], 10",
+        "jmp 5f",
+        "4: mov byte ptr [rdi + 2], 1",
+        "5: dec ecx",
+        "jnz 2b"
     );
     let o = Ctx::kernel(c).run();
     done(&o, "loop")?;

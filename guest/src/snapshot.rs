@@ -4,7 +4,7 @@
 use crate::apic::{self, io_route, pit, read, write};
 use crate::harness::{Verdict, done, eq, ok, wait};
 use crate::legacy::{Legacy, tss};
-use crate::mem::{Space, W, WIN, P, page, rd, wr, wr8};
+use crate::mem::{P, Space, W, WIN, page, rd, wr, wr8};
 use crate::modes::ldone;
 use crate::traps::*;
 use crate::{code16, code32, code64, cpu, desc, tests};
@@ -42,9 +42,24 @@ fn save_restore_continue() -> Verdict {
     let before = (cpu::cr0(), cpu::cr3(), cpu::cr4(), cpu::rdmsr(0xc000_0080));
     let t0 = cpu::rdtsc();
     let c = code64!(
-        "mov r12, 0x1212121212121212", "mov r13, 0x1313131313131313", "mov r14, 0x1414141414141414", "mov r15, 0x1515151515151515",
-        "mov r8, 0x0808080808080808", "mov r9, -9", "mov r10, 10", "mov r11, 11", "mov rbp, 0x5555555555", "stc", "std",
-        "mov al, 0x5a", "out 0xf5, al", "pushfq", "cld", "pop rcx", "mov ebx, ds", "str edx"
+        "mov r12, 0x1212121212121212",
+        "mov r13, 0x1313131313131313",
+        "mov r14, 0x1414141414141414",
+        "mov r15, 0x1515151515151515",
+        "mov r8, 0x0808080808080808",
+        "mov r9, -9",
+        "mov r10, 10",
+        "mov r11, 11",
+        "mov rbp, 0x5555555555",
+        "stc",
+        "std",
+        "mov al, 0x5a",
+        "out 0xf5, al",
+        "pushfq",
+        "cld",
+        "pop rcx",
+        "mov ebx, ds",
+        "str edx"
     );
     let o = Ctx::kernel(c).rsi(6).rdi(7).run();
     let t1 = cpu::rdtsc();
@@ -76,9 +91,22 @@ fn save_restore_user() -> Verdict {
     usable()?;
     let map = unsafe { (&raw mut (*desc::tss()).bitmap).cast::<u8>() };
     unsafe { map.add(0xf5 / 8).write_volatile(0) };
-    let o = Ctx::user(code64!("mov al, 0x5a", "out 0xf5, al", "mov ebx, cs", "mov ecx, ss", "mov rdx, rsp", "pushfq", "pop r8")).flags(0x200).run();
+    let o = Ctx::user(code64!(
+        "mov al, 0x5a",
+        "out 0xf5, al",
+        "mov ebx, cs",
+        "mov ecx, ss",
+        "mov rdx, rsp",
+        "pushfq",
+        "pop r8"
+    ))
+    .flags(0x200)
+    .run();
     done(&o, "at CPL 3")?;
-    ok(o.rbx == u64::from(desc::UCS) && o.rcx == u64::from(desc::UDS) && o.rdx == user_stack(), "CS, SS, RSP")?;
+    ok(
+        o.rbx == u64::from(desc::UCS) && o.rcx == u64::from(desc::UDS) && o.rdx == user_stack(),
+        "CS, SS, RSP",
+    )?;
     eq(o.r8 & 0x200, 0x200, "IF")
 }
 
@@ -87,7 +115,16 @@ fn save_restore_compat() -> Verdict {
     let p = page();
     wr(p + 0x20, 0x6666);
     desc::set_gdt(desc::FREE, desc::descriptor(p as u32, 0xfff, 0xf3, 4));
-    let o = Ctx::kernel32(code32!("mov al, 0x5a", "out 0xf5, al", "mov ebx, [esi]", "mov ecx, ds", "mov edx, cs")).ds(desc::FREE).rsi(0x20).run();
+    let o = Ctx::kernel32(code32!(
+        "mov al, 0x5a",
+        "out 0xf5, al",
+        "mov ebx, [esi]",
+        "mov ecx, ds",
+        "mov edx, cs"
+    ))
+    .ds(desc::FREE)
+    .rsi(0x20)
+    .run();
     done(&o, "in compatibility mode")?;
     eq(o.rbx & 0xffff_ffff, 0x6666, "the hidden base of DS")?;
     ok(o.rcx & 0xffff == u64::from(desc::FREE) && o.rdx & 0xffff == u64::from(desc::KCS32), "selectors")
@@ -95,9 +132,24 @@ fn save_restore_compat() -> Verdict {
 
 fn save_restore_real_and_v86() -> Verdict {
     usable()?;
-    let o = Legacy::real(code16!("mov ax, 0x980", "mov ds, ax", "mov al, 0x5a", "out 0xf5, al", "mov bx, ds", "mov cx, cs", "mov edx, cr0"), true).run();
+    let o = Legacy::real(
+        code16!(
+            "mov ax, 0x980",
+            "mov ds, ax",
+            "mov al, 0x5a",
+            "out 0xf5, al",
+            "mov bx, ds",
+            "mov cx, cs",
+            "mov edx, cr0"
+        ),
+        true,
+    )
+    .run();
     ldone(&o, "in real mode")?;
-    ok(o.ebx & 0xffff == 0x980 && o.ecx & 0xffff == crate::legacy::LOW >> 4 && o.edx & 1 == 0, "segments and CR0")?;
+    ok(
+        o.ebx & 0xffff == 0x980 && o.ecx & 0xffff == crate::legacy::LOW >> 4 && o.edx & 1 == 0,
+        "segments and CR0",
+    )?;
     let mut l = Legacy::real(code16!("mov al, 0x5a", "out 0xf5, al", "mov ecx, dword ptr fs:[ebx]"), true);
     crate::mem::wr32(crate::mem::BIG, 0x1a2b_3c4d);
     l.ebx = crate::mem::BIG as u32;
@@ -195,10 +247,28 @@ fn save_restore_fpu() -> Verdict {
     usable()?;
     let p = page();
     let c = code64!(
-        "fninit", "fldpi", "fld1", "mov rax, 0x0f0e0d0c0b0a0908", "movq xmm0, rax", "movq xmm15, rax", "push 0x9fc0", "ldmxcsr [rsp]", "pop rcx",
-        "mov al, 0x5a", "out 0xf5, al",
-        "movq rbx, xmm0", "movq rdx, xmm15", "sub rsp, 8", "stmxcsr [rsp]", "mov ecx, [rsp]", "mov dword ptr [rsp], 0x1f80", "ldmxcsr [rsp]", "add rsp, 8",
-        "fstp qword ptr [rdi]", "fstp tbyte ptr [rdi + 16]", "fninit"
+        "fninit",
+        "fldpi",
+        "fld1",
+        "mov rax, 0x0f0e0d0c0b0a0908",
+        "movq xmm0, rax",
+        "movq xmm15, rax",
+        "push 0x9fc0",
+        "ldmxcsr [rsp]",
+        "pop rcx",
+        "mov al, 0x5a",
+        "out 0xf5, al",
+        "movq rbx, xmm0",
+        "movq rdx, xmm15",
+        "sub rsp, 8",
+        "stmxcsr [rsp]",
+        "mov ecx, [rsp]",
+        "mov dword ptr [rsp], 0x1f80",
+        "ldmxcsr [rsp]",
+        "add rsp, 8",
+        "fstp qword ptr [rdi]",
+        "fstp tbyte ptr [rdi + 16]",
+        "fninit"
     );
     let o = Ctx::kernel(c).rdi(p).run();
     done(&o, "code")?;
@@ -210,7 +280,20 @@ fn save_restore_fpu() -> Verdict {
         return Ok(());
     }
     cpu::set_cr4(cpu::cr4() | 1 << 18);
-    let c = code64!("xor ecx, ecx", "xor edx, edx", "mov eax, 7", "xsetbv", "vpcmpeqd xmm1, xmm1, xmm1", "vinsertf128 ymm1, ymm1, xmm1, 1", "mov al, 0x5a", "out 0xf5, al", "vextractf128 xmm2, ymm1, 1", "vmovq rbx, xmm2", "xgetbv", "vzeroupper");
+    let c = code64!(
+        "xor ecx, ecx",
+        "xor edx, edx",
+        "mov eax, 7",
+        "xsetbv",
+        "vpcmpeqd xmm1, xmm1, xmm1",
+        "vinsertf128 ymm1, ymm1, xmm1, 1",
+        "mov al, 0x5a",
+        "out 0xf5, al",
+        "vextractf128 xmm2, ymm1, 1",
+        "vmovq rbx, xmm2",
+        "xgetbv",
+        "vzeroupper"
+    );
     let o = Ctx::kernel(c).run();
     done(&o, "AVX")?;
     eq(o.rbx, u64::MAX, "upper half of YMM1")?;

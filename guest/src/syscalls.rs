@@ -116,7 +116,11 @@ fn sysenter_msrs(cs: u64, esp: u64, eip: u64) {
 }
 
 fn sysenter_long() -> Verdict {
-    sysenter_msrs(8, sys_stack(), code64!("mov r8d, cs", "mov r9d, ss", "mov r10, rsp", "pushfq", "pop r11").start);
+    sysenter_msrs(
+        8,
+        sys_stack(),
+        code64!("mov r8d, cs", "mov r9d, ss", "mov r10, rsp", "pushfq", "pop r11").start,
+    );
     let o = Ctx::user(code64!("sysenter")).flags(0x200).run();
     if cpu::is_amd() {
         return fault(&o, UD, 0, "SYSENTER in long mode on AMD");
@@ -152,7 +156,20 @@ fn sysenter_32() -> Verdict {
     // Selectors: CS = SYSENTER_CS, SS + 8; SYSEXIT: CS + 16, SS + 24. 38H is 32-bit code, 40H is not data,
     // but SYSENTER reads no descriptor.
     let back = code32!("mov edx, cs", "mov esi, ss", "mov edi, esp").start;
-    let entry = code32!("mov ebx, cs", "mov edx, ss", "pushfd", "pop esi", "mov edi, esp", "mov ebp, eax", "mov edx, ebp", "mov ecx, eax", "mov edx, eax", "mov ecx, esp", "int 0x80").start;
+    let entry = code32!(
+        "mov ebx, cs",
+        "mov edx, ss",
+        "pushfd",
+        "pop esi",
+        "mov edi, esp",
+        "mov ebp, eax",
+        "mov edx, ebp",
+        "mov ecx, eax",
+        "mov edx, eax",
+        "mov ecx, esp",
+        "int 0x80"
+    )
+    .start;
     sysenter_msrs(u64::from(desc::KCS32), u64::from(stack0()), entry);
     let mut l = Legacy::user(code32!("sysenter"));
     l.eflags |= 0x200;
@@ -178,11 +195,31 @@ fn sysenter_null_cs() -> Verdict {
 }
 
 fn iretq_same_level() -> Verdict {
-    let c = code64!("mov rax, rsp", "sub rax, 64", "push 0x10", "push rax", "push 0x2", "push 8", "lea rdx, [rip + 2f]", "push rdx", "iretq", "2: mov rcx, rsp");
+    let c = code64!(
+        "mov rax, rsp",
+        "sub rax, 64",
+        "push 0x10",
+        "push rax",
+        "push 0x2",
+        "push 8",
+        "lea rdx, [rip + 2f]",
+        "push rdx",
+        "iretq",
+        "2: mov rcx, rsp"
+    );
     let o = Ctx::kernel(c).run();
     done(&o, "IRETQ at CPL 0")?;
     eq(o.rcx, sys_stack() - 64, "RSP is popped even without a change of level")?;
-    let c = code64!("push 0", "push rsp", "push 2", "push 8", "lea rdx, [rip + 2f]", "push rdx", "iretq", "2: mov ecx, ss");
+    let c = code64!(
+        "push 0",
+        "push rsp",
+        "push 2",
+        "push 8",
+        "lea rdx, [rip + 2f]",
+        "push rdx",
+        "iretq",
+        "2: mov ecx, ss"
+    );
     let o = Ctx::kernel(c).run();
     done(&o, "IRETQ with a null SS to CPL 0 in 64-bit mode")?;
     eq(o.rcx, 0, "SS")
@@ -199,7 +236,19 @@ fn iretq_to_user32() -> Verdict {
 }
 
 fn iretq_flags() -> Verdict {
-    let c = code64!("push 0x10", "push rsp", "push 0x3cd7", "push 8", "lea rdx, [rip + 2f]", "push rdx", "iretq", "2: pushfq", "pop rcx", "push 2", "popfq");
+    let c = code64!(
+        "push 0x10",
+        "push rsp",
+        "push 0x3cd7",
+        "push 8",
+        "lea rdx, [rip + 2f]",
+        "push rdx",
+        "iretq",
+        "2: pushfq",
+        "pop rcx",
+        "push 2",
+        "popfq"
+    );
     let o = Ctx::kernel(c).run();
     done(&o, "IRETQ")?;
     eq(o.rcx & 0x3cd7, 0x3cd7, "flags")
@@ -207,7 +256,20 @@ fn iretq_flags() -> Verdict {
 
 fn iretd_in_long_mode() -> Verdict {
     // IRETD in 64-bit mode pops five double words.
-    let c = code64!("sub rsp, 20", "lea rdx, [rip + 2f]", "mov [rsp], edx", "mov dword ptr [rsp + 4], 8", "mov dword ptr [rsp + 8], 3", "lea eax, [rsp + 20]", "mov [rsp + 12], eax", "mov dword ptr [rsp + 16], 0x10", ".byte 0xcf", "2: mov rcx, rsp", "pushfq", "pop rax");
+    let c = code64!(
+        "sub rsp, 20",
+        "lea rdx, [rip + 2f]",
+        "mov [rsp], edx",
+        "mov dword ptr [rsp + 4], 8",
+        "mov dword ptr [rsp + 8], 3",
+        "lea eax, [rsp + 20]",
+        "mov [rsp + 12], eax",
+        "mov dword ptr [rsp + 16], 0x10",
+        ".byte 0xcf",
+        "2: mov rcx, rsp",
+        "pushfq",
+        "pop rax"
+    );
     let o = Ctx::kernel(c).run();
     done(&o, "IRETD")?;
     eq(o.rcx, sys_stack(), "RSP")?;
@@ -216,7 +278,19 @@ fn iretd_in_long_mode() -> Verdict {
 
 fn iretq_from_compat() -> Verdict {
     // IRETD in compatibility mode at the same level pops three double words.
-    let c = code32!("mov ebx, esp", "push 0x3", "push 0x38", "call 2f", "2: pop eax", ".byte 0x83, 0xc0, 3f - 2b", "push eax", "iretd", "3: mov ecx, esp", "pushfd", "pop eax");
+    let c = code32!(
+        "mov ebx, esp",
+        "push 0x3",
+        "push 0x38",
+        "call 2f",
+        "2: pop eax",
+        ".byte 0x83, 0xc0, 3f - 2b",
+        "push eax",
+        "iretd",
+        "3: mov ecx, esp",
+        "pushfd",
+        "pop eax"
+    );
     let o = Ctx::kernel32(c).run();
     done(&o, "IRETD in compatibility mode")?;
     eq(o.rcx, o.rbx, "ESP")?;
