@@ -96,10 +96,11 @@ scalar!(u64, reg, ":r", "rax");
 pub(crate) unsafe fn cmpxchg16b(p: *mut u8, old: u128, new: u128) -> u128 {
     let [mut low, mut high] = halves(old);
     let [new_low, new_high] = halves(new);
-    // SAFETY: the caller guarantees the bytes; RBX, which LLVM reserves, is swapped in and out.
+    // SAFETY: the caller guarantees the bytes; RBX, which LLVM reserves, is swapped in and out. The registers are named
+    // because `reg` may be RBX.
     unsafe {
-        asm!("xchg {nl}, rbx", "lock cmpxchg16b [{p}]", "xchg {nl}, rbx",
-            p = in(reg) p, nl = inout(reg) new_low => _, in("rcx") new_high,
+        asm!("xchg rsi, rbx", "lock cmpxchg16b [rdi]", "xchg rsi, rbx",
+            in("rdi") p, inout("rsi") new_low => _, in("rcx") new_high,
             inout("rax") low, inout("rdx") high, options(nostack));
     }
     u128::from(high) << 64 | u128::from(low)
