@@ -1,0 +1,1 @@
+//! Support for the whole-machine tests in `tests/tests`.

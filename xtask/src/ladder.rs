@@ -1,0 +1,81 @@
+//! `cargo xtask test`: everything that must hold before a change lands.
+//!
+//! Unit and differential tests run with debug assertions (profile `dev`, optimised a little); the machine tests run the
+//! release build of the program, as a user would. What a test needs from outside (Debian's kernels) is fetched here,
+//! and what cannot be fetched fails the run instead of being left out.
+
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+
+use crate::steps::{Step, cargo, step, summary, trellis_binary};
+
+/// Images that the machine tests boot.
+const IMAGES: &[&str] = &["debian-cloud-amd64", "debian-memtest86+-amd64"];
+
+/// Runs the ladders.
+pub fn run() -> anyhow::Result<()> {
+    let mut steps = vec![build()?];
+    if steps[0].passed {
+        steps.push(crate::deny::as_step()?);
+        steps.push(step(
+            "unit and differential tests",
+            cargo(&["test", "--workspace", "--exclude", "machine_tests", "--no-fail-fast"]),
+        )?);
+        for image in IMAGES {
+            steps.push(fetch(image)?);
+        }
+        steps.push(machine_tests(&[])?);
+    }
+    summary(&steps)
+}
+
+/// Builds the program as users do.
+pub fn build() -> anyhow::Result<Step> {
+    step("release build", cargo(&["build", "--release", "--package", "trellis"]))
+}
+
+/// The machine tests, with further arguments for the test programs.
+pub fn machine_tests(arguments: &[&str]) -> anyhow::Result<Step> {
+    let mut command = cargo(&["test", "--package", "machine_tests", "--no-fail-fast"]);
+    command.args(["--", "--test-threads=2"]).args(arguments).env("TRELLIS_BINARY", trellis_binary());
+    step("machine tests", command)
+}
+
+/// Fetches an image unless it is there.
+pub fn fetch(image: &str) -> anyhow::Result<Step> {
+    if is_cached(image)? {
+        return step(&format!("image {image} (cached)"), Command::new("true"));
+    }
+    let mut command = Command::new(trellis_binary());
+    command.args(["image", "fetch", image]);
+    step(&format!("image {image}"), command)
+}
+
+fn is_cached(image: &str) -> anyhow::Result<bool> {
+    let output = Command::new(trellis_binary()).args(["image", "list", "--json"]).output()?;
+    ensure!(
+        output.status.success(),
+        "trellis image list failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let list: serde_json::Value =
+        serde_json::from_slice(&output.stdout).context("trellis image list --json")?;
+    Ok(contains_cached(&list, image))
+}
+
+/// Whether the list shows `image` as fetched.
+fn contains_cached(list: &serde_json::Value, image: &str) -> bool {
+    list["cached"].as_array().is_some_and(|images| images.iter().any(|entry| entry["name"] == image))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cached_images_are_those_under_cached() {
+        let list = serde_json::json!({ "cached": [{ "name": "a" }], "fetchable": [{ "name": "b" }] });
+        assert!(contains_cached(&list, "a") && !contains_cached(&list, "b"));
+    }
+}

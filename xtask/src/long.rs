@@ -1,0 +1,26 @@
+//! `cargo xtask long`: what takes too long for every change.
+
+use crate::ladder;
+use crate::steps::{cargo, step, summary};
+
+/// Images that only the long suite boots.
+const IMAGES: &[&str] =
+    &["debian-cloud-amd64", "debian-generic-amd64", "debian-686-pae-i386", "debian-memtest86+-amd64"];
+
+/// Seeds times cases of the differential tests: this many times the number of a common run.
+const DIFFERENTIAL_FACTOR: &str = "50";
+
+/// Runs the long suite: the machine tests marked `#[ignore = "long: …"]`, and the differential tests with more cases.
+pub fn run() -> anyhow::Result<()> {
+    let mut steps = vec![ladder::build()?];
+    if steps[0].passed {
+        for image in IMAGES {
+            steps.push(ladder::fetch(image)?);
+        }
+        steps.push(ladder::machine_tests(&["--ignored"])?);
+        let mut differential = cargo(&["test", "--release", "--package", "x86_interp", "--no-fail-fast"]);
+        differential.env("TRELLIS_DIFFERENTIAL_FACTOR", DIFFERENTIAL_FACTOR);
+        steps.push(step("differential tests, long", differential)?);
+    }
+    summary(&steps)
+}
