@@ -227,7 +227,7 @@ fn double_fault_ist() -> Verdict {
     let t = desc::tss();
     let ist3 = unsafe { (&raw const (*t).ist).read_unaligned()[2] };
     ok(o.handler_rsp <= ist3 && o.handler_rsp > ist3 - 256, "handler ran on IST3")?;
-    // A contributory exception while delivering a benign one is no double fault (SDM 3A table 7-5).
+    // Both #DE and #GP are contributory (SDM 3A table 7-5).
     let o = catch(|| {
         desc::set_gate_raw(13, 0, 0);
         desc::set_gate_raw(0, 0, 0);

@@ -431,6 +431,7 @@ fn pcid_code() -> Verdict {
     }
     cpu::set_cr3(a.root | 1 | NO_FLUSH);
     put(pa, &code_returning(0x333));
+    cpu::cpuid(0, 0);
     eq(call(WIN), 0x333, "code patched through another address")
 }
 

@@ -324,5 +324,6 @@ fn page_freed_and_reused() -> Verdict {
     }
     ok(rd8(p + 8) == 1, "data")?;
     put(p, &code_returning(5));
+    cpu::cpuid(0, 0);
     eq(call(WIN), 5, "code again")
 }

@@ -14,7 +14,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 tests!("smp":
     start_all, apic_ids, run_on_each, ipi_counts, ipi_broadcast, ipi_logical, ipi_back, nmi_to_ap, atomics_contend, spinlock, message_passing,
     store_buffering, no_tearing, tlb_shootdown, unmapped_faults_there, cross_modifying_code, patch_while_running, init_stops, tsc_passes,
-    halted_until_ipi,
+    halted_until_ipi, save_restore_running,
 );
 
 const MAX: usize = 16;
@@ -824,4 +824,31 @@ fn halted_until_ipi() -> Verdict {
         eq(A.load(SeqCst), i, "one run a wake-up")?;
     }
     Ok(())
+}
+
+fn save_restore_running() -> Verdict {
+    crate::snapshot::usable()?;
+    start()?;
+    clear();
+    // One processor counts in a register while the other asks for the save; both go on.
+    fn counter(_: usize) {
+        let mut n = 0u64;
+        while STOP.load(SeqCst) == 0 {
+            n += 1;
+            B.store(u64::from(A.swap(n, SeqCst) != n - 1) | B.load(SeqCst), SeqCst);
+        }
+    }
+    post(0, counter);
+    let before = wait(|| A.load(SeqCst) > 100);
+    crate::snapshot::mark();
+    let a = A.load(SeqCst);
+    let after = wait(|| A.load(SeqCst) > a + 100);
+    STOP.store(1, SeqCst);
+    join(0)?;
+    ok(before && after, "the other processor runs before and after")?;
+    eq(B.load(SeqCst), 0, "its register and memory agree all the time")?;
+    crate::snapshot::mark();
+    clear();
+    run(0, |_| A.store(7, SeqCst))?;
+    eq(A.load(SeqCst), 7, "a processor halted at the save wakes by an IPI")
 }

@@ -16,7 +16,7 @@ tests!("snapshot":
 );
 
 /// QEMU's isa-debug-exit with iosize=4 covers F5H too and would end the machine; it reads as zero.
-fn usable() -> Verdict {
+pub fn usable() -> Verdict {
     let tcg = cpu::cpuid(1, 0).c >> 31 != 0 && cpu::cpuid(0x4000_0000, 0).b == 0x5447_4354;
     if tcg && cpu::inb(0xf5) == 0 {
         crate::skip!("port F5H ends QEMU; run it with iosize=1");
@@ -24,7 +24,8 @@ fn usable() -> Verdict {
     Ok(())
 }
 
-fn mark() {
+/// Asks for the save.
+pub fn mark() {
     cpu::outb(0xf5, 0x5a);
 }
 
@@ -240,6 +241,7 @@ fn save_restore_paging() -> Verdict {
     eq(crate::mem::call(WIN), 5, "code")?;
     mark();
     crate::mem::put(p, &crate::mem::code_returning(6));
+    cpu::cpuid(0, 0);
     eq(crate::mem::call(WIN), 6, "code patched after a restore")
 }
 
