@@ -1,10 +1,29 @@
 //! The seam between the program and the machine: assembles a `vmm` machine out of what [`crate::prepare`] prepared, runs it
-//! on a [`Console`](crate::terminal::Console), and turns the reason of its end into an exit status.
+//! on a [`Console`], and turns the reason of its end into an exit status.
+//!
+//! Who has the terminal: with `--vga text` on a terminal the display is drawn there ([`crate::display`]) and keys go to the
+//! PS/2 keyboard; otherwise it is the serial port's. Without a terminal the serial port has standard input and output, and
+//! a display shows its last screen at the end.
 
+use std::fs::File;
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use crate::prepare::Prepared;
-use crate::terminal::QuitReason;
+use anyhow::Context as _;
+use vmm::boot::{self, BootSource, Protocol};
+use vmm::{ClockMode, DiskConfig, EngineKind, Outcome, Sink, Stats, Vm, VmConfig, VmHandle};
+
+use crate::display::{self, Display};
+use crate::options::{ClockChoice, StatsTarget, VgaChoice};
+use crate::prepare::{Module, Output, Prepared};
+use crate::terminal::{Console, ConsoleWriter, Handlers, InputHandler, QuitReason};
+
+/// What the contract suite writes to the exit port when all its tests passed.
+const CONTRACT_PASSED: u32 = 0x10;
+/// How long the input thread waits for the guest before it looks again.
+const ROOM_WAIT: Duration = Duration::from_secs(1);
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,10 +32,14 @@ pub enum End {
     GuestDone,
     /// The guest wrote this to port 0xf4 under `--isa-debug-exit`.
     DebugExit(u32),
+    /// The contract suite ended: whether all its tests passed.
+    Contract(bool),
     /// A vCPU shut down by a triple fault.
     TripleFault,
     /// `--timeout` ran out.
     TimeOut,
+    /// The guest waits for an interrupt that cannot come.
+    Stuck,
     /// The user or the system ended it.
     Quit(QuitReason),
 }
@@ -26,7 +49,8 @@ impl End {
     #[must_use]
     pub fn exit_status(self) -> u8 {
         match self {
-            Self::GuestDone => 0,
+            Self::GuestDone | Self::Contract(true) => 0,
+            Self::Contract(false) | Self::Stuck => 1,
             Self::DebugExit(value) => (value << 1 | 1).to_le_bytes()[0],
             Self::TripleFault => 3,
             Self::TimeOut => 124, // as timeout(1)
@@ -35,16 +59,193 @@ impl End {
     }
 }
 
+/// Why the user ended the run, once he did.
+type Reason = Arc<Mutex<Option<QuitReason>>>;
+
 /// Runs the machine to its end.
 ///
 /// # Errors
 /// A fault of the host; what the guest does is a status.
 pub fn launch(prepared: Prepared) -> anyhow::Result<ExitCode> {
-    anyhow::bail!(
-        "the machine is not assembled yet ({}, {} bytes of kernel); use a later version",
-        prepared.kernel_name,
-        prepared.kernel.len()
-    )
+    let wiring = Wiring::of(&prepared);
+    let (is_contract, stats) = (prepared.is_contract, prepared.stats.clone());
+    let mut vm = Vm::new(config(prepared, &wiring)?)?;
+    let handle = vm.handle();
+    let reason = Reason::default();
+    let console = Console::start(handlers(&handle, &wiring, &reason), wiring.reads_input())
+        .context("cannot set up the terminal")?;
+    let display =
+        (wiring.display == display::Way::Live).then(|| Display::start(handle.clone())).transpose()?;
+    let outcome = vm.run();
+    drop(display);
+    if wiring.display == display::Way::AtEnd {
+        print!("{}", handle.screendump());
+    }
+    drop(console);
+    if let Some(target) = &stats {
+        report(&vm.stats(), target)?;
+    }
+    let end = end_of(outcome?, is_contract, &reason);
+    Ok(ExitCode::from(end.exit_status()))
+}
+
+/// Who gets the terminal.
+struct Wiring {
+    serial_input: bool,
+    display: display::Way,
+}
+
+impl Wiring {
+    fn of(prepared: &Prepared) -> Self {
+        let display = match prepared.vga {
+            VgaChoice::None => display::Way::None,
+            VgaChoice::Text if std::io::stdout().is_terminal() => display::Way::Live,
+            VgaChoice::Text => display::Way::AtEnd,
+        };
+        let serial_input = matches!(prepared.serial, Output::Stdio) && display != display::Way::Live;
+        Self { serial_input, display }
+    }
+
+    fn reads_input(&self) -> bool {
+        self.serial_input || self.display == display::Way::Live
+    }
+
+    /// The writer behind `output`; the terminal is not written to while the display is drawn on it.
+    fn sink(&self, output: Output) -> Option<Sink> {
+        match output {
+            Output::Stdio if self.display == display::Way::Live => None,
+            Output::Stdio => Some(Box::new(ConsoleWriter::new())),
+            Output::File(file) => Some(Box::new(file)),
+            Output::None => None,
+        }
+    }
+}
+
+/// The machine that was asked for.
+fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
+    let source = boot_source(prepared.kernel_name, prepared.kernel, prepared.modules, prepared.append)?;
+    // The machine opens and locks its disks itself; the locks that were to find them busy go first.
+    let disks =
+        prepared.disks.into_iter().map(|d| DiskConfig { path: d.path, read_only: d.read_only }).collect();
+    Ok(VmConfig {
+        memory_bytes: prepared.memory_bytes,
+        cpus: prepared.cpus,
+        cpu: prepared.cpu,
+        engine: EngineKind::Interp,
+        disks,
+        serial: wiring.sink(prepared.serial),
+        debugcon: wiring.sink(prepared.debugcon),
+        vga: prepared.vga == VgaChoice::Text,
+        isa_debug_exit: prepared.isa_debug_exit,
+        no_reboot: prepared.no_reboot,
+        timeout: prepared.timeout_seconds.map(Duration::from_secs_f64),
+        clock: match prepared.clock {
+            ClockChoice::Host => ClockMode::Host,
+            ClockChoice::Icount => ClockMode::Icount,
+        },
+        // The contract suite tests it.
+        save_at_marker: prepared.save_at_marker || prepared.is_contract,
+        input: wiring.reads_input(),
+        trace: prepared.trace.map(|file: File| -> Sink { Box::new(file) }),
+        ..VmConfig::new(source)
+    })
+}
+
+/// Initrd or modules, as the kernel's protocol has them.
+fn boot_source(
+    kernel_name: String,
+    kernel: Vec<u8>,
+    modules: Vec<Module>,
+    cmdline: String,
+) -> anyhow::Result<BootSource> {
+    let mut source = BootSource { kernel, kernel_name, cmdline, ..BootSource::default() };
+    let protocol = boot::recognise(&source).with_context(|| format!("cannot boot {}", source.kernel_name))?;
+    let mut modules = modules.into_iter();
+    if protocol != Protocol::Multiboot {
+        source.initrd = modules.next().map(|module| module.content);
+    }
+    source.modules =
+        modules.map(|module| boot::Module { data: module.content, cmdline: module.command_line }).collect();
+    Ok(source)
+}
+
+fn handlers(handle: &VmHandle, wiring: &Wiring, reason: &Reason) -> Handlers {
+    let input: InputHandler = if wiring.display == display::Way::Live {
+        let (handle, mut keys) = (handle.clone(), display::Keys::default());
+        Box::new(move |bytes| {
+            // A keyboard that nobody reads loses keys, as real ones do.
+            let _lost = handle.type_keys(&keys.feed(bytes));
+        })
+    } else {
+        serial_input(handle.clone())
+    };
+    let (quit, stats, resize) = (handle.clone(), handle.clone(), handle.clone());
+    let reason = Arc::clone(reason);
+    Handlers {
+        input,
+        quit: Arc::new(move |why| {
+            reason.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+            quit.quit();
+        }),
+        stats: Box::new(move || {
+            if let Some(stats) = stats.stats() {
+                eprint!("\n{stats}");
+            }
+        }),
+        resize: Box::new(move |columns, rows| resize.resize(columns, rows)),
+    }
+}
+
+/// Bytes for COM1. From a pipe, all arrive: the pipe waits until the guest reads. From a terminal, what a guest leaves unread
+/// by the tens of kilobytes is lost, so that the Ctrl-A keys stay alive.
+fn serial_input(handle: VmHandle) -> InputHandler {
+    let waits = !std::io::stdin().is_terminal();
+    Box::new(move |bytes| {
+        let mut left = bytes;
+        loop {
+            left = &left[handle.serial_input(left)..];
+            if left.is_empty() || !waits {
+                return;
+            }
+            handle.wait_serial_room(ROOM_WAIT);
+        }
+    })
+}
+
+fn end_of(outcome: Outcome, is_contract: bool, reason: &Reason) -> End {
+    match outcome {
+        Outcome::PoweredOff | Outcome::Reset => End::GuestDone,
+        Outcome::DebugExit(value) if is_contract => End::Contract(value == CONTRACT_PASSED),
+        Outcome::DebugExit(value) => End::DebugExit(value),
+        Outcome::TripleFault { vcpu, rip } => {
+            eprintln!("trellis: triple fault: CPU {vcpu} shut down, its RIP is {rip:#x}");
+            End::TripleFault
+        }
+        Outcome::Timeout => {
+            eprintln!("trellis: time-out");
+            End::TimeOut
+        }
+        Outcome::Stuck { rip } => {
+            eprintln!(
+                "trellis: the guest halted at RIP {rip:#x} and nothing can wake it; ended (with --clock host it would wait for ever)"
+            );
+            End::Stuck
+        }
+        Outcome::Quit => {
+            let reason = reason.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or(QuitReason::Key);
+            End::Quit(reason)
+        }
+    }
+}
+
+/// Prints or writes the statistics.
+fn report(stats: &Stats, target: &StatsTarget) -> anyhow::Result<()> {
+    match target {
+        StatsTarget::Print => eprint!("{stats}"),
+        StatsTarget::File(path) => std::fs::write(path, format!("{:#}\n", stats.to_json()))
+            .with_context(|| format!("cannot write the statistics to {}", path.display()))?,
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -58,8 +259,11 @@ mod tests {
             (End::DebugExit(0), 1),
             (End::DebugExit(0x10), 33),
             (End::DebugExit(0x8000_0080), 1),
+            (End::Contract(true), 0),
+            (End::Contract(false), 1),
             (End::TripleFault, 3),
             (End::TimeOut, 124),
+            (End::Stuck, 1),
             (End::Quit(QuitReason::Key), 0),
         ];
         for (end, status) in ends {

@@ -6,6 +6,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod display;
 pub mod image;
 pub mod launch;
 pub mod options;

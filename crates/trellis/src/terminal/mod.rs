@@ -106,7 +106,7 @@ impl Console {
     /// Standard output for the guest.
     #[must_use]
     pub fn writer(&self) -> ConsoleWriter {
-        ConsoleWriter(())
+        ConsoleWriter::new()
     }
 
     /// Columns and rows of the terminal, if output is one.
@@ -117,8 +117,16 @@ impl Console {
 }
 
 /// The guest's way to standard output: unbuffered, and deaf to a reader that has gone away.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct ConsoleWriter(());
+
+impl ConsoleWriter {
+    /// Standard output, before or after the [`Console`] has started.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self(())
+    }
+}
 
 impl Write for ConsoleWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
