@@ -588,10 +588,11 @@ fn segment_push_pop() -> Verdict {
     let o = Ctx::kernel(code64!(
         "mov eax, 0x23",
         "mov fs, eax",
-        "push fs",
+        // The assembler would give these an operand-size prefix.
+        ".byte 0x0f, 0xa0",
         "mov rcx, [rsp]",
         "push 0x10",
-        "pop gs",
+        ".byte 0x0f, 0xa9",
         "mov edx, gs",
         "pop rax"
     ))
