@@ -31,13 +31,15 @@ fn register_number(r: Register) -> u8 {
     }
 }
 
-/// Index of a segment register, flat ones of 64-bit code apart.
-fn segment_number(r: Register, size: CodeSize) -> u8 {
+/// Index of the memory operand's segment register, flat ones of 64-bit code apart: there, overrides but FS and GS are
+/// ignored (APM 2 4.5.3), and the base register decides whether it is a stack access.
+fn segment_number(i: &Instruction, size: CodeSize) -> u8 {
     let long = size == CodeSize::Bits64;
-    match r {
+    let stack = matches!(i.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP);
+    match i.memory_segment() {
         Register::FS => 4,
         Register::GS => 5,
-        Register::SS if long => FLAT_STACK,
+        _ if long && stack => FLAT_STACK,
         _ if long => FLAT,
         Register::ES => 0,
         Register::CS => 1,
@@ -80,7 +82,7 @@ fn fill_memory(op: &mut Op, i: &Instruction, size: CodeSize) {
     op.scale = scale;
     op.disp = i.memory_displacement64();
     op.amask = address_mask(address_bits(i));
-    op.seg = segment_number(i.memory_segment(), size);
+    op.seg = segment_number(i, size);
 }
 
 fn is_immediate(kind: OpKind) -> bool {
@@ -515,7 +517,7 @@ fn select_string(op: &mut Op, i: &Instruction, size: CodeSize) -> Option<Handler
         _ => return None,
     };
     op.b = (0..i.op_count()).find_map(|n| string_address_bits(i.op_kind(n))).unwrap_or(64);
-    op.seg = segment_number(i.memory_segment(), size);
+    op.seg = segment_number(i, size);
     op.extra = if i.has_repne_prefix() {
         string::REPNE
     } else if i.has_rep_prefix() {

@@ -4,7 +4,7 @@ use guestmem::Scalar;
 use x86::Exception;
 use x86::bits::rflags;
 
-use super::{Handler, Op, RegA, W8, W16, Width, by_word_width};
+use super::{Handler, Op, W8, W16, Width, by_word_width};
 use crate::cpu::{Cpu, Step};
 use crate::flags::{LazyFlags, sign_extend};
 
@@ -158,25 +158,39 @@ pub fn select_bound(bits: u32) -> Handler {
     by_word_width!(bits, bound)
 }
 
-fn arpl<D: super::Dest>(cpu: &mut Cpu, op: &Op) -> Step {
-    if !cpu.s.protected() || cpu.s.v86() {
-        return Err(Exception::UD.into());
-    }
+/// What ARPL makes of `old` with the RPL of `op.b`, and the flags; the value only if it changes.
+fn adjusted(cpu: &Cpu, op: &Op, old: u64) -> (Option<u64>, LazyFlags) {
     let rpl = W16::get(cpu, op.b) & 3;
-    D::modify::<W16>(cpu, op, |old, flags| {
-        let raise = old & 3 < rpl;
-        let others = flags.to_rflags() & !rflags::ZF;
-        let zf = if raise { rflags::ZF } else { 0 };
-        (if raise { old & !3 | rpl } else { old }, LazyFlags::from_rflags(others | zf))
-    })
+    let raise = old & 3 < rpl;
+    let zf = if raise { rflags::ZF } else { 0 };
+    let flags = LazyFlags::from_rflags(cpu.flags.to_rflags() & !rflags::ZF | zf);
+    (raise.then_some(old & !3 | rpl), flags)
+}
+
+fn arpl_exists(cpu: &Cpu) -> Step {
+    if !cpu.s.protected() || cpu.s.v86() { Err(Exception::UD.into()) } else { Ok(()) }
 }
 
 /// ARPL with a register destination.
 pub fn arpl_reg(cpu: &mut Cpu, op: &Op) -> Step {
-    arpl::<RegA>(cpu, op)
+    arpl_exists(cpu)?;
+    let (value, flags) = adjusted(cpu, op, W16::get(cpu, op.a));
+    if let Some(value) = value {
+        W16::set(cpu, op.a, value);
+    }
+    cpu.flags = flags;
+    Ok(())
 }
 
-/// ARPL with a memory destination.
+/// ARPL with a memory destination: read first, and written only if it changes (SDM 2A ARPL), which page faults show.
 pub fn arpl_mem(cpu: &mut Cpu, op: &Op) -> Step {
-    arpl::<super::Mem>(cpu, op)
+    arpl_exists(cpu)?;
+    let ea = op.ea(cpu);
+    let old = cpu.read::<u16>(op.seg, ea)?;
+    let (value, flags) = adjusted(cpu, op, old.into());
+    if let Some(value) = value {
+        cpu.write::<u16>(op.seg, ea, u16::from_u64(value))?;
+    }
+    cpu.flags = flags;
+    cpu.wrote()
 }

@@ -1,6 +1,6 @@
 //! Effective addresses of memory operands, resolved once per decoded instruction (SDM 1 3.7.5).
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{CodeSize, Instruction, OpKind, Register};
 
 use super::VectorCpu;
 
@@ -40,8 +40,12 @@ fn gpr(r: Register) -> Option<u8> {
     r.is_gpr().then(|| u8::try_from(r.full_register().number()).ok()).flatten()
 }
 
-fn segment(r: Register) -> u8 {
-    match r {
+/// The memory operand's segment. 64-bit code ignores overrides but FS and GS (APM 2 4.5.3): the base register decides.
+fn segment(i: &Instruction) -> u8 {
+    let long = i.code_size() == CodeSize::Code64;
+    let stack = matches!(i.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP);
+    match i.memory_segment() {
+        Register::ES | Register::CS | Register::SS | Register::DS if long => 3 - u8::from(stack),
         Register::ES => 0,
         Register::CS => 1,
         Register::SS => 2,
@@ -61,7 +65,7 @@ impl Address {
             _ => None,
         }) {
             return Self {
-                segment: segment(instruction.memory_segment()),
+                segment: segment(instruction),
                 base: Base::Gpr(7),
                 index: NONE,
                 scale: 1,
@@ -93,7 +97,7 @@ impl Address {
             mask = size_mask(index.size());
         }
         Self {
-            segment: segment(instruction.memory_segment()),
+            segment: segment(instruction),
             base: place,
             index: index_gpr.unwrap_or(NONE),
             scale: u8::try_from(instruction.memory_index_scale()).unwrap_or(1),

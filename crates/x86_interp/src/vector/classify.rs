@@ -2,7 +2,7 @@
 
 use iced_x86::{
     CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, MemorySize, Mnemonic, OpAccess,
-    OpCodeOperandKind, OpKind, Register,
+    OpCodeOperandKind, OpCodeTableKind, OpKind, Register, RoundingControl,
 };
 
 use super::address::Address;
@@ -173,9 +173,11 @@ fn class(i: &Instruction, encoding: EncodingKind, kind: &Kind) -> Class {
     }
 }
 
-/// An x87 instruction (opcode D8 to DF).
+/// An x87 instruction: opcode D8 to DF of the one-byte map (0F DB is PAND).
 pub(super) fn is_x87(i: &Instruction) -> bool {
-    i.op_code().encoding() == EncodingKind::Legacy && (0xd8..=0xdf).contains(&(x87_escape(i)))
+    let c = i.op_code();
+    let one_byte = c.encoding() == EncodingKind::Legacy && c.table() == OpCodeTableKind::Normal;
+    one_byte && (0xd8..=0xdf).contains(&(x87_escape(i)))
 }
 
 fn x87_escape(i: &Instruction) -> u32 {
@@ -199,7 +201,9 @@ fn alignment(i: &Instruction, encoding: EncodingKind) -> (u8, bool) {
             | M::Movdqu
             | M::Lddqu
             | M::Pcmpestri
+            | M::Pcmpestri64
             | M::Pcmpestrm
+            | M::Pcmpestrm64
             | M::Pcmpistri
             | M::Pcmpistrm,
         ) => (1, false),
@@ -621,5 +625,12 @@ fn native(i: &Instruction) -> Option<Native> {
             mask: element_mask(i),
         });
     }
-    Some(Native { stub, memory, fop: if is_x87(i) { stub::guest_fop(i) } else { 0 }, is_x87: is_x87(i) })
+    let suppressed = i.suppress_all_exceptions() || i.rounding_control() != RoundingControl::None;
+    Some(Native {
+        stub,
+        memory,
+        fop: if is_x87(i) { stub::guest_fop(i) } else { 0 },
+        is_x87: is_x87(i),
+        suppressed,
+    })
 }

@@ -21,6 +21,8 @@ pub(super) struct Native {
     /// An MMX or x87 instruction that records no instruction pointer may still have a memory operand; a real x87
     /// instruction records it as FDP.
     pub is_x87: bool,
+    /// All SIMD exceptions are suppressed (EVEX.b of register forms, SDM 2A 2.7.12), as if masked.
+    pub suppressed: bool,
 }
 
 /// The memory operand.
@@ -47,7 +49,6 @@ const FLAGS: u32 = 0x3f;
 const MASKS: u32 = 0x1f80;
 const FTZ: u32 = 1 << 15;
 const UNDERFLOW: u32 = 1 << 4;
-const PRECISION: u32 = 1 << 5;
 /// Invalid, denormal, zero divide: found before the result is computed (SDM 1 11.5.2).
 const PRE: u32 = 7;
 
@@ -152,41 +153,39 @@ fn run_with_exceptions<C: VectorCpu>(
     let control = cpu.control();
     let guest = layout::mxcsr(cpu.fpu()) & layout::layout().mxcsr_mask;
     // A mask bit that is clear while no flag of it can arise costs nothing but the copy.
-    let before = (n.stub.mxcsr && guest & MASKS != MASKS).then(|| cpu.fpu().clone());
+    let before = (n.stub.mxcsr && !n.suppressed && guest & MASKS != MASKS).then(|| cpu.fpu().clone());
     let bounce = frame.bounce;
-    let raised = run_once(n, op, cpu, &control, offset, frame, run_value(guest));
-    let mut flags = raised;
+    let mut raised = run_once(n, op, cpu, &control, offset, frame, run_value(guest, n.suppressed));
     if let Some(before) = before {
+        if guest & UNDERFLOW << 7 == 0 {
+            // Unmasked underflow means "tiny", even if exact (SDM 1 4.9.1.5): flush-to-zero reports every tiny result.
+            // The results are the first run's: instructions that raise no underflow are not flushed.
+            let after = cpu.fpu().clone();
+            *cpu.fpu() = before.clone();
+            let mut again = Frame::new();
+            again.bounce = bounce;
+            load_gprs(n, cpu, &mut again);
+            let probe = run_once(n, op, cpu, &control, offset, &mut again, run_value(guest, false) | FTZ);
+            *cpu.fpu() = after;
+            raised = raised & !UNDERFLOW | probe & UNDERFLOW;
+        }
         let unmasked = raised & !(guest >> 7) & FLAGS;
         if unmasked != 0 {
-            *cpu.fpu() = before.clone();
-            flags = if unmasked & PRE != 0 {
-                raised & PRE
-            } else if guest & UNDERFLOW << 7 == 0 && raised & UNDERFLOW != 0 {
-                // Found with flush-to-zero, which always says "inexact" too: ask again without.
-                let mut again = Frame::new();
-                again.bounce = bounce;
-                load_gprs(n, cpu, &mut again);
-                let exact = run_once(n, op, cpu, &control, offset, &mut again, guest & !FTZ & !FLAGS | MASKS);
-                *cpu.fpu() = before;
-                raised & !PRECISION | exact & PRECISION
-            } else {
-                raised
-            };
+            *cpu.fpu() = before;
+            let flags = if unmasked & PRE != 0 { raised & PRE } else { raised };
             layout::set_mxcsr(cpu.fpu(), guest | flags);
             let enabled = control.cr4 & cr4::OSXMMEXCPT != 0;
             return Err(if enabled { Exception::XM } else { Exception::UD });
         }
     }
-    layout::set_mxcsr(cpu.fpu(), guest | flags);
+    layout::set_mxcsr(cpu.fpu(), guest | raised);
     Ok(())
 }
 
-/// MXCSR to run with: exceptions masked, no flags. Unmasked underflow means "tiny", even if exact; masked underflow is
-/// reported only if inexact too (SDM 1 4.9.1.5), but with flush-to-zero for every tiny result.
-fn run_value(guest: u32) -> u32 {
+/// MXCSR to run with: exceptions masked, no flags. Flush-to-zero works with masked underflow only (SDM 1 10.2.3.3).
+const fn run_value(guest: u32, suppressed: bool) -> u32 {
     let quiet = guest & !FLAGS | MASKS;
-    if guest & UNDERFLOW << 7 == 0 { quiet | FTZ } else { quiet }
+    if guest & UNDERFLOW << 7 == 0 && !suppressed { quiet & !FTZ } else { quiet }
 }
 
 /// One call; returns the flags raised in MXCSR.
