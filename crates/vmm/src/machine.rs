@@ -97,6 +97,8 @@ impl DmaMemory for Dma {
 }
 
 type Shared<D> = Arc<Mutex<D>>;
+/// Where the user types and looks.
+type Consoles = (Shared<Serial>, Shared<I8042>, Shared<Vga>);
 
 /// One life of the board.
 pub(crate) struct Machine {
@@ -164,7 +166,7 @@ impl Builder<'_> {
         Ok((rtc, pm))
     }
 
-    fn consoles(&mut self) -> Result<(Shared<Serial>, Shared<I8042>, Shared<Vga>), VmError> {
+    fn consoles(&mut self) -> Result<Consoles, VmError> {
         let sink = match &self.plan.serial {
             Some(sink) => sink.boxed(),
             None => Box::new(std::io::sink()),

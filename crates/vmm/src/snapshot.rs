@@ -72,12 +72,15 @@ pub(crate) struct State {
     pub devices: Vec<StateBlob>,
 }
 
+/// A page of machine memory: its number, its content.
+type SavedPage = (u64, Box<[u8]>);
+
 /// A machine at rest.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Snapshot {
     pub(crate) state: State,
     /// Number and content of the pages of machine memory that are not zero, ascending.
-    pages: Vec<(u64, Box<[u8]>)>,
+    pages: Vec<SavedPage>,
 }
 
 impl Snapshot {
@@ -170,8 +173,8 @@ fn read_u64(from: &mut impl Read) -> io::Result<u64> {
 }
 
 /// Pages with ascending numbers below `limit`, up to the end mark.
-fn read_pages(mut from: impl Read, limit: u64) -> Result<Vec<(u64, Box<[u8]>)>, SnapshotError> {
-    let mut pages: Vec<(u64, Box<[u8]>)> = Vec::new();
+fn read_pages(mut from: impl Read, limit: u64) -> Result<Vec<SavedPage>, SnapshotError> {
+    let mut pages: Vec<SavedPage> = Vec::new();
     loop {
         let number = read_u64(&mut from)?;
         if number == END {
@@ -187,7 +190,7 @@ fn read_pages(mut from: impl Read, limit: u64) -> Result<Vec<(u64, Box<[u8]>)>, 
 }
 
 /// The pages of machine memory that are not zero. Read through the file, so that holes stay holes.
-fn nonzero_pages(mem: &GuestMemory) -> Result<Vec<(u64, Box<[u8]>)>, SnapshotError> {
+fn nonzero_pages(mem: &GuestMemory) -> Result<Vec<SavedPage>, SnapshotError> {
     let file = mem.memfd();
     let seek = |to| match rustix::fs::seek(file, to) {
         Ok(at) => Ok(Some(at)),

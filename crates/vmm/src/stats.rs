@@ -11,6 +11,8 @@ use serde_json::{Value, json};
 pub struct VcpuStats {
     /// Instructions executed.
     pub instructions: u64,
+    /// Time that it did not sleep in HLT.
+    pub busy: Duration,
     /// Exits and other events by cause.
     pub exits: ExitStats,
 }
@@ -53,12 +55,18 @@ impl Stats {
         self.vcpus.iter().map(|v| v.instructions).sum()
     }
 
-    /// Million instructions a second of wall-clock time, all vCPUs together.
+    /// Time that vCPUs did not sleep, all together.
+    #[must_use]
+    pub fn busy(&self) -> Duration {
+        self.vcpus.iter().map(|v| v.busy).sum()
+    }
+
+    /// Million instructions a second that a vCPU executes while it does not sleep.
     #[must_use]
     pub fn mips(&self) -> f64 {
         #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
         let instructions = self.instructions() as f64;
-        instructions / self.elapsed.as_secs_f64().max(1e-9) / 1e6
+        instructions / self.busy().as_secs_f64().max(1e-9) / 1e6
     }
 
     /// Exits of all vCPUs.
@@ -75,12 +83,13 @@ impl Stats {
         let exits = |exits: &ExitStats| -> Value {
             exits.iter().map(|(c, n)| (c.name().to_owned(), json!(n))).collect()
         };
-        let vcpu = |v: &VcpuStats| json!({"instructions": v.instructions, "exits": exits(&v.exits)});
+        let vcpu = |v: &VcpuStats| json!({"instructions": v.instructions, "busy_seconds": v.busy.as_secs_f64(), "exits": exits(&v.exits)});
         let device = |(name, counters): &(String, Vec<(&str, u64)>)| -> (String, Value) {
             (name.clone(), counters.iter().map(|&(n, v)| (n.to_owned(), json!(v))).collect())
         };
         json!({
             "elapsed_seconds": self.elapsed.as_secs_f64(),
+            "busy_seconds": self.busy().as_secs_f64(),
             "guest_ns": self.guest_ns,
             "instructions": self.instructions(),
             "mips": self.mips(),
@@ -99,6 +108,7 @@ impl Stats {
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "time                {:>18.3} s", self.elapsed.as_secs_f64())?;
+        writeln!(f, "  vCPUs not asleep  {:>18.3} s", self.busy().as_secs_f64())?;
         writeln!(f, "instructions        {:>18}", self.instructions())?;
         writeln!(f, "million per second  {:>18.1}", self.mips())?;
         if self.vcpus.len() > 1 {
@@ -144,7 +154,7 @@ mod tests {
     fn table_and_json_show_every_exit_that_happened() {
         let mut exits = ExitStats::default();
         exits.count(Cause::PortWrite);
-        let vcpu = VcpuStats { instructions: 2_000_000, exits };
+        let vcpu = VcpuStats { instructions: 2_000_000, busy: Duration::from_millis(500), exits };
         let stats =
             Stats { elapsed: Duration::from_secs(1), vcpus: vec![vcpu.clone(), vcpu], ..Stats::default() };
         let table = stats.to_string();

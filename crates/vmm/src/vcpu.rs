@@ -6,7 +6,7 @@
 use std::io;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::clock::{Clock, TimerQueue};
 use engine::signals::Signal;
@@ -51,31 +51,42 @@ pub(crate) struct Seat {
     pub signals: Arc<Signals>,
     pub control: Arc<Control>,
     pub icount: Option<Icount>,
+    /// Time that the vCPU slept.
+    pub asleep: Duration,
 }
 
+/// What a thread gives back: the vCPU, and how long it slept.
+pub(crate) type Left = (Box<dyn Vcpu>, Duration);
+
 impl Seat {
-    /// Starts the thread; it gives the vCPU back.
-    pub fn spawn(self) -> io::Result<JoinHandle<Box<dyn Vcpu>>> {
+    /// Starts the thread.
+    pub fn spawn(self) -> io::Result<JoinHandle<Left>> {
         Builder::new().name(format!("vcpu{}", self.index)).spawn(move || self.run())
     }
 
-    fn run(mut self) -> Box<dyn Vcpu> {
+    fn run(mut self) -> Left {
         let _alarm = Alarm(Arc::clone(&self.control));
         match self.icount.take() {
             None => self.run_on_host_time(),
             Some(icount) => self.run_by_instructions(&icount),
         }
-        self.vcpu
+        (self.vcpu, self.asleep)
     }
 
     fn run_on_host_time(&mut self) {
         while !self.control.stopping() {
             match self.vcpu.run(u64::MAX) {
                 VcpuExit::Kicked | VcpuExit::Budget => {}
-                VcpuExit::Halted => self.signals.wait(self.vcpu.wake_mask() | Signal::KICK.0, NAP),
+                VcpuExit::Halted => self.sleep(self.vcpu.wake_mask() | Signal::KICK.0),
                 VcpuExit::TripleFault => self.control.post(Event::TripleFault(self.index)),
             }
         }
+    }
+
+    fn sleep(&mut self, mask: u32) {
+        let from = Instant::now();
+        self.signals.wait(mask, NAP);
+        self.asleep += from.elapsed();
     }
 
     fn run_by_instructions(&mut self, icount: &Icount) {
@@ -96,7 +107,7 @@ impl Seat {
     }
 
     /// Time jumps to the next deadline.
-    fn idle(&self, icount: &Icount, futile: &mut u32) {
+    fn idle(&mut self, icount: &Icount, futile: &mut u32) {
         let mask = self.vcpu.wake_mask() | Signal::KICK.0;
         if self.signals.pending() & mask != 0 {
             *futile = 0;
@@ -109,7 +120,7 @@ impl Seat {
             Some(at) if *futile < FUTILE_DEADLINES => {
                 icount.clock.advance(at.0.saturating_sub(icount.clock.now().0));
             }
-            None if icount.input && mask & Signal::INTERRUPT.0 != 0 => self.signals.wait(mask, NAP),
+            None if icount.input && mask & Signal::INTERRUPT.0 != 0 => self.sleep(mask),
             _ => self.control.post(Event::Stuck),
         }
     }

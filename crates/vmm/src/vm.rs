@@ -375,7 +375,8 @@ impl Vm {
         let mut threads = Vec::new();
         let mut failure = None;
         for ((index, vcpu), signals) in std::mem::take(&mut self.vcpus).into_iter().enumerate().zip(signals) {
-            let seat = Seat { index, vcpu, signals, control: Arc::clone(&control), icount: icount() };
+            let control = Arc::clone(&control);
+            let seat = Seat { index, vcpu, signals, control, icount: icount(), asleep: Duration::ZERO };
             match seat.spawn() {
                 Ok(thread) => threads.push(thread),
                 Err(error) => failure = Some(VmError::Thread(error)),
@@ -387,9 +388,12 @@ impl Vm {
         timers.stop();
         let timers_joined = timer_thread.map(join);
         clock.stop();
-        self.past.elapsed += started.elapsed();
-        for vcpu in joined {
-            self.vcpus.push(vcpu?);
+        let elapsed = started.elapsed();
+        self.past.elapsed += elapsed;
+        for (left, past) in joined.into_iter().zip(&mut self.past.vcpus) {
+            let (vcpu, asleep) = left?;
+            self.vcpus.push(vcpu);
+            past.busy += elapsed.saturating_sub(asleep);
         }
         timers_joined.transpose()?;
         failure.map_or(Ok(woken), Err)

@@ -1,5 +1,7 @@
 //! The contract suite of `guest/` on the whole machine.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -1,5 +1,7 @@
 //! Whole machines with tiny guests: how runs end, and what outlives what.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
