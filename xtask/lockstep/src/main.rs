@@ -4,7 +4,9 @@
 //! Both start from one state: QEMU runs alone to the start address; its registers and all of its memory become ours.
 //! QEMU's devices serve both: what an instruction reads from a device, a clock or the CPU's identity is taken over from
 //! QEMU. Interrupts are not delivered while QEMU is single-stepped, so a guest that waits for one spins or halts, and
-//! there the comparison ends. Undefined flags (iced's table) are taken over too.
+//! there the comparison ends. Undefined flags (iced's table) are taken over too, and the null SS that QEMU loads when an
+//! interrupt stack is switched to without a change of privilege (SDM 3A 6.14.4 leaves SS alone there), and the RF that it
+//! does not push for faults.
 //!
 //! Compared after each instruction: RIP, RFLAGS but RF, general and segment registers, FS and GS base, CR0 to CR4,
 //! EFER, XMM0 to XMM15, MXCSR. Not compared: x87, hidden parts of segments, MSRs, memory (but at the end, on wish).
@@ -22,12 +24,13 @@ use std::process::ExitCode;
 use anyhow::{Context as _, ensure};
 use clap::Parser;
 use engine::VcpuExit;
-use iced_x86::{FastFormatter, Instruction};
+use iced_x86::{FastFormatter, Instruction, Mnemonic};
 
 use compare::{Difference, differences};
 use ours::Ours;
 use qemu::{Guest, Qemu};
 use state::Registers;
+use x86::bits::rflags;
 
 /// The most iterations of one repeated string instruction.
 const MAX_ITERATIONS: u32 = 10_000_000;
@@ -48,8 +51,8 @@ struct Options {
     /// Guest memory in MiB
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     memory: u64,
-    /// QEMU's CPU model
-    #[arg(long, value_name = "MODEL", default_value = "max")]
+    /// QEMU's CPU model; it must announce nothing that the interpreter lacks (la57)
+    #[arg(long, value_name = "MODEL", default_value = "max,la57=off")]
     cpu: String,
     /// Linear address where the comparison starts, in hex; again for more, the first that is reached counts
     /// [default: entry points of an ELF, 100000 for a bzImage]
@@ -205,16 +208,18 @@ impl Walk<'_> {
         while self.done < self.options.count {
             let (bits, address) = ours.code();
             let instruction = compare::decode(bits, address, &ours.bytes(address));
-            self.remember(Executed { address, instruction });
+            let executed = Executed { address, instruction };
+            self.remember(executed.clone());
             if compare::is_waiting(&instruction) {
                 return Ok(format!("ended: the guest waits for an interrupt at {address:#x}"));
             }
             let before = ours.registers();
             let stepped = ours.step(compare::is_debug_move(&instruction));
-            let theirs = self.step_qemu(qemu, &before, &instruction, stepped.exceptions)?;
+            let moved = ours.registers().rip != before.rip;
+            let theirs = self.step_qemu(qemu, &before, &executed, stepped.exceptions, moved)?;
             self.done += 1;
             let external = stepped.read_device || compare::is_external(&instruction);
-            if !self.agree(ours, qemu, &before, &theirs, external)? {
+            if !self.agree(ours, qemu, &before, &theirs, (external, stepped.exceptions))? {
                 return Ok(format!("ended: first difference after instruction {}", self.done));
             }
             match stepped.exit {
@@ -233,26 +238,33 @@ impl Walk<'_> {
         self.history.push_back(executed);
     }
 
-    /// One instruction of QEMU's: a repeated one is a step an iteration, an exception a step of its own.
+    /// One instruction of QEMU's: a repeated one is a step an iteration, an exception a step of its own. Now and then a
+    /// step of QEMU's comes back without having executed anything; it is repeated.
     fn step_qemu(
         &self,
         qemu: &mut Qemu,
         before: &Registers,
-        instruction: &Instruction,
+        Executed { address, instruction }: &Executed,
         exceptions: u64,
+        ours_moved: bool,
     ) -> anyhow::Result<Registers> {
-        let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
-        let mut steps = exceptions + 1;
-        let mut iterations = 0;
+        let repeated = (instruction.has_rep_prefix() || instruction.has_repne_prefix())
+            && instruction.is_string_instruction();
+        let (mut steps, mut iterations) = (exceptions + 1, 0);
         loop {
             qemu.gdb.step()?;
             let now = Registers::from_packet(&qemu.gdb.registers()?)?;
             iterations += 1;
-            if repeated
-                && instruction.is_string_instruction()
-                && now.rip == before.rip
-                && iterations < MAX_ITERATIONS
-            {
+            ensure!(iterations < MAX_ITERATIONS, "QEMU does not get past {:#x}", before.rip);
+            if now.rip == before.rip && repeated && now.rflags & rflags::IF == 0 {
+                // No interrupt can come between, so the rest may run at full speed.
+                let next = address.wrapping_add(instruction.len() as u64);
+                qemu.gdb.breakpoint(next, true)?;
+                qemu.gdb.go_on()?;
+                qemu.gdb.breakpoint(next, false)?;
+                return Registers::from_packet(&qemu.gdb.registers()?);
+            }
+            if now.rip == before.rip && (repeated || now == *before && ours_moved) {
                 continue;
             }
             steps -= 1;
@@ -269,13 +281,20 @@ impl Walk<'_> {
         qemu: &mut Qemu,
         before: &Registers,
         theirs: &Registers,
-        external: bool,
+        (external, exceptions): (bool, u64),
     ) -> anyhow::Result<bool> {
         let long = ours.code().0 == 64;
         let Some(last) = self.history.back().cloned() else { return Ok(true) };
         if external {
             self.external += 1;
             self.adopt_external(ours, qemu, before, theirs, &last.instruction)?;
+        }
+        let interrupts = exceptions > 0 || last.instruction.mnemonic() == Mnemonic::Int;
+        if interrupts && long && theirs.selectors[1] == 0 {
+            ours.forget_stack_segment();
+        }
+        if exceptions > 0 {
+            take_over_resume_flag(ours, qemu, theirs)?;
         }
         let mut mine = ours.registers();
         let undefined = compare::undefined_flags(&last.instruction);
@@ -340,6 +359,18 @@ impl Walk<'_> {
         show("ours", ours);
         show("QEMU", qemu);
     }
+}
+
+/// Takes over the frame of an exception where it differs in RFLAGS.RF only: QEMU pushes 0, the architecture 1 for faults
+/// (SDM 3B 17.3.1.1). Other differences show when the handler reads them.
+fn take_over_resume_flag(ours: &mut Ours, qemu: &mut Qemu, theirs: &Registers) -> anyhow::Result<()> {
+    let Ok(frame) = qemu.gdb.memory(theirs.gpr[4], 48) else { return Ok(()) };
+    let mine = ours.data(theirs.gpr[4], 48);
+    let only_rf = mine.iter().zip(&frame).enumerate().all(|(i, (a, b))| a == b || a ^ b == 1 && i % 4 == 2);
+    if only_rf {
+        ours.patch(theirs.gpr[4], &frame);
+    }
+    Ok(())
 }
 
 /// One side's general registers.

@@ -177,6 +177,13 @@ impl Ours {
         }
     }
 
+    /// Makes SS null, as QEMU does where the architecture leaves it alone.
+    pub fn forget_stack_segment(&mut self) {
+        let cpu = self.vcpu.cpu();
+        cpu.s.seg[sreg::SS].selector = 0;
+        cpu.derive_segments();
+    }
+
     /// Size of the running code in bits, and its linear address.
     pub fn code(&mut self) -> (u32, u64) {
         let cpu = self.vcpu.cpu();
@@ -185,18 +192,27 @@ impl Ours {
         (bits, base.wrapping_add(cpu.rip) & cpu.linear_mask)
     }
 
-    /// Up to 15 bytes at a linear address, as far as they can be fetched.
+    /// Up to 15 bytes of code at a linear address, as far as they can be fetched.
     pub fn bytes(&mut self, address: u64) -> Vec<u8> {
         let user = self.vcpu.cpu().cpl() == 3;
-        let cr2 = self.vcpu.cpu().s.cr2;
+        self.peek(address, 15, Access { kind: AccessKind::Fetch, user, ac: false })
+    }
+
+    /// Up to `len` bytes of data at a linear address, as far as they are mapped.
+    pub fn data(&mut self, address: u64, len: u64) -> Vec<u8> {
+        self.peek(address, len, Access { kind: AccessKind::Read, user: false, ac: true })
+    }
+
+    fn peek(&mut self, address: u64, len: u64, access: Access) -> Vec<u8> {
+        let cpu = self.vcpu.cpu();
+        let cr2 = cpu.s.cr2;
         let mut bytes = Vec::new();
-        for i in 0..15 {
-            let access = Access { kind: AccessKind::Fetch, user, ac: false };
-            let Ok(found) = self.vcpu.cpu().walk(address.wrapping_add(i), access) else { break };
+        for i in 0..len {
+            let Ok(found) = cpu.walk(address.wrapping_add(i), access) else { break };
             let Some(byte) = self.mem.load_gpa::<u8>(found.gpa) else { break };
             bytes.push(byte);
         }
-        self.vcpu.cpu().s.cr2 = cr2;
+        cpu.s.cr2 = cr2;
         bytes
     }
 
