@@ -155,13 +155,17 @@ impl ImageSpec {
         Ok(Self { arch, flavour: flavour.to_owned() })
     }
 
-    /// From a name as `trellis image list` shows it (`debian-generic-amd64`), or `debian` alone.
+    /// From a name as `trellis image list` shows it (`debian-generic-amd64`), from `debian` alone, or from a known
+    /// flavour alone (`generic`, `memtest86+`).
     ///
     /// # Errors
     /// Anything else, with the nearest name.
     pub fn from_name(name: &str) -> Result<Self, ImageError> {
         if name == "debian" {
             return Ok(Self::default_debian());
+        }
+        if FLAVOURS.iter().any(|&(_, flavour, _)| flavour == name) {
+            return Self::from_options(None, Some(name));
         }
         let parts = name.strip_prefix("debian-").and_then(|rest| rest.rsplit_once('-'));
         let arch = match parts {
@@ -236,6 +240,14 @@ fn name_suggestion(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn flavour_alone_is_a_name() {
+        let name = |n| ImageSpec::from_name(n).map(|spec| spec.name());
+        assert_eq!(name("memtest86+").unwrap(), "debian-memtest86+-amd64");
+        assert_eq!(name("686-pae").unwrap(), "debian-686-pae-i386");
+        assert!(name("686-pea").is_err());
+    }
 
     #[test]
     fn name_round_trips() {
