@@ -20,6 +20,9 @@ use crate::system::interrupt;
 const MAX_LEN: usize = 15;
 /// Decoded instructions in one run.
 const MAX_RUN: usize = 256;
+/// Exceptions in a row without an instruction that completes (a handler that itself faults, for ever) after which the
+/// budget counts as used up, for it would never be.
+const MAX_STORM: u32 = 4096;
 
 /// Code at RIP.
 enum Code {
@@ -33,16 +36,19 @@ impl Interp {
     /// Runs until something concerns the machine, or until `budget` instructions are done.
     pub(crate) fn run_guest(&mut self, budget: u64) -> VcpuExit {
         let end = self.cpu.instructions.saturating_add(budget);
+        let (mut storm, mut last) = (0, self.cpu.instructions);
         loop {
             if let Some(exit) = self.boundary() {
                 return exit;
             }
-            if self.cpu.instructions >= end {
+            if self.cpu.instructions >= end || storm > MAX_STORM {
                 return VcpuExit::Budget;
             }
             let result = if self.cpu.careful() { self.step_carefully() } else { self.run_fast(end) };
             if let Err(exception) = result {
                 interrupt::deliver_exception(&mut self.cpu, exception);
+                storm = if self.cpu.instructions == last { storm + 1 } else { 0 };
+                last = self.cpu.instructions;
             }
         }
     }

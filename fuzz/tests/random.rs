@@ -1,0 +1,68 @@
+//! Every target on some thousand seeded random inputs. A failing input's number is printed; `TRELLIS_SEED=n` runs it
+//! alone, `TRELLIS_CASES=n` runs more of them.
+
+use trellis_fuzz::{decoder, interpreter, loaders, virtqueue};
+
+/// Input number `n`: up to `longest` bytes.
+fn input(n: u64, longest: u64) -> Vec<u8> {
+    let mut state = n.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    for _ in 0..4 {
+        next();
+    }
+    let len = next() % longest;
+    (0..len).map(|_| (next() >> 24) as u8).collect()
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name)
+        .ok()
+        .map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is no number: {text}")))
+}
+
+/// Says which input was at work if it panics.
+struct Current(&'static str, u64);
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{} failed on input {n}: TRELLIS_SEED={n} cargo test {}", self.0, self.0, n = self.1);
+        }
+    }
+}
+
+fn run(name: &'static str, target: fn(&[u8]), count: u64, longest: u64) {
+    let cases = match number("TRELLIS_SEED") {
+        Some(n) => n..n + 1,
+        None => 0..number("TRELLIS_CASES").unwrap_or(count),
+    };
+    for n in cases {
+        let _current = Current(name, n);
+        target(&input(n, longest));
+    }
+}
+
+#[test]
+fn decoder_takes_any_bytes() {
+    run("decoder", decoder::target, 2_000, 400);
+}
+
+#[test]
+fn interpreter_takes_any_state() {
+    run("interpreter", interpreter::target, 8_000, 600);
+}
+
+#[test]
+fn loaders_take_any_file() {
+    run("loaders", loaders::target, 3_000, 2_000);
+}
+
+#[test]
+fn virtqueue_takes_any_rings() {
+    run("virtqueue", virtqueue::target, 8_000, 1_500);
+}
