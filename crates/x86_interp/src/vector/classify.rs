@@ -625,7 +625,13 @@ fn native(i: &Instruction) -> Option<Native> {
             mask: element_mask(i),
         });
     }
-    let suppressed = i.suppress_all_exceptions() || i.rounding_control() != RoundingControl::None;
+    // VRCP14 raises nothing either but heeds flush-to-zero (SDM 2C VRCP14PS).
+    let suppressed = i.suppress_all_exceptions()
+        || i.rounding_control() != RoundingControl::None
+        || matches!(
+            i.mnemonic(),
+            Mnemonic::Vrcp14ps | Mnemonic::Vrcp14pd | Mnemonic::Vrcp14ss | Mnemonic::Vrcp14sd
+        );
     Some(Native {
         stub,
         memory,
