@@ -1,6 +1,7 @@
 //! A vCPU in a random state runs random bytes over random tables: it stops, and says why.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use engine::io::GeneralProtection;
 use engine::{CpuIo, Signals, Vcpu, VcpuExit};
@@ -66,17 +67,39 @@ impl Mode {
     }
 }
 
-struct Nothing;
+/// No devices. A string instruction may make 2³² accesses to them as one instruction, and stops only for signals: every
+/// so often this gives one.
+struct Nothing {
+    signals: Arc<Signals>,
+    accesses: AtomicU32,
+}
+
+/// Accesses between two kicks.
+const PATIENCE: u32 = 5_000;
+
+impl Nothing {
+    fn access(&self) {
+        if self.accesses.fetch_add(1, Ordering::Relaxed) % PATIENCE == PATIENCE - 1 {
+            self.signals.raise(engine::signals::Signal::KICK);
+        }
+    }
+}
 
 impl CpuIo for Nothing {
     fn port_in(&self, _: usize, _: u16, _: u8) -> u32 {
+        self.access();
         u32::MAX
     }
-    fn port_out(&self, _: usize, _: u16, _: u8, _: u32) {}
+    fn port_out(&self, _: usize, _: u16, _: u8, _: u32) {
+        self.access();
+    }
     fn mmio_read(&self, _: usize, _: Gpa, data: &mut [u8]) {
+        self.access();
         data.fill(0xff);
     }
-    fn mmio_write(&self, _: usize, _: Gpa, _: &[u8]) {}
+    fn mmio_write(&self, _: usize, _: Gpa, _: &[u8]) {
+        self.access();
+    }
     fn acknowledge_interrupt(&self, _: usize) -> Option<u8> {
         Some(0x21)
     }
@@ -125,7 +148,7 @@ impl Machine {
             index: 0,
             vcpus: 1,
             mem: Arc::clone(&mem),
-            io: Arc::new(Nothing),
+            io: Arc::new(Nothing { signals: Arc::clone(&signals), accesses: AtomicU32::new(0) }),
             signals: Arc::clone(&signals),
             model: Arc::new(CpuModel::parse("max").expect("the host's own model")),
         });
