@@ -25,10 +25,11 @@ fn tests_begun(screen: &str) -> Vec<u32> {
 
 #[test]
 fn tests_0_to_3_find_no_error_in_16_mib() {
-    // The beginning of test 4 is the end of test 3.
-    let screen = run_until("#4  [", Duration::from_secs(600));
+    // The screen is redrawn every other second, so short tests may not show on it. They run in order, and test 6 is a
+    // long one: where it shows, all before it have ended.
+    let screen = run_until("#6  [", Duration::from_secs(600));
     let begun = tests_begun(&screen);
-    assert!([0, 1, 2, 3, 4].iter().all(|number| begun.contains(number)), "{begun:?}");
+    assert!(begun.is_sorted() && begun.first() == Some(&0), "{begun:?}");
     assert_no_errors(&screen);
 }
 

@@ -4,6 +4,8 @@
 //! tests) is a program of its own that is built and started from here.
 
 mod deny;
+#[cfg(test)]
+mod docs;
 mod ladder;
 mod long;
 mod steps;

@@ -289,7 +289,7 @@ impl Walk<'_> {
             self.external += 1;
             self.adopt_external(ours, qemu, before, theirs, &last.instruction)?;
         }
-        let interrupts = exceptions > 0 || last.instruction.mnemonic() == Mnemonic::Int;
+        let interrupts = exceptions > 0 || is_interrupt(&last.instruction);
         if interrupts && long && theirs.selectors[1] == 0 {
             ours.forget_stack_segment();
         }
@@ -371,6 +371,12 @@ fn take_over_resume_flag(ours: &mut Ours, qemu: &mut Qemu, theirs: &Registers) -
         ours.patch(theirs.gpr[4], &frame);
     }
     Ok(())
+}
+
+/// INT n and its short forms.
+fn is_interrupt(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(instruction.mnemonic(), M::Int | M::Int1 | M::Int3 | M::Into)
 }
 
 /// One side's general registers.
