@@ -11,6 +11,8 @@ use anyhow::{Context as _, bail, ensure};
 pub struct Gdb {
     stream: UnixStream,
     buffer: Vec<u8>,
+    /// QEMU has ended: the guest powered off.
+    pub ended: bool,
 }
 
 impl Gdb {
@@ -21,7 +23,7 @@ impl Gdb {
             match UnixStream::connect(socket) {
                 Ok(stream) => {
                     stream.set_read_timeout(Some(Duration::from_secs(120)))?;
-                    let mut gdb = Self { stream, buffer: Vec::new() };
+                    let mut gdb = Self { stream, buffer: Vec::new(), ended: false };
                     gdb.start()?;
                     return Ok(gdb);
                 }
@@ -91,6 +93,7 @@ impl Gdb {
 
     fn stopped(&mut self, command: &str) -> anyhow::Result<()> {
         let answer = self.ask(command)?;
+        self.ended = answer.starts_with(['W', 'X']);
         ensure!(answer.starts_with(['T', 'S']), "QEMU stopped with '{answer}'");
         Ok(())
     }
@@ -156,7 +159,7 @@ mod tests {
     #[test]
     fn packets_are_taken_one_by_one() {
         let (stream, _other) = UnixStream::pair().expect("a socket pair");
-        let mut gdb = Gdb { stream, buffer: b"+$OK#9a+$T05#b9$half".to_vec() };
+        let mut gdb = Gdb { stream, buffer: b"+$OK#9a+$T05#b9$half".to_vec(), ended: false };
         assert_eq!(gdb.take_packet().as_deref(), Some("OK"));
         assert_eq!(gdb.take_packet().as_deref(), Some("T05"));
         assert_eq!(gdb.take_packet(), None);

@@ -155,7 +155,7 @@ fn run(options: &Options) -> anyhow::Result<bool> {
         walk.done, walk.external, walk.undefined
     );
     println!("{}", outcome?);
-    if options.compare_memory {
+    if options.compare_memory && !qemu.gdb.ended {
         compare_memory(&ours, &mut qemu, memory.len())?;
     }
     Ok(walk.differing == 0)
@@ -216,7 +216,10 @@ impl Walk<'_> {
             let before = ours.registers();
             let stepped = ours.step(compare::is_debug_move(&instruction));
             let moved = ours.registers().rip != before.rip;
-            let theirs = self.step_qemu(qemu, &before, &executed, stepped.exceptions, moved)?;
+            let theirs = match self.step_qemu(qemu, &before, &executed, stepped.exceptions, moved) {
+                Err(_) if qemu.gdb.ended => return Ok("ended: the guest powered off".to_owned()),
+                result => result?,
+            };
             self.done += 1;
             let external = stepped.read_device || compare::is_external(&instruction);
             if !self.agree(ours, qemu, &before, &theirs, (external, stepped.exceptions))? {
