@@ -1,6 +1,6 @@
 //! A small client of the GDB remote serial protocol (GDB manual, appendix E), as far as QEMU's stub speaks it.
 
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -50,8 +50,9 @@ impl Gdb {
 
     fn send(&mut self, command: &str) -> anyhow::Result<()> {
         let sum = command.bytes().fold(0u8, u8::wrapping_add);
-        self.stream.write_all(format!("${command}#{sum:02x}").as_bytes())?;
-        Ok(())
+        let sent = self.stream.write_all(format!("${command}#{sum:02x}").as_bytes());
+        self.ended |= sent.as_ref().is_err_and(|error| error.kind() == ErrorKind::BrokenPipe);
+        Ok(sent?)
     }
 
     /// The next packet, acknowledged.
@@ -64,6 +65,7 @@ impl Gdb {
             let mut chunk = [0; 4096];
             let count =
                 self.stream.read(&mut chunk).context("QEMU does not answer (is the guest halted?)")?;
+            self.ended |= count == 0;
             ensure!(count > 0, "QEMU closed the GDB connection");
             self.buffer.extend_from_slice(&chunk[..count]);
         }
@@ -93,7 +95,7 @@ impl Gdb {
 
     fn stopped(&mut self, command: &str) -> anyhow::Result<()> {
         let answer = self.ask(command)?;
-        self.ended = answer.starts_with(['W', 'X']);
+        self.ended |= answer.starts_with(['W', 'X']);
         ensure!(answer.starts_with(['T', 'S']), "QEMU stopped with '{answer}'");
         Ok(())
     }
