@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueHint};
 
+use crate::bench::BenchArgs;
 use crate::image::Arch;
 use crate::options::{
     CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VmFlags,
@@ -64,6 +65,17 @@ Examples:
 Packages come from the sources in /etc/apt, through a private apt state: no root, and nothing of the machine's own
 apt changes. Images are kept in $XDG_CACHE_HOME/trellis (~/.cache/trellis).";
 
+const BENCH_EXAMPLES: &str = "\
+Examples:
+  trellis bench --quick                            everything, in a few minutes
+  trellis bench --only sum,getppid,forkwait --modes native,interp,tcg
+  trellis bench --json > result.json               for programs; progress goes to standard error
+  trellis bench --list                             what there is
+
+Values are nanoseconds per operation, medians on the host's clock; percent of native is native time by this time.
+
+Exit status: 0 all was measured (a mode that this host lacks is left out with a line); 1 something failed; 2 usage.";
+
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
     .usage(AnsiColor::Green.on_default().bold())
@@ -108,6 +120,13 @@ pub enum Command {
         /// What to do.
         #[command(subcommand)]
         command: ImageCommand,
+    },
+    /// Measure the same programs natively and under each engine, side by side
+    #[command(after_help = BENCH_EXAMPLES)]
+    Bench {
+        /// What to measure.
+        #[command(flatten)]
+        bench: BenchArgs,
     },
     /// Print a completion script for your shell
     #[command(

@@ -4,6 +4,7 @@
 //! [`prepare`] opens files and fetches an [`image`] if need be → [`launch`] assembles and runs the machine on the
 //! [`terminal`].
 
+pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod display;
@@ -81,6 +82,11 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
             boot(machine.into_flags(None).or(file))
         }
         Command::Image { command } => image_command(command),
+        Command::Bench { bench } => {
+            let (text, status) = bench::run(&bench)?;
+            print_out(text.as_bytes())?;
+            Ok(status)
+        }
         Command::Completions { shell } => {
             let mut script = Vec::new();
             cli::completions(shell, &mut script);

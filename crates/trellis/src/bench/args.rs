@@ -1,0 +1,147 @@
+//! The options of `trellis bench`, and the plan they make.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueHint};
+
+use super::catalog::{self, Benchmark};
+use super::mode::{self, Mode};
+use crate::options::parse_timeout;
+
+/// How long one measurement is to last, and under `--quick`.
+const TARGET: Duration = Duration::from_millis(300);
+const QUICK_TARGET: Duration = Duration::from_millis(60);
+/// Largest `--runs`.
+const MAX_RUNS: i64 = 1000;
+
+/// `trellis bench …`.
+#[derive(Args, Clone, Debug)]
+pub struct BenchArgs {
+    /// Only these benchmarks; --list shows them [default: all]
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = parse_benchmark)]
+    pub only: Vec<&'static Benchmark>,
+    /// What to compare: native, interp, bt, kvm, tcg, qemu-kvm
+    #[arg(long, value_name = "MODE,…", value_delimiter = ',', value_parser = parse_mode,
+          default_value = mode::DEFAULT)]
+    pub modes: Vec<&'static Mode>,
+    /// Measurements of each benchmark in each mode
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=MAX_RUNS))]
+    pub runs: u32,
+    /// Short measurements, and no benchmark that takes long to prepare
+    #[arg(long)]
+    pub quick: bool,
+    /// Print only JSON on standard output
+    #[arg(long)]
+    pub json: bool,
+    /// Give a measurement, or a boot, up after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = parse_timeout, allow_hyphen_values = true)]
+    pub timeout: f64,
+    /// Linux kernel of the guests [default: the image debian]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub kernel: Option<PathBuf>,
+    /// Show the benchmarks and modes
+    #[arg(long)]
+    pub list: bool,
+}
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The benchmarks, in the catalogue's order.
+    pub benchmarks: Vec<&'static Benchmark>,
+    /// The modes, in the order of the command line.
+    pub modes: Vec<&'static Mode>,
+    /// Measurements of each.
+    pub runs: u32,
+    /// How long a measurement is to last.
+    pub target: Duration,
+    /// After which it is given up.
+    pub timeout: Duration,
+    /// Whether `--quick` was given.
+    pub quick: bool,
+}
+
+impl BenchArgs {
+    /// The plan, without what was named twice.
+    #[must_use]
+    pub fn plan(&self) -> Plan {
+        let wanted = |benchmark: &&'static Benchmark| match self.only.as_slice() {
+            [] => !(self.quick && benchmark.is_slow),
+            only => only.iter().any(|name| name.name == benchmark.name),
+        };
+        let mut modes: Vec<&'static Mode> = Vec::new();
+        for mode in &self.modes {
+            if !modes.iter().any(|known| known.name == mode.name) {
+                modes.push(mode);
+            }
+        }
+        Plan {
+            benchmarks: catalog::BENCHMARKS.iter().filter(wanted).collect(),
+            modes,
+            runs: self.runs,
+            target: if self.quick { QUICK_TARGET } else { TARGET },
+            timeout: Duration::from_secs_f64(self.timeout),
+            quick: self.quick,
+        }
+    }
+}
+
+/// A benchmark by its name.
+fn parse_benchmark(name: &str) -> Result<&'static Benchmark, String> {
+    let names = || catalog::BENCHMARKS.iter().map(|benchmark| benchmark.name);
+    catalog::BENCHMARKS
+        .iter()
+        .find(|benchmark| benchmark.name == name)
+        .ok_or_else(|| unknown("benchmark", name, names().collect()))
+}
+
+/// A mode by its name.
+fn parse_mode(name: &str) -> Result<&'static Mode, String> {
+    let names = || mode::MODES.iter().map(|mode| mode.name);
+    mode::MODES.iter().find(|mode| mode.name == name).ok_or_else(|| unknown("mode", name, names().collect()))
+}
+
+fn unknown(what: &str, name: &str, known: Vec<&str>) -> String {
+    format!("there is no {what} '{name}'; there are {}", known.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        bench: BenchArgs,
+    }
+
+    fn parse(arguments: &[&str]) -> Result<BenchArgs, String> {
+        let all = std::iter::once("bench").chain(arguments.iter().copied());
+        Command::try_parse_from(all).map(|command| command.bench).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn plan_keeps_the_catalogues_order_and_drops_doubles() {
+        let plan = parse(&["--only", "getppid,sum", "--modes", "tcg,native,tcg"]).unwrap().plan();
+        assert_eq!(plan.benchmarks.iter().map(|b| b.name).collect::<Vec<_>>(), ["sum", "getppid"]);
+        assert_eq!(plan.modes.iter().map(|m| m.name).collect::<Vec<_>>(), ["tcg", "native"]);
+        assert_eq!((plan.runs, plan.target), (5, TARGET));
+    }
+
+    #[test]
+    fn quick_leaves_out_what_is_slow_unless_named() {
+        assert!(!parse(&["--quick"]).unwrap().plan().benchmarks.iter().any(|b| b.is_slow));
+        assert_eq!(parse(&["--quick", "--only", "chase-256m"]).unwrap().plan().benchmarks.len(), 1);
+    }
+
+    #[test]
+    fn unknown_names_list_what_there_is() {
+        assert!(parse(&["--only", "sum,nosuch"]).unwrap_err().contains("getppid"));
+        assert!(parse(&["--modes", "vmware"]).unwrap_err().contains("interp"));
+        assert!(parse(&["--runs", "0"]).is_err());
+        assert!(parse(&["--timeout", "-1"]).is_err());
+    }
+}

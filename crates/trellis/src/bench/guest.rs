@@ -1,0 +1,107 @@
+//! Where the program is run from: a file for the host, a kernel and an initramfs for guests.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use tempfile::TempDir;
+
+use crate::image::cpio::Archive;
+use crate::image::{self, Progress};
+use crate::prepare::PrepareError;
+
+/// Guest memory.
+pub const MEMORY: &str = "512M";
+/// The guest's command line: nothing is printed that would disturb; a panic ends the run.
+pub const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
+
+/// The files of a run; removed with it.
+#[derive(Debug)]
+pub struct Place {
+    /// The program, executable on this host.
+    pub program: PathBuf,
+    /// Directory in which the native program makes its files: in memory if this host has `/dev/shm`, as a guest's is.
+    pub scratch: PathBuf,
+    /// What guests boot.
+    pub guest: Option<GuestFiles>,
+    _directories: Vec<TempDir>,
+}
+
+/// What guests boot.
+#[derive(Debug)]
+pub struct GuestFiles {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// Its name and version for the report.
+    pub kernel_name: String,
+    /// The initramfs whose `/init` is the program.
+    pub initrd: PathBuf,
+}
+
+impl Place {
+    /// Writes the files; the kernel is fetched if it is wanted and not there.
+    ///
+    /// # Errors
+    /// No temporary directory, no kernel.
+    pub fn prepare(with_guest: bool, kernel: Option<&Path>) -> anyhow::Result<Self> {
+        let directory =
+            TempDir::with_prefix("trellis-bench-").context("cannot make a temporary directory")?;
+        let program = directory.path().join("bench");
+        fs::write(&program, guest_bench::PROGRAM)
+            .and_then(|()| fs::set_permissions(&program, fs::Permissions::from_mode(0o700)))
+            .with_context(|| format!("cannot write {}", program.display()))?;
+        let mut directories = Vec::new();
+        let memory = TempDir::with_prefix_in("trellis-bench-", "/dev/shm").ok();
+        let scratch = memory.as_ref().unwrap_or(&directory).path().to_owned();
+        let guest = if with_guest { Some(guest_files(kernel, directory.path())?) } else { None };
+        directories.extend(memory);
+        directories.push(directory);
+        Ok(Self { program, scratch, guest, _directories: directories })
+    }
+}
+
+fn guest_files(kernel: Option<&Path>, directory: &Path) -> anyhow::Result<GuestFiles> {
+    let (kernel, kernel_name) = match kernel {
+        Some(file) if file.is_file() => (file.to_owned(), file.display().to_string()),
+        Some(file) => {
+            return Err(PrepareError::Usage(format!("there is no kernel {}", file.display())).into());
+        }
+        None => {
+            let image = image::ensure_debian(Progress::new).context("no kernel for the guests")?;
+            (image.kernel.clone(), format!("{} {}", image.manifest.name, image.manifest.version()))
+        }
+    };
+    let initrd = directory.join("initrd");
+    fs::write(&initrd, initramfs()).with_context(|| format!("cannot write {}", initrd.display()))?;
+    Ok(GuestFiles { kernel, kernel_name, initrd })
+}
+
+/// The program as `/init`, and the devices that it and the kernel open.
+fn initramfs() -> Vec<u8> {
+    let mut archive = Archive::new();
+    archive.directory("dev");
+    archive.char_device("dev/console", 0o600, 5, 1);
+    archive.char_device("dev/null", 0o666, 1, 3);
+    archive.char_device("dev/port", 0o600, 1, 4);
+    archive.file("init", 0o755, guest_bench::PROGRAM);
+    archive.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn initramfs_holds_program_and_port() {
+        let bytes = initramfs();
+        let holds = |part: &[u8]| bytes.windows(part.len()).any(|window| window == part);
+        assert!(holds(b"init\0") && holds(b"dev/port\0") && holds(guest_bench::PROGRAM));
+    }
+
+    #[test]
+    fn missing_kernel_is_a_usage_error() {
+        let error = Place::prepare(true, Some(Path::new("/nonexistent/vmlinuz"))).unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(PrepareError::Usage(_))), "{error}");
+    }
+}

@@ -1,0 +1,276 @@
+//! The matrix benchmarks × modes: each cell is calibrated, then all modes of a benchmark are measured in turn
+//! (A B C A B C …), so that what else the host does meets all of them alike.
+//!
+//! A mode has one session, which lives through all benchmarks; one that times out or dies is started again for the next
+//! benchmark. The modes that are not measured wait in the guest for a command and cost next to nothing.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use super::args::Plan;
+use super::catalog::Benchmark;
+use super::guest::Place;
+use super::mode::Mode;
+use super::progress::Progress;
+use super::session::{Answer, Sample, Session, SessionError};
+use super::{stats, table};
+
+/// Calibration multiplies the count of iterations by at most this.
+const MAX_GROWTH: f64 = 50.0;
+/// Steps of a calibration at most.
+const MAX_STEPS: u32 = 12;
+
+/// What a benchmark gave in a mode.
+#[derive(Clone, Debug, Default)]
+pub struct Cell {
+    /// Nanoseconds per operation, one a run.
+    pub samples: Vec<f64>,
+    /// Guest time against host time in percent, one a run.
+    pub deviations: Vec<f64>,
+    /// Digest of what was computed.
+    pub check: Option<String>,
+    /// Iterations a run.
+    pub count: u64,
+    /// The program cannot do it here: why.
+    pub skipped: Option<String>,
+    /// It failed: why.
+    pub error: Option<String>,
+}
+
+/// What became of a mode.
+#[derive(Clone, Debug, Default)]
+pub struct ModeResult {
+    /// Seconds from the start of the process to the program's first answer, for each start.
+    pub boots: Vec<f64>,
+    /// Why it was left out.
+    pub skipped: Option<String>,
+}
+
+/// All that was measured: `cells[benchmark][mode]`, `modes[mode]`.
+#[derive(Clone, Debug, Default)]
+pub struct Measured {
+    /// By benchmark and mode, in the plan's order.
+    pub cells: Vec<Vec<Cell>>,
+    /// By mode, in the plan's order.
+    pub modes: Vec<ModeResult>,
+}
+
+/// The run.
+pub struct Matrix<'a> {
+    plan: &'a Plan,
+    place: &'a Place,
+    progress: &'a Progress,
+    interrupted: &'a Arc<AtomicBool>,
+    sessions: Vec<Option<Session>>,
+    modes: Vec<ModeResult>,
+}
+
+impl<'a> Matrix<'a> {
+    /// Nothing is started yet.
+    #[must_use]
+    pub fn new(
+        plan: &'a Plan,
+        place: &'a Place,
+        progress: &'a Progress,
+        interrupted: &'a Arc<AtomicBool>,
+    ) -> Self {
+        let sessions = plan.modes.iter().map(|_| None).collect();
+        let modes = vec![ModeResult::default(); plan.modes.len()];
+        Self { plan, place, progress, interrupted, sessions, modes }
+    }
+
+    /// Measures everything.
+    ///
+    /// # Errors
+    /// Only when the user interrupts.
+    pub fn run(&mut self) -> Result<Measured, SessionError> {
+        let steps = self.plan.benchmarks.len() * self.plan.modes.len();
+        self.progress.set_total(steps as u64 * u64::from(self.plan.runs + 1));
+        let mut cells = Vec::new();
+        for benchmark in self.plan.benchmarks.clone() {
+            let row = self.row(benchmark)?;
+            self.progress.plain_line(&table::line(benchmark, &self.plan.modes, &row));
+            cells.push(row);
+        }
+        Ok(Measured { cells, modes: std::mem::take(&mut self.modes) })
+    }
+
+    /// One benchmark in all modes.
+    fn row(&mut self, benchmark: &Benchmark) -> Result<Vec<Cell>, SessionError> {
+        let mut row = vec![Cell::default(); self.plan.modes.len()];
+        for (index, cell) in row.iter_mut().enumerate() {
+            self.say(benchmark, index, "calibrating");
+            if let Err(error) = self.calibrate(benchmark, index, cell) {
+                self.fail(index, cell, error)?;
+            }
+            self.progress.advance(1);
+        }
+        for _ in 0..self.plan.runs {
+            for (index, cell) in row.iter_mut().enumerate() {
+                if cell.error.is_none() && cell.skipped.is_none() {
+                    self.say(benchmark, index, "measuring");
+                    match self.measure(benchmark, index, cell.count) {
+                        Ok(answer) => take(cell, answer),
+                        Err(error) => self.fail(index, cell, error)?,
+                    }
+                }
+                self.progress.advance(1);
+            }
+        }
+        Ok(row)
+    }
+
+    fn say(&self, benchmark: &Benchmark, index: usize, what: &str) {
+        self.progress.at(&format!("{what} {} ({})", benchmark.name, self.plan.modes[index].name));
+    }
+
+    /// Notes a failure; the session is not used again.
+    fn fail(&mut self, index: usize, cell: &mut Cell, error: SessionError) -> Result<(), SessionError> {
+        self.sessions[index] = None;
+        if error == SessionError::Interrupted {
+            return Err(error);
+        }
+        if self.modes[index].skipped.is_none() {
+            cell.error = Some(error.to_string());
+        } else {
+            cell.skipped = Some("the mode is not available".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Finds how many iterations last about as long as wanted.
+    fn calibrate(
+        &mut self,
+        benchmark: &Benchmark,
+        index: usize,
+        cell: &mut Cell,
+    ) -> Result<(), SessionError> {
+        cell.count = 1;
+        for _ in 0..MAX_STEPS {
+            match self.measure(benchmark, index, cell.count)? {
+                Answer::Skipped(reason) => {
+                    cell.skipped = Some(reason);
+                    return Ok(());
+                }
+                Answer::Done(sample) => match next_count(cell.count, &sample, self.plan.target) {
+                    Some(count) => cell.count = count,
+                    None => return Ok(()),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    fn measure(&mut self, benchmark: &Benchmark, index: usize, count: u64) -> Result<Answer, SessionError> {
+        self.session(index)?.measure(benchmark.name, count)
+    }
+
+    /// The session of a mode, started if need be. A mode that does not start is left out from then on.
+    fn session(&mut self, index: usize) -> Result<&mut Session, SessionError> {
+        if let Some(reason) = &self.modes[index].skipped {
+            return Err(SessionError::NotStarted(reason.clone()));
+        }
+        if self.sessions[index].is_none() {
+            let mode = self.plan.modes[index];
+            self.progress.at(&format!("starting {}", mode.name));
+            match self.start(mode) {
+                Ok(session) => {
+                    self.modes[index].boots.push(session.boot.as_secs_f64());
+                    self.sessions[index] = Some(session);
+                }
+                Err(error) => {
+                    if error != SessionError::Interrupted {
+                        self.progress.line(&format!("{} is left out: {error}", mode.name));
+                        self.modes[index].skipped = Some(error.to_string());
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(self.sessions[index].as_mut().expect("it was started just now"))
+    }
+
+    fn start(&self, mode: &Mode) -> Result<Session, SessionError> {
+        let command = mode.command(self.place).map_err(SessionError::NotStarted)?;
+        Session::start(command, self.plan.timeout, self.interrupted)
+    }
+}
+
+/// The count to try next; `None` if this one lasts long enough.
+fn next_count(count: u64, sample: &Sample, target: Duration) -> Option<u64> {
+    let ratio = target.as_secs_f64() * 1e9 / sample.host_ns.max(1.0);
+    if ratio < 1.5 {
+        return None;
+    }
+    let grown = count.saturating_mul(times(ratio.min(MAX_GROWTH)));
+    (grown > count).then_some(grown)
+}
+
+/// A small positive number, rounded.
+fn times(ratio: f64) -> u64 {
+    (1..=100u64).rev().find(|n| *n as f64 <= ratio + 0.5).unwrap_or(1)
+}
+
+/// Adds a run to its cell.
+fn take(cell: &mut Cell, answer: Answer) {
+    match answer {
+        Answer::Skipped(reason) => cell.skipped = Some(reason),
+        Answer::Done(sample) => {
+            cell.samples.push(sample.host_ns / sample.ops);
+            cell.deviations.push((sample.guest_ns / sample.host_ns - 1.0) * 100.0);
+            if cell.check.as_ref().is_some_and(|check| *check != sample.check) {
+                cell.error = Some(format!(
+                    "computed {} and then {}",
+                    cell.check.clone().unwrap_or_default(),
+                    sample.check
+                ));
+            }
+            cell.check = Some(sample.check);
+        }
+    }
+}
+
+impl Cell {
+    /// The median of the runs, unless it failed.
+    #[must_use]
+    pub fn value(&self) -> Option<f64> {
+        if self.error.is_some() { None } else { stats::median(&self.samples) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(host_ns: f64, check: &str) -> Sample {
+        Sample { host_ns, guest_ns: host_ns * 0.99, ops: 10.0, check: check.to_owned() }
+    }
+
+    #[test]
+    fn calibration_grows_towards_the_target() {
+        let target = Duration::from_millis(60);
+        assert_eq!(next_count(1, &sample(100.0, ""), target), Some(50));
+        assert_eq!(next_count(100, &sample(6e6, ""), target), Some(1000));
+        assert_eq!(next_count(100, &sample(45e6, ""), target), None);
+        assert_eq!(next_count(1, &sample(9e9, ""), target), None);
+        assert_eq!(next_count(u64::MAX, &sample(1.0, ""), target), None);
+    }
+
+    #[test]
+    fn cell_collects_times_per_operation() {
+        let mut cell = Cell::default();
+        take(&mut cell, Answer::Done(sample(1000.0, "a")));
+        take(&mut cell, Answer::Done(sample(3000.0, "a")));
+        assert_eq!(cell.value(), Some(200.0));
+        assert!((cell.deviations[0] + 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn cell_with_changing_results_has_no_value() {
+        let mut cell = Cell::default();
+        take(&mut cell, Answer::Done(sample(1000.0, "a")));
+        take(&mut cell, Answer::Done(sample(1000.0, "b")));
+        assert_eq!(cell.value(), None);
+    }
+}

@@ -1,0 +1,57 @@
+//! `trellis bench`: the same programs natively and under each engine, side by side in one run.
+//!
+//! The way of the data: [`args`] says what is wanted → [`catalog`] names benchmarks and [`mode`] names modes → a
+//! [`session`] is one running copy of the program (`guest_bench`), as a process or as process 1 of a guest that [`guest`]
+//! puts together → [`matrix`] calibrates and measures in turn → [`stats`] → [`report`] as JSON or, by [`table`], as text.
+//!
+//! Durations are taken on the host's clock when marks arrive; the guest's own clock is only checked against it.
+
+pub mod args;
+pub mod catalog;
+pub mod guest;
+pub mod host;
+pub mod matrix;
+pub mod mode;
+pub mod progress;
+pub mod report;
+pub mod session;
+pub mod stats;
+pub mod table;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::Context as _;
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+pub use args::BenchArgs;
+use matrix::Matrix;
+use progress::Progress;
+use report::Report;
+
+/// Runs `trellis bench`; returns what is for standard output, and the exit status.
+///
+/// # Errors
+/// What keeps the whole run from happening; what befalls one benchmark or mode is a line of the result.
+pub fn run(args: &BenchArgs) -> anyhow::Result<(String, ExitCode)> {
+    if args.list {
+        return Ok((catalog::list(), ExitCode::SUCCESS));
+    }
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted)).context("cannot watch for signals")?;
+    }
+    let plan = args.plan();
+    let place =
+        guest::Place::prepare(plan.modes.iter().any(|mode| mode.needs_kernel()), args.kernel.as_deref())?;
+    let progress = Progress::new();
+    let mut matrix = Matrix::new(&plan, &place, &progress, &interrupted);
+    let measured = matrix.run();
+    drop(matrix);
+    drop(progress);
+    let report = Report::new(&plan, &place, measured?);
+    let text = if args.json { report.json() } else { table::render(&report) };
+    let status = if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    Ok((text, status))
+}

@@ -1,0 +1,134 @@
+//! The modes: ways to run the program. A new engine is a line of [`MODES`].
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::Command;
+
+use super::guest::{CMDLINE, MEMORY, Place};
+
+/// What `--modes` is when it is not given.
+pub const DEFAULT: &str = "native,interp,bt,tcg";
+
+/// A way to run the program.
+#[derive(Debug)]
+pub struct Mode {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// What it is, in a line.
+    pub about: &'static str,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// A process of this host.
+    Native,
+    /// A guest of ours under this engine.
+    Trellis(&'static str),
+    /// A guest of QEMU under this accelerator.
+    Qemu(&'static str),
+}
+
+const QEMU: &str = "qemu-system-x86_64";
+
+/// All modes.
+pub const MODES: &[Mode] = &[
+    Mode { name: "native", about: "a process of this host", kind: Kind::Native },
+    Mode { name: "interp", about: "trellis --engine interp", kind: Kind::Trellis("interp") },
+    Mode { name: "bt", about: "trellis --engine bt", kind: Kind::Trellis("bt") },
+    Mode { name: "kvm", about: "trellis --engine kvm", kind: Kind::Trellis("kvm") },
+    Mode { name: "tcg", about: "QEMU -accel tcg -cpu max, if installed", kind: Kind::Qemu("tcg") },
+    Mode { name: "qemu-kvm", about: "QEMU -accel kvm -cpu max, if installed", kind: Kind::Qemu("kvm") },
+];
+
+/// The mode that the others are compared with.
+pub const REFERENCE: &str = "native";
+
+impl Mode {
+    /// Whether the program runs in a guest.
+    #[must_use]
+    pub fn needs_kernel(&self) -> bool {
+        !matches!(self.kind, Kind::Native)
+    }
+
+    /// The command that starts the program. Commands to the program go to its standard input, answers and marks come on
+    /// its standard error, a guest's serial line on its standard output.
+    ///
+    /// # Errors
+    /// Why this host cannot do it, in a line.
+    pub fn command(&self, place: &Place) -> Result<Command, String> {
+        match self.kind {
+            Kind::Native => {
+                let mut command = Command::new(&place.program);
+                command.current_dir(&place.scratch);
+                Ok(command)
+            }
+            Kind::Trellis(engine) => trellis(engine, self.name, place),
+            Kind::Qemu(accelerator) => qemu(accelerator, place),
+        }
+    }
+
+    /// What runs the program, with its version.
+    #[must_use]
+    pub fn version(&self) -> String {
+        match self.kind {
+            Kind::Native => "native".to_owned(),
+            Kind::Trellis(_) => concat!("trellis ", env!("CARGO_PKG_VERSION")).to_owned(),
+            Kind::Qemu(_) => qemu_version(),
+        }
+    }
+}
+
+fn trellis(engine: &str, mode: &str, place: &Place) -> Result<Command, String> {
+    let program = std::env::current_exe().map_err(|error| format!("cannot find this program: {error}"))?;
+    let guest = place.guest.as_ref().ok_or("there is no kernel")?;
+    let mut command = Command::new(program);
+    command.args(["boot", "--engine", engine, "--memory", MEMORY, "--cpus", "1", "--no-reboot"]);
+    command.args(["--append", CMDLINE, "--serial", "stdio", "--debugcon", "file:/dev/stderr"]);
+    command.args(["--name", &format!("bench-{mode}-{}", std::process::id()), "--control", "none"]);
+    command.arg("--kernel").arg(&guest.kernel).arg("--initrd").arg(&guest.initrd);
+    Ok(command)
+}
+
+fn qemu(accelerator: &str, place: &Place) -> Result<Command, String> {
+    let program = find_in_path(QEMU).ok_or_else(|| format!("{QEMU} is not installed"))?;
+    let guest = place.guest.as_ref().ok_or("there is no kernel")?;
+    let mut command = Command::new(program);
+    command.args(["-accel", accelerator, "-cpu", "max", "-m", MEMORY, "-smp", "1", "-no-reboot"]);
+    command.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-append", CMDLINE]);
+    command.args(["-chardev", "file,id=marks,path=/dev/stderr", "-device"]);
+    command.arg("isa-debugcon,iobase=0xe9,chardev=marks");
+    command.arg("-kernel").arg(&guest.kernel).arg("-initrd").arg(&guest.initrd);
+    Ok(command)
+}
+
+fn find_in_path(name: &str) -> Option<PathBuf> {
+    let path: OsString = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|directory| directory.join(name)).find(|file| file.is_file())
+}
+
+/// The first line of `--version`.
+fn qemu_version() -> String {
+    let output = Command::new(QEMU).arg("--version").output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    text.lines().next().unwrap_or("QEMU").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn default_modes_exist_and_begin_with_the_reference() {
+        let names: Vec<&str> = DEFAULT.split(',').collect();
+        assert_eq!(names[0], REFERENCE);
+        assert!(names.iter().all(|name| MODES.iter().any(|mode| mode.name == *name)));
+    }
+
+    #[test]
+    fn guests_without_a_kernel_are_refused_with_a_reason() {
+        let place = Place::prepare(false, None).unwrap();
+        let interp = MODES.iter().find(|mode| mode.name == "interp").unwrap();
+        assert!(interp.command(&place).unwrap_err().contains("kernel"));
+    }
+}

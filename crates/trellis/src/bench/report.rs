@@ -1,0 +1,301 @@
+//! The result, in the form of `--json`.
+
+use serde::Serialize;
+
+use super::args::Plan;
+use super::guest::{MEMORY, Place};
+use super::host::Host;
+use super::matrix::{Cell, Measured, ModeResult};
+use super::mode::{Mode, REFERENCE};
+use super::{catalog::Benchmark, stats};
+
+/// Version of the form; it grows when a reader of the old would misunderstand.
+const FORMAT: u32 = 1;
+/// Guest time may differ from host time by so many percent.
+const MAX_DEVIATION: f64 = 2.0;
+/// Every value's unit.
+const UNIT: &str = "ns/op";
+
+/// A whole run.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Version of this form.
+    pub format: u32,
+    /// Version of the program.
+    pub trellis: &'static str,
+    /// The host.
+    pub host: Host,
+    /// How it was measured.
+    pub settings: Settings,
+    /// The modes.
+    pub modes: Vec<ModeRow>,
+    /// Benchmark by benchmark, mode by mode.
+    pub rows: Vec<Row>,
+    /// What a reader must know.
+    pub notes: Vec<String>,
+}
+
+/// How it was measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct Settings {
+    /// Runs of each cell.
+    pub runs: u32,
+    /// Milliseconds that a run was to last.
+    pub target_ms: u64,
+    /// Whether `--quick` was given.
+    pub quick: bool,
+    /// Memory of guests.
+    pub guest_memory: &'static str,
+    /// CPUs of guests.
+    pub guest_cpus: u32,
+    /// Kernel of guests.
+    pub guest_kernel: Option<String>,
+}
+
+/// A mode.
+#[derive(Clone, Debug, Serialize)]
+pub struct ModeRow {
+    /// Its name.
+    pub name: &'static str,
+    /// What it is.
+    pub about: &'static str,
+    /// What ran the program.
+    pub version: String,
+    /// Why it was left out.
+    pub skipped: Option<String>,
+    /// Seconds from the start of the process to the program's first answer (for guests, through the boot of the kernel).
+    pub boot_seconds: Option<f64>,
+    /// Geometric mean of the rows' percent of native.
+    pub percent_of_native: Option<f64>,
+    /// The largest median deviation of guest time from host time, in percent.
+    pub guest_time_deviation_percent: Option<f64>,
+}
+
+/// A benchmark in a mode.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// The benchmark.
+    pub benchmark: &'static str,
+    /// The mode.
+    pub mode: &'static str,
+    /// Median of the runs.
+    pub value: Option<f64>,
+    /// Its unit.
+    pub unit: &'static str,
+    /// What one operation is.
+    pub operation: &'static str,
+    /// Native time by this time.
+    pub percent_of_native: Option<f64>,
+    /// Largest minus smallest run, in percent of the median.
+    pub spread: Option<f64>,
+    /// The runs, in order.
+    pub samples: Vec<f64>,
+    /// Iterations of a run.
+    pub iterations: u64,
+    /// Median of guest time against host time, in percent.
+    pub guest_time_deviation_percent: Option<f64>,
+    /// Why there is no value although nothing failed.
+    pub skipped: Option<String>,
+    /// What failed.
+    pub error: Option<String>,
+}
+
+impl Report {
+    /// Puts together what was measured.
+    #[must_use]
+    pub fn new(plan: &Plan, place: &Place, measured: Measured) -> Self {
+        let Measured { mut cells, modes } = measured;
+        cells.iter_mut().for_each(|row| compare_results(&plan.modes, row));
+        let rows: Vec<Row> =
+            plan.benchmarks.iter().zip(&cells).flat_map(|(b, row)| rows_of(b, &plan.modes, row)).collect();
+        let modes: Vec<ModeRow> =
+            plan.modes.iter().zip(modes).map(|(mode, result)| mode_row(mode, result, &rows)).collect();
+        let notes = notes(&modes, &rows);
+        Self {
+            format: FORMAT,
+            trellis: env!("CARGO_PKG_VERSION"),
+            host: Host::now(),
+            settings: Settings {
+                runs: plan.runs,
+                target_ms: u64::try_from(plan.target.as_millis()).unwrap_or(u64::MAX),
+                quick: plan.quick,
+                guest_memory: MEMORY,
+                guest_cpus: 1,
+                guest_kernel: place.guest.as_ref().map(|guest| guest.kernel_name.clone()),
+            },
+            modes,
+            rows,
+            notes,
+        }
+    }
+
+    /// As JSON.
+    #[must_use]
+    pub fn json(&self) -> String {
+        let mut text = serde_json::to_string_pretty(self).expect("the report is plain data");
+        text.push('\n');
+        text
+    }
+
+    /// Whether something was measured and nothing failed.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        self.rows.iter().any(|row| row.value.is_some()) && self.rows.iter().all(|row| row.error.is_none())
+    }
+
+    /// The row of a benchmark in a mode.
+    #[must_use]
+    pub fn row(&self, benchmark: &str, mode: &str) -> Option<&Row> {
+        self.rows.iter().find(|row| row.benchmark == benchmark && row.mode == mode)
+    }
+}
+
+/// A mode that computes something else than the first mode that ran is wrong.
+fn compare_results(modes: &[&Mode], row: &mut [Cell]) {
+    let first = row.iter().zip(modes).find_map(|(cell, mode)| Some((cell.check.clone()?, mode.name)));
+    let Some((expected, reference)) = first else { return };
+    for cell in row {
+        match &cell.check {
+            Some(check) if *check != expected && cell.error.is_none() => {
+                cell.error = Some(format!("wrong result: {check}, but {expected} in {reference}"));
+            }
+            _ => {}
+        }
+    }
+}
+
+fn rows_of(benchmark: &'static Benchmark, modes: &[&'static Mode], cells: &[Cell]) -> Vec<Row> {
+    let native = modes.iter().zip(cells).find(|(mode, _)| mode.name == REFERENCE);
+    let native = native.and_then(|(_, cell)| cell.value());
+    let row = |(mode, cell): (&&'static Mode, &Cell)| {
+        let value = cell.value();
+        Row {
+            benchmark: benchmark.name,
+            mode: mode.name,
+            value,
+            unit: UNIT,
+            operation: benchmark.operation,
+            percent_of_native: native.zip(value).map(|(native, value)| native / value * 100.0),
+            spread: value.and_then(|_| stats::spread_percent(&cell.samples)),
+            samples: cell.samples.clone(),
+            iterations: cell.count,
+            guest_time_deviation_percent: stats::median(&cell.deviations),
+            skipped: cell.skipped.clone(),
+            error: cell.error.clone(),
+        }
+    };
+    modes.iter().zip(cells).map(row).collect()
+}
+
+fn mode_row(mode: &'static Mode, result: ModeResult, rows: &[Row]) -> ModeRow {
+    let own = || rows.iter().filter(|row| row.mode == mode.name);
+    let percents: Vec<f64> = own().filter_map(|row| row.percent_of_native).collect();
+    let deviations = own().filter_map(|row| row.guest_time_deviation_percent);
+    ModeRow {
+        name: mode.name,
+        about: mode.about,
+        version: mode.version(),
+        skipped: result.skipped,
+        boot_seconds: stats::median(&result.boots),
+        percent_of_native: stats::geometric_mean(&percents),
+        guest_time_deviation_percent: deviations.max_by(|a, b| a.abs().total_cmp(&b.abs())),
+    }
+}
+
+fn notes(modes: &[ModeRow], rows: &[Row]) -> Vec<String> {
+    let mut notes = Vec::new();
+    for mode in modes {
+        if let Some(reason) = &mode.skipped {
+            notes.push(format!("{} is left out: {reason}", mode.name));
+        }
+    }
+    for row in rows {
+        if let Some(error) = &row.error {
+            notes.push(format!("{} ({}) failed: {error}", row.benchmark, row.mode));
+        } else if let (Some(reason), false) = (&row.skipped, is_left_out(modes, row)) {
+            notes.push(format!("{} ({}) is left out: {reason}", row.benchmark, row.mode));
+        }
+        match row.guest_time_deviation_percent {
+            Some(percent) if percent.abs() > MAX_DEVIATION => {
+                notes.push(format!(
+                    "{} ({}): guest time is {percent:+.1} % off host time",
+                    row.benchmark, row.mode
+                ));
+            }
+            _ => {}
+        }
+    }
+    notes
+}
+
+fn is_left_out(modes: &[ModeRow], row: &Row) -> bool {
+    modes.iter().any(|mode| mode.name == row.mode && mode.skipped.is_some())
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::bench::{catalog::BENCHMARKS, mode::MODES};
+
+    /// Two benchmarks in native, interp and a mode that is not there.
+    pub fn example() -> Report {
+        let plan = Plan {
+            benchmarks: BENCHMARKS[..2].iter().collect(),
+            modes: MODES[..3].iter().collect(),
+            runs: 2,
+            target: Duration::from_millis(60),
+            timeout: Duration::from_secs(1),
+            quick: true,
+        };
+        let cell = |samples: &[f64], check: &str| Cell {
+            samples: samples.to_vec(),
+            deviations: vec![-0.5; samples.len()],
+            check: Some(check.to_owned()),
+            count: 7,
+            ..Cell::default()
+        };
+        let absent = || Cell { skipped: Some("the mode is not available".to_owned()), ..Cell::default() };
+        let cells = vec![
+            vec![cell(&[1.0, 3.0], "a"), cell(&[40.0, 40.0], "a"), absent()],
+            vec![cell(&[2.0, 2.0], "b"), cell(&[40.0, 40.0], "c"), absent()],
+        ];
+        let mut modes = vec![ModeResult { boots: vec![1.5], skipped: None }; 2];
+        modes.push(ModeResult { boots: Vec::new(), skipped: Some("not built yet".to_owned()) });
+        Report::new(&plan, &Place::prepare(false, None).unwrap(), Measured { cells, modes })
+    }
+
+    #[test]
+    fn rows_have_value_percent_and_spread() {
+        let report = example();
+        let row = report.row("sum", "interp").unwrap();
+        assert_eq!((row.value, row.percent_of_native, row.spread), (Some(40.0), Some(5.0), Some(0.0)));
+        assert_eq!(report.row("sum", "native").unwrap().spread, Some(100.0));
+        assert_eq!(report.row("sum", "bt").unwrap().value, None);
+    }
+
+    #[test]
+    fn wrong_result_is_a_failure() {
+        let report = example();
+        let error = report.row("callret", "interp").unwrap().error.clone().unwrap();
+        assert!(error.contains("wrong result: c, but b in native"), "{error}");
+        assert!(!report.is_good());
+        assert!(report.notes.iter().any(|note| note == "bt is left out: not built yet"));
+        assert_eq!(report.notes.len(), 2, "{:?}", report.notes);
+    }
+
+    #[test]
+    fn json_has_the_promised_keys() {
+        let value: serde_json::Value = serde_json::from_str(&example().json()).unwrap();
+        let row = &value["rows"][1];
+        assert_eq!(row["benchmark"], "sum");
+        assert_eq!(row["mode"], "interp");
+        assert_eq!(row["value"], 40.0);
+        assert_eq!(row["unit"], "ns/op");
+        assert_eq!(row["percent_of_native"], 5.0);
+        assert_eq!(row["spread"], 0.0);
+        assert!(value["rows"][2]["value"].is_null());
+        assert!(value["host"]["cpu"].is_string() && value["modes"][1]["version"].is_string());
+    }
+}

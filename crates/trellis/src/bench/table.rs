@@ -1,0 +1,195 @@
+//! The result as text.
+
+use super::catalog::Benchmark;
+use super::matrix::Cell;
+use super::mode::{Mode, REFERENCE};
+use super::report::{Report, Row};
+use super::stats;
+
+/// The table, what it was measured on, and the notes.
+#[must_use]
+pub fn render(report: &Report) -> String {
+    let shown: Vec<&str> =
+        report.modes.iter().filter(|mode| mode.skipped.is_none()).map(|mode| mode.name).collect();
+    let mut lines = vec![header(&shown)];
+    let mut benchmarks: Vec<&str> = report.rows.iter().map(|row| row.benchmark).collect();
+    benchmarks.dedup();
+    for name in benchmarks {
+        let rows: Vec<Option<&Row>> = shown.iter().map(|mode| report.row(name, mode)).collect();
+        let operation = rows.iter().flatten().next().map_or("", |row| row.operation);
+        let mut line = vec![name.to_owned(), operation.to_owned()];
+        rows.iter().zip(&shown).for_each(|(row, mode)| line.extend(row_cells(*row, *mode == REFERENCE)));
+        lines.push(line);
+    }
+    lines.push(means(report, &shown));
+    let mut text = align(&lines);
+    text.push('\n');
+    footer(report).into_iter().chain(report.notes.clone()).for_each(|line| {
+        text.push_str(&line);
+        text.push('\n');
+    });
+    text
+}
+
+fn header(modes: &[&str]) -> Vec<String> {
+    let mut line = vec!["benchmark".to_owned(), "per".to_owned()];
+    for mode in modes {
+        line.push((*mode).to_owned());
+        if *mode != REFERENCE {
+            line.push("of native".to_owned());
+        }
+        line.push("spread".to_owned());
+    }
+    line
+}
+
+/// Value, percent of native unless it is native, spread.
+fn row_cells(row: Option<&Row>, is_reference: bool) -> Vec<String> {
+    let value = match row {
+        Some(row) if row.error.is_some() => "failed".to_owned(),
+        Some(row) => row.value.map_or_else(|| "-".to_owned(), duration),
+        None => "-".to_owned(),
+    };
+    let spread = row.and_then(|row| row.spread).map_or_else(String::new, |spread| format!("{spread:.0} %"));
+    let percent = row.and_then(|row| row.percent_of_native).map_or_else(String::new, percent);
+    if is_reference { vec![value, spread] } else { vec![value, percent, spread] }
+}
+
+fn means(report: &Report, shown: &[&str]) -> Vec<String> {
+    let mut line = vec!["geometric mean".to_owned(), String::new()];
+    for mode in report.modes.iter().filter(|mode| shown.contains(&mode.name)) {
+        line.push(String::new());
+        if mode.name != REFERENCE {
+            line.push(mode.percent_of_native.map_or_else(String::new, percent));
+        }
+        line.push(String::new());
+    }
+    line
+}
+
+/// What it was measured on.
+fn footer(report: &Report) -> Vec<String> {
+    let host = &report.host;
+    let mut lines = vec![format!(
+        "Host: {}, {} CPUs, Linux {}{}, load average {:.1}.",
+        host.cpu,
+        host.cpus,
+        host.kernel,
+        if host.is_virtual { ", itself virtual" } else { "" },
+        host.load_average
+    )];
+    let settings = &report.settings;
+    if let Some(kernel) = &settings.guest_kernel {
+        lines.push(format!("Guests: {kernel}, 1 CPU, {}.", settings.guest_memory));
+    }
+    for mode in report.modes.iter().filter(|mode| mode.name != REFERENCE && mode.skipped.is_none()) {
+        let boot =
+            mode.boot_seconds.map_or_else(String::new, |seconds| format!(", {seconds:.2} s to its start"));
+        let clock = mode.guest_time_deviation_percent;
+        let clock =
+            clock.map_or_else(String::new, |percent| format!(", guest time at most {percent:+.1} % off"));
+        lines.push(format!("{}: {} ({}){boot}{clock}.", mode.name, mode.version, mode.about));
+    }
+    lines.push(format!(
+        "Medians of {} runs of about {} ms, taken in turn; spread is largest minus smallest by the median.",
+        settings.runs, settings.target_ms
+    ));
+    lines
+}
+
+/// A benchmark as a line of the log.
+#[must_use]
+pub fn line(benchmark: &Benchmark, modes: &[&Mode], cells: &[Cell]) -> String {
+    let part = |(mode, cell): (&&Mode, &Cell)| {
+        let value = match (&cell.error, stats::median(&cell.samples)) {
+            (Some(error), _) => format!("failed ({error})"),
+            (None, Some(value)) => duration(value),
+            (None, None) => "-".to_owned(),
+        };
+        format!("{} {value}", mode.name)
+    };
+    let parts: Vec<String> = modes.iter().zip(cells).map(part).collect();
+    format!("{}: {}", benchmark.name, parts.join(", "))
+}
+
+/// Nanoseconds in three or four digits with a fitting unit.
+#[must_use]
+pub fn duration(ns: f64) -> String {
+    let (value, unit) = match ns {
+        ns if ns < 1e3 => (ns, "ns"),
+        ns if ns < 1e6 => (ns / 1e3, "µs"),
+        ns if ns < 1e9 => (ns / 1e6, "ms"),
+        ns => (ns / 1e9, "s"),
+    };
+    let decimals = if value < 1.0 {
+        3
+    } else if value < 10.0 {
+        2
+    } else {
+        usize::from(value < 100.0)
+    };
+    format!("{value:.decimals$} {unit}")
+}
+
+/// A percentage with as many digits as it is worth.
+fn percent(percent: f64) -> String {
+    let decimals = if percent < 1.0 { 2 } else { usize::from(percent < 10.0) };
+    format!("{percent:.decimals$} %")
+}
+
+/// Columns as wide as their widest field: the first two to the left, the others to the right.
+fn align(lines: &[Vec<String>]) -> String {
+    let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
+    let field = |line: &[String], column: usize| line.get(column).map_or(0, |text| text.chars().count());
+    let widths: Vec<usize> =
+        (0..columns).map(|column| lines.iter().map(|line| field(line, column)).max().unwrap_or(0)).collect();
+    let mut text = String::new();
+    for line in lines {
+        let fields = line.iter().zip(&widths).enumerate().map(|(column, (field, &width))| match column {
+            0 | 1 => format!("{field:width$}"),
+            _ => format!("{field:>width$}"),
+        });
+        text.push_str(fields.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::report::tests::example;
+
+    #[test]
+    fn table_has_a_line_a_benchmark() {
+        let text = render(&example());
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[0].starts_with("benchmark") && lines[0].contains("interp") && !lines[0].contains("bt"));
+        assert!(lines[1].contains("2.00 ns") && lines[1].contains("5.0 %"), "{text}");
+        assert!(lines[2].contains("failed"), "{text}");
+        assert!(lines[3].starts_with("geometric mean"));
+        assert!(text.contains("bt is left out: not built yet"), "{text}");
+    }
+
+    #[test]
+    fn durations_choose_their_unit() {
+        let cases = [
+            (0.25, "0.250 ns"),
+            (12.34, "12.3 ns"),
+            (999.0, "999 ns"),
+            (1500.0, "1.50 µs"),
+            (2.5e7, "25.0 ms"),
+            (3e9, "3.00 s"),
+        ];
+        for (ns, expected) in cases {
+            assert_eq!(duration(ns), expected);
+        }
+    }
+
+    #[test]
+    fn columns_are_aligned() {
+        let lines =
+            vec![vec!["a".into(), "b".into(), "1".into()], vec!["long".into(), "x".into(), "µ10".into()]];
+        assert_eq!(align(&lines), "a     b    1\nlong  x  µ10\n");
+    }
+}

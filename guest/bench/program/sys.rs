@@ -1,0 +1,117 @@
+//! Linux system calls (`arch/x86/entry/syscalls/syscall_64.tbl`), and memory from `mmap`.
+
+use core::arch::asm;
+
+pub const SYS_READ: usize = 0;
+pub const SYS_WRITE: usize = 1;
+pub const SYS_OPEN: usize = 2;
+pub const SYS_CLOSE: usize = 3;
+pub const SYS_MMAP: usize = 9;
+pub const SYS_MPROTECT: usize = 10;
+pub const SYS_MUNMAP: usize = 11;
+pub const SYS_RT_SIGACTION: usize = 13;
+pub const SYS_PWRITE64: usize = 18;
+pub const SYS_PIPE: usize = 22;
+pub const SYS_DUP2: usize = 33;
+pub const SYS_GETPID: usize = 39;
+pub const SYS_FORK: usize = 57;
+pub const SYS_EXECVE: usize = 59;
+pub const SYS_EXIT: usize = 60;
+pub const SYS_WAIT4: usize = 61;
+pub const SYS_UNLINK: usize = 87;
+pub const SYS_GETPPID: usize = 110;
+pub const SYS_REBOOT: usize = 169;
+pub const SYS_SCHED_SETAFFINITY: usize = 203;
+pub const SYS_CLOCK_GETTIME: usize = 228;
+pub const SYS_GETCPU: usize = 309;
+
+/// A system call with up to six arguments; errors are small negative numbers.
+#[inline(always)]
+pub fn call(number: usize, args: [usize; 6]) -> isize {
+    let result: isize;
+    // SAFETY: what the call does to memory is what its caller asked for with pointers to its own memory.
+    unsafe {
+        asm!("syscall", inlateout("rax") number => result, in("rdi") args[0], in("rsi") args[1], in("rdx") args[2],
+             in("r10") args[3], in("r8") args[4], in("r9") args[5], lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    result
+}
+
+#[inline(always)]
+pub fn call3(number: usize, a: usize, b: usize, c: usize) -> isize {
+    call(number, [a, b, c, 0, 0, 0])
+}
+
+pub fn exit(status: usize) -> ! {
+    loop {
+        call3(SYS_EXIT, status, 0, 0);
+    }
+}
+
+pub fn write_all(fd: i32, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        let n = call3(SYS_WRITE, fd as usize, bytes.as_ptr() as usize, bytes.len());
+        if n <= 0 {
+            return;
+        }
+        bytes = &bytes[n as usize..];
+    }
+}
+
+pub fn read(fd: i32, bytes: &mut [u8]) -> isize {
+    call3(SYS_READ, fd as usize, bytes.as_mut_ptr() as usize, bytes.len())
+}
+
+/// CLOCK_MONOTONIC, by the system call: the program has no vDSO.
+pub fn now_ns() -> u64 {
+    let mut time = [0u64; 2];
+    call3(SYS_CLOCK_GETTIME, 1, time.as_mut_ptr() as usize, 0);
+    time[0] * 1_000_000_000 + time[1]
+}
+
+pub const READ_WRITE: usize = 3;
+pub const READ_WRITE_EXEC: usize = 7;
+
+/// Anonymous memory; `None` if the system has none.
+pub fn map(len: usize, protection: usize) -> Option<*mut u8> {
+    let at = call(SYS_MMAP, [0, len, protection, 0x22, usize::MAX, 0]); // MAP_PRIVATE | MAP_ANONYMOUS
+    (at > 0 || at < -4096).then_some(at as *mut u8)
+}
+
+pub fn unmap(at: *mut u8, len: usize) {
+    call3(SYS_MUNMAP, at as usize, len, 0);
+}
+
+pub fn close(fd: i32) {
+    call3(SYS_CLOSE, fd as usize, 0, 0);
+}
+
+pub fn pipe() -> [i32; 2] {
+    let mut fds = [-1; 2];
+    call3(SYS_PIPE, fds.as_mut_ptr() as usize, 0, 0);
+    fds
+}
+
+pub fn fork() -> isize {
+    call3(SYS_FORK, 0, 0, 0)
+}
+
+pub fn wait(pid: isize) -> u64 {
+    let mut status = 0u32;
+    call(SYS_WAIT4, [pid as usize, &raw mut status as usize, 0, 0, 0, 0]);
+    u64::from(status)
+}
+
+/// Keeps this process and its children on the CPU it runs on, as a guest with one CPU does; `unpin` undoes it.
+pub fn pin() {
+    let mut cpu = 0u32;
+    call3(SYS_GETCPU, &raw mut cpu as usize, 0, 0);
+    let mut mask = [0u64; 16];
+    mask[(cpu as usize / 64) % 16] = 1 << (cpu % 64);
+    call3(SYS_SCHED_SETAFFINITY, 0, size_of_val(&mask), mask.as_ptr() as usize);
+}
+
+pub fn unpin() {
+    let mask = [u64::MAX; 16];
+    call3(SYS_SCHED_SETAFFINITY, 0, size_of_val(&mask), mask.as_ptr() as usize);
+}
