@@ -151,6 +151,14 @@ impl Control {
         self.lock().events.pop_front()
     }
 
+    /// The next event that is acted on while the machine is paused; the others wait.
+    pub fn next_in_pause(&self) -> Option<Event> {
+        let mut inner = self.lock();
+        let acts = |e: &Event| matches!(e, Event::Quit | Event::Panic | Event::Stats(_) | Event::Save(_));
+        let at = inner.events.iter().position(acts)?;
+        inner.events.remove(at)
+    }
+
     /// The machine is replaced by a fresh one: forgets what the old one wished.
     pub fn forget_the_guests(&self) {
         self.lock().events.retain(|e| !e.is_the_guests());

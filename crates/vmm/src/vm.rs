@@ -5,6 +5,7 @@
 //! Lock order: slot → device → interrupt controllers → local APIC → control.
 
 use std::any::Any;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
@@ -56,6 +57,9 @@ pub enum Outcome {
         rip: u64,
     },
 }
+
+/// How often a machine that is paused looks for requests.
+const PAUSE_LOOK: Duration = Duration::from_millis(20);
 
 /// Requests that a snapshot must not lose; interrupts come back from the local APICs' state.
 const KEPT_SIGNALS: u32 = Signal::NMI.0 | Signal::INIT.0 | Signal::SIPI.0 | 0xff << 24;
@@ -111,6 +115,9 @@ impl Vm {
         if config.clock == ClockMode::Icount && cpus != 1 {
             return Err(VmError::IcountCpus(config.cpus));
         }
+        if config.engine == crate::EngineKind::Bt && (cpus != 1 || config.clock == ClockMode::Icount) {
+            return Err(VmError::BtAlone);
+        }
         let plan = Blueprint {
             memory_bytes: config.memory_bytes,
             cpus,
@@ -155,7 +162,7 @@ impl Vm {
         let clock = Arc::new(GuestClock::new(self.clock_mode, wall_base_ns));
         let machine = Machine::new(&self.plan, mem, clock)?;
         machine.firmware_setup();
-        self.vcpus = machine.vcpus(&self.plan);
+        self.vcpus = machine.vcpus(&self.plan)?;
         let phys_bits = self.plan.model.phys_bits();
         let bootstrap = vcpu::bootstrap_processor(&entry, phys_bits);
         for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
@@ -175,7 +182,7 @@ impl Vm {
         let mem = GuestMemory::new(self.plan.memory_bytes)?;
         snapshot.fill(&mem);
         let machine = Machine::new(&self.plan, mem, Arc::new(GuestClock::restore(&state.clock)))?;
-        self.vcpus = machine.vcpus(&self.plan);
+        self.vcpus = machine.vcpus(&self.plan)?;
         for (vcpu, saved) in self.vcpus.iter_mut().zip(&state.vcpus) {
             vcpu.restore(&saved.state);
         }
@@ -289,7 +296,7 @@ impl Vm {
     fn run_until(&mut self, end: Option<Instant>) -> Result<Outcome, VmError> {
         loop {
             while let Some(event) = self.plan.control.next() {
-                if let Some(outcome) = self.act(event)? {
+                if let Some(outcome) = self.act(event, end)? {
                     return Ok(outcome);
                 }
             }
@@ -299,7 +306,7 @@ impl Vm {
         }
     }
 
-    fn act(&mut self, event: Event) -> Result<Option<Outcome>, VmError> {
+    fn act(&mut self, event: Event, limit: Option<Instant>) -> Result<Option<Outcome>, VmError> {
         let end = match event {
             Event::PowerOff => Outcome::PoweredOff,
             Event::Reset if self.no_reboot => Outcome::Reset,
@@ -325,11 +332,10 @@ impl Vm {
                 return Ok(None);
             }
             Event::Pause(resumed, paused) => {
-                if paused.send(()).is_ok() {
-                    // The other end is dropped: an error, which means "go on".
-                    let _go_on = resumed.recv();
-                }
-                return Ok(None);
+                return match paused.send(()) {
+                    Ok(()) => self.stand_still(&resumed, limit),
+                    Err(_) => Ok(None),
+                };
             }
             // Its join has said more by now; a panicking thread cannot be gone without a trace.
             Event::Panic => {
@@ -337,6 +343,26 @@ impl Vm {
             }
         };
         Ok(Some(end))
+    }
+
+    /// Waits for the end of a pause: the other end is dropped, an error. Somebody may ask for statistics or a snapshot, or
+    /// for the end, meanwhile; the end may come by itself.
+    fn stand_still(
+        &mut self,
+        resumed: &Receiver<()>,
+        limit: Option<Instant>,
+    ) -> Result<Option<Outcome>, VmError> {
+        while resumed.recv_timeout(PAUSE_LOOK) == Err(RecvTimeoutError::Timeout) {
+            while let Some(event) = self.plan.control.next_in_pause() {
+                if let Some(outcome) = self.act(event, limit)? {
+                    return Ok(Some(outcome));
+                }
+            }
+            if limit.is_some_and(|limit| Instant::now() >= limit) {
+                return Ok(Some(Outcome::Timeout));
+            }
+        }
+        Ok(None)
     }
 
     fn rip(&mut self, vcpu: usize) -> u64 {
