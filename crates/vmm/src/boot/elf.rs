@@ -8,6 +8,7 @@ const ET_DYN: u16 = 3;
 const EM_386: u16 = 3;
 const EM_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
+const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 /// Owner and type of the note with the 32-bit entry point (Xen `elfnote.h`).
 const XEN_OWNER: &[u8] = b"Xen\0";
@@ -37,6 +38,8 @@ pub(super) struct Elf<'a> {
     pub segments: Vec<Segment<'a>>,
     /// Address in the Xen PHYS32_ENTRY note.
     pub pvh_entry: Option<u64>,
+    /// It asks for a dynamic loader in /lib: a program for an operating system. (FreeBSD's kernels name `/red/herring`.)
+    pub is_user_program: bool,
 }
 
 /// One program header, widened to 64 bits.
@@ -93,7 +96,7 @@ impl<'a> Elf<'a> {
         let (entry, table) = (entry.ok_or_else(header)?, table.ok_or_else(header)?);
         let entry_size = u16_at(image, sizes).ok_or_else(header)?;
         let count = u16_at(image, sizes + 2).ok_or_else(header)?;
-        let mut elf = Self { class64, entry, segments: Vec::new(), pvh_entry: None };
+        let mut elf = Self { class64, entry, segments: Vec::new(), pvh_entry: None, is_user_program: false };
         for index in 0..u64::from(count) {
             elf.add(image, &program_header(image, class64, table, entry_size, index)?)?;
         }
@@ -112,6 +115,10 @@ impl<'a> Elf<'a> {
                 let data = contents(image, header, "a loadable ELF segment")?;
                 let (paddr, vaddr, size) = (header.paddr, header.vaddr, header.mem_size);
                 self.segments.push(Segment { paddr, vaddr, data, size });
+            }
+            PT_INTERP => {
+                let path = contents(image, header, "the ELF interpreter's name")?;
+                self.is_user_program |= path.starts_with(b"/lib");
             }
             PT_NOTE if self.pvh_entry.is_none() => {
                 let notes = contents(image, header, "the ELF note segment")?;

@@ -15,6 +15,12 @@ const CMDLINE_MAX: u16 = 2047;
 pub(super) fn load(mut loader: Loader<'_>) -> Result<InitialState, BootError> {
     let source = loader.source;
     let elf = elf::Elf::parse(&source.kernel)?;
+    if elf.is_user_program {
+        return Err(BootError::Unsupported {
+            what: "it is a program for Linux, not a kernel",
+            advice: "give a Linux bzImage, a kernel in ELF or a multiboot image",
+        });
+    }
     let entry = elf.checked_entry()?;
     let text = cmdline::terminated(&source.cmdline, CMDLINE_MAX.into())?;
     loader.put_segments(&elf)?;
