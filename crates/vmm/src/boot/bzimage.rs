@@ -14,6 +14,9 @@ use super::{BootError, EntryMode, InitialState, Loader, Protocol, cmdline, e820,
 pub(super) const MIN_HEADER: usize = 0x208;
 const SECTOR: usize = 512;
 const LOADED_HIGH: u8 = 1;
+/// `code32_start`, since protocol 2.00: where the setup code jumps in protected mode. Ours replaces it; a file that has
+/// nothing there has no kernel but its real-mode code.
+const CODE32_START: usize = 0x214;
 const KEEP_SEGMENTS: u8 = 1 << 6;
 const CAN_USE_HEAP: u8 = 1 << 7;
 const XLF_KERNEL_64: u16 = 1;
@@ -139,6 +142,12 @@ pub(super) fn load(mut loader: Loader<'_>, protocol: Protocol) -> Result<Initial
         return Err(BootError::Unsupported {
             what: "it is a zImage, which runs in the first 640 KiB",
             advice: "build the kernel as a bzImage",
+        });
+    }
+    if u32_at(&source.kernel, CODE32_START) == Some(0) {
+        return Err(BootError::Unsupported {
+            what: "it has no protected-mode entry: it is real-mode code that calls a BIOS, and this machine has none",
+            advice: "give a kernel that starts in protected mode: a Linux bzImage, an ELF or a multiboot image",
         });
     }
     let limit = usize::try_from(header.cmdline_size).unwrap_or(cmdline::MAX).min(cmdline::MAX);

@@ -16,6 +16,7 @@ pub(super) fn bzimage() -> Vec<u8> {
     put(&mut image, 0x202, b"HdrS");
     put(&mut image, 0x206, &0x020fu16.to_le_bytes());
     image[0x211] = 0x81;
+    put(&mut image, 0x214, &0x10_0000u32.to_le_bytes());
     put(&mut image, 0x22c, &0x7fff_ffffu32.to_le_bytes());
     put(&mut image, 0x230, &0x20_0000u32.to_le_bytes());
     image[0x234] = 1;

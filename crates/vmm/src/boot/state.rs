@@ -112,7 +112,8 @@ pub struct InitialState {
     pub segments: Segments,
     /// GDTR.
     pub gdtr: TableRegister,
-    /// IDTR: empty, since interrupts are off until the kernel has its own.
+    /// IDTR: the interrupt vector table, as it is on a PC whose boot loader came from a BIOS. Programs that go back to
+    /// real mode, as GRUB does, count on it; in protected mode its entries are no valid gates.
     pub idtr: TableRegister,
 }
 
@@ -193,7 +194,7 @@ impl InitialState {
             rflags: RFLAGS_FIXED,
             segments,
             gdtr: TableRegister { base: env.gdt, limit: GDT_BYTES - 1 },
-            idtr: TableRegister::default(),
+            idtr: TableRegister { base: 0, limit: 0x3ff },
         }
     }
 

@@ -75,6 +75,29 @@ fn bzimage_forced_or_without_64_bit_entry_boots_by_32_bit_entry() {
 }
 
 #[test]
+fn real_mode_finds_the_interrupt_vector_table() {
+    for kernel in
+        [samples::bzimage(), samples::multiboot_elf(true, false, 0), samples::elf(true, 0x20_0000, true)]
+    {
+        let (mem, state) = boot(64 * MIB, &source(kernel)).unwrap();
+        assert_eq!((state.idtr.base, state.idtr.limit), (0, 0x3ff));
+        for vector in 0..256 {
+            assert_eq!(u32_of(&mem, 4 * vector) >> 16, 0xf000);
+            // No gate of protected mode: an exception there ends at once, as without a table.
+            assert_eq!(u32_of(&mem, 4 * vector) >> 8 & 0x1f, 0);
+        }
+    }
+}
+
+#[test]
+fn bzimage_without_protected_mode_entry_is_refused() {
+    let mut s = source(samples::bzimage());
+    s.kernel[0x214..0x218].fill(0);
+    let error = boot(64 * MIB, &s).err().expect("refused").to_string();
+    assert!(error.contains("no protected-mode entry"), "{error}");
+}
+
+#[test]
 fn pvh_note_is_preferred_and_start_information_is_complete() {
     let mut s = source(samples::multiboot_elf(true, true, 0));
     s.initrd = Some(b"first".to_vec());
