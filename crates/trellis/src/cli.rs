@@ -6,6 +6,7 @@ use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueHint};
 
 use crate::bench::BenchArgs;
+use crate::control::{self, ControlTarget};
 use crate::image::Arch;
 use crate::options::{
     CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VmFlags,
@@ -20,6 +21,7 @@ Examples:
                                                    a kernel of this host
   trellis boot contract                            the built-in contract tests
   trellis run my-vm.toml --stats                   a machine described in a file
+  trellis list                                     running machines; see also stat, screendump, quit
   trellis image list                               what can be booted";
 
 const BOOT_EXAMPLES: &str = "\
@@ -64,6 +66,11 @@ Examples:
 
 Packages come from the sources in /etc/apt, through a private apt state: no root, and nothing of the machine's own
 apt changes. Images are kept in $XDG_CACHE_HOME/trellis (~/.cache/trellis).";
+
+const TYPE_EXAMPLES: &str = "\
+Examples:
+  trellis type 'root\\n'                   on the keyboard of the only machine
+  trellis type web --serial 'uname -a\\n'  on the serial line of the machine 'web'";
 
 const BENCH_EXAMPLES: &str = "\
 Examples:
@@ -120,6 +127,60 @@ pub enum Command {
         /// What to do.
         #[command(subcommand)]
         command: ImageCommand,
+    },
+    /// Show the running machines
+    List {
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the counts of a running machine: instructions, exits by cause, time
+    Stat {
+        /// Its name in `trellis list`; not needed when only one is running
+        vm: Option<String>,
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the VGA text screen of a running machine
+    Screendump {
+        /// Its name in `trellis list`; not needed when only one is running
+        vm: Option<String>,
+    },
+    /// Type on the keyboard of a running machine
+    #[command(override_usage = "trellis type [--serial] [VM] TEXT", after_help = TYPE_EXAMPLES)]
+    Type {
+        /// The machine's name, unless only one is running; what to type: \n is Enter, \t Tab, \b Backspace, \e Escape
+        #[arg(value_name = "TEXT", required = true, num_args = 1..=2)]
+        words: Vec<String>,
+        /// On the serial line instead of the PS/2 keyboard
+        #[arg(long)]
+        serial: bool,
+    },
+    /// Press the power button of a running machine: its system may shut down
+    Powerdown {
+        /// Its name in `trellis list`; not needed when only one is running
+        vm: Option<String>,
+    },
+    /// End a running machine at once
+    Quit {
+        /// Its name in `trellis list`; not needed when only one is running
+        vm: Option<String>,
+    },
+    /// Send a non-maskable interrupt to a running machine
+    Nmi {
+        /// Its name in `trellis list`; not needed when only one is running
+        vm: Option<String>,
+    },
+    /// Stop a running machine and its clock
+    Pause {
+        /// Its name in `trellis list`; not needed when only one is running
+        vm: Option<String>,
+    },
+    /// Let a paused machine go on
+    Resume {
+        /// Its name in `trellis list`; not needed when only one is running
+        vm: Option<String>,
     },
     /// Measure the same programs natively and under each engine, side by side
     #[command(after_help = BENCH_EXAMPLES)]
@@ -198,7 +259,7 @@ pub struct MachineArgs {
     /// Number of CPUs, 1 to 16 [default: 1]
     #[arg(long, value_name = "N", value_parser = parse_cpus, allow_hyphen_values = true, help_heading = "Machine")]
     cpus: Option<u32>,
-    /// CPU model: max, host, x86-64-v1 … v4, and features as in max,-avx512f [default: max]
+    /// CPU model: max, host, x86-64-v1 … v4, and features as in max,-avx512f; help lists them [default: max]
     #[arg(long, value_name = "MODEL[,+F,-F]", value_parser = parse_cpu, help_heading = "Machine")]
     cpu: Option<String>,
     /// What executes guest instructions [default: auto]
@@ -225,6 +286,12 @@ pub struct MachineArgs {
     /// A reset of the guest ends the run
     #[arg(long, help_heading = "Run")]
     no_reboot: bool,
+    /// What the machine is called for `trellis stat`, `quit` and others [default: vm-PID]
+    #[arg(long, value_parser = control::parse_name, help_heading = "Run")]
+    name: Option<String>,
+    /// Where its control socket is: a path, or none [default: in $XDG_RUNTIME_DIR/trellis]
+    #[arg(long, value_name = "PATH", value_parser = control::parse_target, help_heading = "Run")]
+    control: Option<ControlTarget>,
     /// End after so many seconds, with status 124
     #[arg(long, value_name = "SECONDS", value_parser = parse_timeout, allow_hyphen_values = true, help_heading = "Run")]
     timeout: Option<f64>,
@@ -261,6 +328,8 @@ impl MachineArgs {
             isa_debug_exit: self.isa_debug_exit,
             no_reboot: self.no_reboot,
             timeout_seconds: self.timeout,
+            name: self.name,
+            control: self.control,
             stats: self.stats,
             trace: self.trace,
             clock: self.clock,

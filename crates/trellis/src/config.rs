@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::control::{self, ControlTarget};
 use crate::options::{
     CharTarget, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VirtualExec, VmFlags, parse_char_target,
     parse_choice, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
@@ -30,6 +31,8 @@ const KEYS: &[&str] = &[
     "isa_debug_exit",
     "no_reboot",
     "timeout",
+    "name",
+    "control",
     "stats",
     "trace",
     "clock",
@@ -39,7 +42,7 @@ const MONITOR_KEYS: &[&str] = &["virtual_exec", "virtual_mmu"];
 
 /// A value that may be written as a number or as a string.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a number or a string is needed")]
 enum Number {
     Integer(i64),
     Float(f64),
@@ -57,14 +60,14 @@ impl Number {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a string or an array of strings is needed")]
 enum OneOrMany {
     One(String),
     Many(Vec<String>),
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "true, false or the name of a file is needed")]
 enum Switch {
     Bool(bool),
     Text(String),
@@ -98,6 +101,8 @@ struct File {
     #[serde(default)]
     no_reboot: bool,
     timeout: Option<Number>,
+    name: Option<String>,
+    control: Option<String>,
     stats: Option<Switch>,
     trace: Option<PathBuf>,
     clock: Option<String>,
@@ -110,7 +115,8 @@ struct File {
 /// # Errors
 /// One line: the file, the place in it, what is wrong, what to do.
 pub fn read(path: &Path) -> Result<VmFlags, String> {
-    let text = std::fs::read_to_string(path)
+    let text = crate::prepare::open_input(path)
+        .and_then(std::io::read_to_string)
         .map_err(|error| format!("cannot read {}: {error}; name a TOML file", path.display()))?;
     let base = path.parent().unwrap_or(Path::new(""));
     parse(&text, base).map_err(|error| format!("{}{error}", path.display()))
@@ -127,11 +133,10 @@ fn parse(text: &str, base: &Path) -> Result<VmFlags, String> {
     let file: File = table.try_into().map_err(|error: toml::de::Error| {
         // The error displays as "MESSAGE\nin `KEY`\n".
         let shown = error.to_string();
-        let key = shown.split('`').rev().nth(1).filter(|key| KEYS.contains(key)).unwrap_or_default();
-        let reason = error
-            .message()
-            .replace("data did not match any variant of untagged enum", "a value of the wrong type, not")
-            .replace('\n', ", ");
+        let key = shown.split('`').rev().nth(1).and_then(|path| path.rsplit('.').next());
+        let key = key.filter(|key| KEYS.contains(key) || MONITOR_KEYS.contains(key));
+        let key = key.unwrap_or_default();
+        let reason = error.message().replace('\n', ", ");
         format!(
             "{} {reason}{}",
             place(text, key),
@@ -232,6 +237,8 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         isa_debug_exit: file.isa_debug_exit,
         no_reboot: file.no_reboot,
         timeout_seconds: value(text, "timeout", file.timeout, |number| parse_timeout(&number.text()))?,
+        name: value(text, "name", file.name, |name| control::parse_name(&name))?,
+        control: value(text, "control", file.control, |target| relative_control(base, &target))?,
         stats: value(text, "stats", file.stats, |switch| stats_of(base, switch))?.flatten(),
         trace: file.trace.map(|path| base.join(path)),
         clock: value(text, "clock", file.clock, |name| parse_choice(&name))?,
@@ -259,6 +266,13 @@ fn relative_disk(base: &Path, text: &str) -> Result<DiskSpec, String> {
 fn relative_target(base: &Path, text: &str) -> Result<CharTarget, String> {
     Ok(match parse_char_target(text)? {
         CharTarget::File(path) => CharTarget::File(base.join(path)),
+        other => other,
+    })
+}
+
+fn relative_control(base: &Path, text: &str) -> Result<ControlTarget, String> {
+    Ok(match control::parse_target(text)? {
+        ControlTarget::Path(path) => ControlTarget::Path(base.join(path)),
         other => other,
     })
 }

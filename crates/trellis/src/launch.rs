@@ -6,7 +6,7 @@
 //! a display shows its last screen at the end.
 
 use std::fs::File;
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,10 +15,13 @@ use anyhow::Context as _;
 use vmm::boot::{self, BootSource, Protocol};
 use vmm::{ClockMode, DiskConfig, EngineKind, Outcome, Sink, Stats, Vm, VmConfig, VmHandle};
 
+use crate::control::{Info, server};
 use crate::display::{self, Display};
 use crate::options::{ClockChoice, StatsTarget, VgaChoice};
 use crate::prepare::{Module, Output, Prepared};
-use crate::terminal::{Console, ConsoleWriter, Handlers, InputHandler, QuitReason};
+use crate::terminal::{
+    Console, ConsoleWriter, FileWriter, Handlers, InputHandler, QuitReason, stop_waiting_after, tell,
+};
 
 /// What the contract suite writes to the exit port when all its tests passed.
 const CONTRACT_PASSED: u32 = 0x10;
@@ -69,17 +72,25 @@ type Reason = Arc<Mutex<Option<QuitReason>>>;
 pub fn launch(prepared: Prepared) -> anyhow::Result<ExitCode> {
     let wiring = Wiring::of(&prepared);
     let (is_contract, stats) = (prepared.is_contract, prepared.stats.clone());
+    let timeout = prepared.timeout_seconds.map(Duration::from_secs_f64);
+    let socket = server::bind(prepared.name.as_deref(), &prepared.control).map_err(anyhow::Error::msg)?;
+    let info = info(&prepared);
     let mut vm = Vm::new(config(prepared, &wiring)?)?;
     let handle = vm.handle();
+    let _control = socket.map(|socket| socket.serve(handle.clone(), info)).transpose()?;
     let reason = Reason::default();
     let console = Console::start(handlers(&handle, &wiring, &reason), wiring.reads_input())
         .context("cannot set up the terminal")?;
     let display =
         (wiring.display == display::Way::Live).then(|| Display::start(handle.clone())).transpose()?;
+    if let Some(limit) = timeout {
+        stop_waiting_after(limit);
+    }
     let outcome = vm.run();
     drop(display);
     if wiring.display == display::Way::AtEnd {
-        print!("{}", handle.screendump());
+        // A reader who has gone away does not want it.
+        let _gone = ConsoleWriter::new().write_all(handle.screendump().as_bytes());
     }
     drop(console);
     if let Some(target) = &stats {
@@ -87,6 +98,12 @@ pub fn launch(prepared: Prepared) -> anyhow::Result<ExitCode> {
     }
     let end = end_of(outcome?, is_contract, &reason);
     Ok(ExitCode::from(end.exit_status()))
+}
+
+/// What `trellis list` shows of the machine.
+fn info(prepared: &Prepared) -> Info {
+    let (guest, cpus, memory_bytes) = (prepared.kernel_name.clone(), prepared.cpus, prepared.memory_bytes);
+    Info { guest, cpus, memory_bytes, ..Info::default() }
 }
 
 /// Who gets the terminal.
@@ -115,7 +132,7 @@ impl Wiring {
         match output {
             Output::Stdio if self.display == display::Way::Live => None,
             Output::Stdio => Some(Box::new(ConsoleWriter::new())),
-            Output::File(file) => Some(Box::new(file)),
+            Output::File(file) => Some(Box::new(FileWriter(file))),
             Output::None => None,
         }
     }
@@ -146,7 +163,7 @@ fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
         // The contract suite tests it.
         save_at_marker: prepared.save_at_marker || prepared.is_contract,
         input: wiring.reads_input(),
-        trace: prepared.trace.map(|file: File| -> Sink { Box::new(file) }),
+        trace: prepared.trace.map(|file: File| -> Sink { Box::new(FileWriter(file)) }),
         ..VmConfig::new(source)
     })
 }
@@ -179,7 +196,7 @@ fn handlers(handle: &VmHandle, wiring: &Wiring, reason: &Reason) -> Handlers {
     } else {
         serial_input(handle.clone())
     };
-    let (quit, stats, resize) = (handle.clone(), handle.clone(), handle.clone());
+    let (quit, stats, screen, resize) = (handle.clone(), handle.clone(), handle.clone(), handle.clone());
     let reason = Arc::clone(reason);
     Handlers {
         input,
@@ -189,9 +206,11 @@ fn handlers(handle: &VmHandle, wiring: &Wiring, reason: &Reason) -> Handlers {
         }),
         stats: Box::new(move || {
             if let Some(stats) = stats.stats() {
-                eprint!("\n{stats}");
+                tell(&format!("\n{stats}"));
             }
         }),
+        // Cooked for a raw terminal: its output is processed.
+        screen: Box::new(move || tell(&format!("\n{}", screen.screendump()))),
         resize: Box::new(move |columns, rows| resize.resize(columns, rows)),
     }
 }
@@ -218,17 +237,17 @@ fn end_of(outcome: Outcome, is_contract: bool, reason: &Reason) -> End {
         Outcome::DebugExit(value) if is_contract => End::Contract(value == CONTRACT_PASSED),
         Outcome::DebugExit(value) => End::DebugExit(value),
         Outcome::TripleFault { vcpu, rip } => {
-            eprintln!("trellis: triple fault: CPU {vcpu} shut down, its RIP is {rip:#x}");
+            tell(&format!("trellis: triple fault: CPU {vcpu} shut down, its RIP is {rip:#x}\n"));
             End::TripleFault
         }
         Outcome::Timeout => {
-            eprintln!("trellis: time-out");
+            tell("trellis: time-out\n");
             End::TimeOut
         }
         Outcome::Stuck { rip } => {
-            eprintln!(
-                "trellis: the guest halted at RIP {rip:#x} and nothing can wake it; ended (with --clock host it would wait for ever)"
-            );
+            tell(&format!(
+                "trellis: the guest halted at RIP {rip:#x} and nothing can wake it; ended (with --clock host it would wait for ever)\n"
+            ));
             End::Stuck
         }
         Outcome::Quit => {
@@ -241,7 +260,7 @@ fn end_of(outcome: Outcome, is_contract: bool, reason: &Reason) -> End {
 /// Prints or writes the statistics.
 fn report(stats: &Stats, target: &StatsTarget) -> anyhow::Result<()> {
     match target {
-        StatsTarget::Print => eprint!("{stats}"),
+        StatsTarget::Print => tell(&stats.to_string()),
         StatsTarget::File(path) => std::fs::write(path, format!("{:#}\n", stats.to_json()))
             .with_context(|| format!("cannot write the statistics to {}", path.display()))?,
     }

@@ -7,6 +7,7 @@
 pub mod bench;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod display;
 pub mod image;
 pub mod launch;
@@ -22,6 +23,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 use cli::{Cli, Command, ImageCommand};
+use control::{Request, client};
 use image::{Cache, ImageError, ImageSpec, Progress, Sources};
 use options::VmFlags;
 use prepare::PrepareError;
@@ -39,9 +41,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
                 || error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
         {
             let status = if error.use_stderr() { USAGE } else { 0 };
-            // A closed pipe is no reason to complain about help.
-            let _ = error.print();
-            ExitCode::from(status)
+            match error.print() {
+                // Who closes the pipe has read enough.
+                Err(error) if error.kind() != io::ErrorKind::BrokenPipe => report(&error.into()),
+                _ => ExitCode::from(status),
+            }
         }
         Err(error) => report(&usage(cli::one_line(&error))),
     };
@@ -57,8 +61,16 @@ fn usage(text: String) -> anyhow::Error {
 /// Prints `error` as one line and returns its status.
 fn report(error: &anyhow::Error) -> ExitCode {
     terminal::restore();
-    let text = format!("{error:#}");
-    eprintln!("trellis: error: {}", text.lines().map(str::trim).collect::<Vec<_>>().join(" "));
+    // An error that shows its cause already must not show it twice.
+    let mut parts: Vec<String> = Vec::new();
+    for part in error.chain().map(ToString::to_string) {
+        if parts.last().is_none_or(|last| !last.contains(&part)) {
+            parts.push(part);
+        }
+    }
+    let text = parts.join(": ");
+    let text = text.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    terminal::tell(&format!("trellis: error: {text}\n"));
     match error.downcast_ref::<PrepareError>() {
         Some(PrepareError::Usage(_)) => ExitCode::from(USAGE),
         _ => ExitCode::FAILURE,
@@ -70,7 +82,11 @@ fn start_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("TRELLIS_LOG");
     let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     // Only a second call in one process (tests) fails.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .log_internal_errors(false)
+        .try_init();
 }
 
 /// Carries out a command.
@@ -82,6 +98,20 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
             boot(machine.into_flags(None).or(file))
         }
         Command::Image { command } => image_command(command),
+        Command::List { json } => print_out(client::list(json).as_bytes()),
+        Command::Stat { vm, json: true } => tell(client::stats_json(vm.as_deref())),
+        Command::Stat { vm, json: false } => ask(vm, Request::Stats),
+        Command::Screendump { vm } => ask(vm, Request::Screendump),
+        Command::Quit { vm } => ask(vm, Request::Quit),
+        Command::Powerdown { vm } => ask(vm, Request::Powerdown),
+        Command::Nmi { vm } => ask(vm, Request::Nmi),
+        Command::Pause { vm } => ask(vm, Request::Pause),
+        Command::Resume { vm } => ask(vm, Request::Resume),
+        Command::Type { mut words, serial } => {
+            let text = client::unescape(&words.pop().unwrap_or_default()).map_err(usage)?;
+            let vm = words.pop();
+            ask(vm, Request::Type { text, serial })
+        }
         Command::Bench { bench } => {
             let (text, status) = bench::run(&bench)?;
             print_out(text.as_bytes())?;
@@ -102,7 +132,20 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
 
 /// Prepares and runs a machine.
 fn boot(flags: VmFlags) -> anyhow::Result<ExitCode> {
+    if flags.cpu.as_deref() == Some("help") {
+        return print_out(format!("{}\n", x86::cpuid::CpuModel::help().join("\n")).as_bytes());
+    }
     launch::launch(prepare::prepare(flags.resolve())?)
+}
+
+/// Asks a running machine for something.
+fn ask(vm: Option<String>, request: Request) -> anyhow::Result<ExitCode> {
+    tell(client::ask(vm.as_deref(), &request))
+}
+
+/// Prints what a machine answered.
+fn tell(answer: Result<String, String>) -> anyhow::Result<ExitCode> {
+    print_out(answer.map_err(anyhow::Error::msg)?.as_bytes())
 }
 
 /// `trellis image …`.

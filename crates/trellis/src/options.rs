@@ -6,7 +6,9 @@
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use x86::cpuid::{CpuModel, ModelError};
 
+use crate::control::ControlTarget;
 use crate::suggest;
 
 /// Guest memory without `--memory`.
@@ -141,6 +143,10 @@ pub struct VmFlags {
     pub no_reboot: bool,
     /// The run ends after so many seconds.
     pub timeout_seconds: Option<f64>,
+    /// What the machine is called.
+    pub name: Option<String>,
+    /// Its control socket.
+    pub control: Option<ControlTarget>,
     /// Statistics at the end.
     pub stats: Option<StatsTarget>,
     /// A trace of events into a file.
@@ -174,6 +180,8 @@ impl VmFlags {
             isa_debug_exit: self.isa_debug_exit || file.isa_debug_exit,
             no_reboot: self.no_reboot || file.no_reboot,
             timeout_seconds: self.timeout_seconds.or(file.timeout_seconds),
+            name: self.name.or(file.name),
+            control: self.control.or(file.control),
             stats: self.stats.or(file.stats),
             trace: self.trace.or(file.trace),
             clock: self.clock.or(file.clock),
@@ -201,6 +209,8 @@ impl VmFlags {
             isa_debug_exit: self.isa_debug_exit,
             no_reboot: self.no_reboot,
             timeout_seconds: self.timeout_seconds,
+            name: self.name,
+            control: self.control.unwrap_or_default(),
             stats: self.stats,
             trace: self.trace,
             clock: self.clock.unwrap_or(ClockChoice::Host),
@@ -229,6 +239,8 @@ pub struct VmOptions {
     pub isa_debug_exit: bool,
     pub no_reboot: bool,
     pub timeout_seconds: Option<f64>,
+    pub name: Option<String>,
+    pub control: ControlTarget,
     pub stats: Option<StatsTarget>,
     pub trace: Option<PathBuf>,
     pub clock: ClockChoice,
@@ -281,11 +293,14 @@ pub fn parse_cpus(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Checks `MODEL[,+feature,-feature…]`; the features themselves are checked where the CPU is made.
+/// Checks `MODEL[,+feature,-feature…]`, or `help`; whether this host has the features is checked where the CPU is made.
 ///
 /// # Errors
-/// One line with the nearest model.
+/// One line with the nearest model or feature.
 pub fn parse_cpu(text: &str) -> Result<String, String> {
+    if text == "help" {
+        return Ok(text.to_owned());
+    }
     let mut parts = text.split(',');
     let model = parts.next().unwrap_or_default();
     let full =
@@ -305,6 +320,20 @@ pub fn parse_cpu(text: &str) -> Result<String, String> {
         }
         cpu.push(',');
         cpu.push_str(feature);
+    }
+    match CpuModel::parse(&cpu) {
+        Err(ModelError::UnknownFeature { name, nearest }) => {
+            let hint = nearest.map_or_else(
+                || "; trellis boot --cpu help lists them".to_owned(),
+                |nearest| format!("; did you mean '{nearest}'?"),
+            );
+            return Err(format!("there is no CPU feature '{}'{hint}", name.escape_debug()));
+        }
+        Err(error @ (ModelError::Syntax { .. } | ModelError::UnknownModel { .. })) => {
+            return Err(error.to_string());
+        }
+        // What this host lacks is no mistake in writing.
+        Ok(_) | Err(_) => {}
     }
     Ok(cpu)
 }
@@ -432,6 +461,8 @@ mod tests {
         assert_eq!(parse_cpu("v3,+avx512f,-hypervisor").unwrap(), "x86-64-v3,+avx512f,-hypervisor");
         assert!(parse_cpu("hots").unwrap_err().contains("'host'"));
         assert!(parse_cpu("max,avx").unwrap_err().contains("+avx"));
+        assert!(parse_cpu("max,+avx5124f").unwrap_err().contains("did you mean 'avx512f'"));
+        assert!(parse_cpu("max,+zzzzzz").unwrap_err().contains("--cpu help"));
     }
 
     #[test]

@@ -5,7 +5,9 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, IsTerminal as _, Read as _};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use crate::control::ControlTarget;
 use crate::image::{self, ImageSpec, Progress};
 use crate::options::{
     CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VmOptions,
@@ -23,6 +25,11 @@ pub enum PrepareError {
 }
 
 use PrepareError::{Failure, Usage};
+
+/// How long somebody may take to open his end of a pipe.
+const PIPE_PATIENCE: Duration = Duration::from_secs(3);
+/// How often we look for him.
+const PIPE_LOOK: Duration = Duration::from_millis(20);
 
 /// A disk, open and locked.
 #[derive(Debug)]
@@ -83,6 +90,10 @@ pub struct Prepared {
     pub no_reboot: bool,
     /// The run ends after so many seconds.
     pub timeout_seconds: Option<f64>,
+    /// What the machine is called, if it was said.
+    pub name: Option<String>,
+    /// Its control socket.
+    pub control: ControlTarget,
     /// Statistics at the end.
     pub stats: Option<StatsTarget>,
     /// Trace file, open.
@@ -154,6 +165,8 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         isa_debug_exit: options.isa_debug_exit || guest.is_contract,
         no_reboot: options.no_reboot,
         timeout_seconds: options.timeout_seconds,
+        name: options.name,
+        control: options.control,
         stats: options.stats,
         trace,
         clock: options.clock,
@@ -238,8 +251,9 @@ fn find_guest(options: &VmOptions) -> Result<Guest, PrepareError> {
             fetched(&spec, options)
         }
         (None, None) => fetched(&ImageSpec::default_debian(), options).or_else(|error| {
-            eprintln!("trellis: cannot boot Debian: {error}");
-            eprintln!("trellis: booting the built-in contract tests instead");
+            crate::terminal::tell(&format!(
+                "trellis: cannot boot Debian: {error}\ntrellis: booting the built-in contract tests instead\n"
+            ));
             Ok(contract())
         }),
     }
@@ -294,9 +308,8 @@ fn read_file(path: &Path, what: &str, limit_bytes: u64) -> Result<Vec<u8>, Prepa
         };
         Failure(format!("cannot read the {what} {}: {error}{hint}", path.display()))
     };
-    let file = File::open(path).map_err(|error| cannot(&error))?;
-    let metadata = file.metadata().map_err(|error| cannot(&error))?;
-    if metadata.is_dir() {
+    let file = open_input(path).map_err(|error| cannot(&error))?;
+    if path.is_dir() {
         return Err(Failure(format!(
             "the {what} {} is a directory; name a file with --{what}",
             path.display()
@@ -318,6 +331,38 @@ fn read_file(path: &Path, what: &str, limit_bytes: u64) -> Result<Vec<u8>, Prepa
         )));
     }
     Ok(content)
+}
+
+/// A file to be read, behind what was read of it already.
+pub type Input = io::Chain<io::Cursor<Vec<u8>>, File>;
+
+/// Opens a file to be read. A named pipe to which nobody writes for [`PIPE_PATIENCE`] is an error, a slow writer is not.
+///
+/// # Errors
+/// As [`File::open`].
+pub fn open_input(path: &Path) -> io::Result<Input> {
+    let begun = |bytes: &[u8], file| Ok(io::Cursor::new(bytes.to_vec()).chain(file));
+    if !std::fs::metadata(path)?.file_type().is_fifo() {
+        return begun(&[], File::open(path)?);
+    }
+    let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let deadline = Instant::now() + PIPE_PATIENCE;
+    let mut first = [0; 1];
+    loop {
+        match file.read(&mut first) {
+            Ok(0) if Instant::now() > deadline => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "nobody writes to this pipe"));
+            }
+            // Nobody writes, or he takes his time (pipe(7)).
+            Ok(0) => std::thread::sleep(PIPE_LOOK),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(PIPE_LOOK),
+            Ok(_) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    let flags = rustix::fs::fcntl_getfl(&file)?;
+    rustix::fs::fcntl_setfl(&file, flags - rustix::fs::OFlags::NONBLOCK)?;
+    begun(&first, file)
 }
 
 /// Reads `FILE`, or `FILE ARGS,FILE ARGS` (QEMU's way to name multiboot modules).
@@ -434,7 +479,19 @@ fn open_output(target: &CharTarget) -> Result<Output, PrepareError> {
     })
 }
 
+/// Makes a file, or opens a pipe that somebody reads: it does not wait for him.
 fn create(path: &Path, what: &str) -> Result<File, PrepareError> {
+    if std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo()) {
+        let unread = |_| Failure(format!("nobody reads the pipe {}; start its reader first", path.display()));
+        let pipe =
+            OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(unread)?;
+        let blocking = rustix::fs::fcntl_getfl(&pipe)
+            .and_then(|flags| rustix::fs::fcntl_setfl(&pipe, flags - rustix::fs::OFlags::NONBLOCK));
+        return match blocking {
+            Ok(()) => Ok(pipe),
+            Err(error) => Err(Failure(format!("cannot write the {what} file {}: {error}", path.display()))),
+        };
+    }
     File::create(path).map_err(|error| {
         Failure(format!("cannot write the {what} file {}: {error}; name another", path.display()))
     })

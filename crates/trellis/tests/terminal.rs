@@ -28,11 +28,12 @@ fn child_process_of_the_other_tests() {
         return;
     }
     let (sender, receiver) = mpsc::channel();
-    let (input, quit, resize) = (sender.clone(), sender.clone(), sender.clone());
+    let (input, quit, resize, screen) = (sender.clone(), sender.clone(), sender.clone(), sender.clone());
     let handlers = Handlers {
         input: Box::new(move |bytes| drop(input.send(format!("input {bytes:02x?}")))),
         quit: std::sync::Arc::new(move |reason| drop(quit.send(format!("quit {}", reason.exit_status())))),
         stats: Box::new(move || drop(sender.send("stats".to_owned()))),
+        screen: Box::new(move || drop(screen.send("screen".to_owned()))),
         resize: Box::new(move |columns, rows| drop(resize.send(format!("resize {columns}x{rows}")))),
     };
     let console = Console::start(handlers, true).unwrap();
@@ -150,8 +151,9 @@ fn terminal_is_raw_until_the_quit_key() {
     assert!(!session.is_canonical());
     session.send(b"\x03");
     session.expect("<input [03]>");
-    session.send(b"\x01s\x01\x01");
+    session.send(b"\x01s\x01d\x01\x01");
     session.expect("<stats>");
+    session.expect("<screen>");
     session.expect("<input [01]>");
     session.send(b"\x01h");
     session.expect("this help");

@@ -40,7 +40,7 @@ impl Progress {
         self.bar.set_position(0);
         self.bar.set_message(message.to_owned());
         if self.plain {
-            eprintln!("trellis: {message}");
+            crate::terminal::tell(&format!("trellis: {message}\n"));
         }
     }
 
@@ -52,7 +52,7 @@ impl Progress {
 
     /// A line that stays on the screen.
     pub fn line(&self, message: &str) {
-        self.bar.suspend(|| eprintln!("trellis: {message}"));
+        self.bar.suspend(|| crate::terminal::tell(&format!("trellis: {message}\n")));
     }
 }
 

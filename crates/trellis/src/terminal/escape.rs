@@ -12,6 +12,8 @@ pub enum Key {
     Help,
     /// Ctrl-A S.
     Stats,
+    /// Ctrl-A D.
+    Screen,
     /// Ctrl-A C: kept for a monitor.
     Monitor,
 }
@@ -53,6 +55,7 @@ impl EscapeFilter {
                 }
                 b'x' | b'X' | 0x18 => Key::Quit,
                 b's' | b'S' => Key::Stats,
+                b'd' | b'D' => Key::Screen,
                 b'c' | b'C' => Key::Monitor,
                 _ => Key::Help,
             };
@@ -88,6 +91,7 @@ mod tests {
             [Typed::Input(b"a".to_vec()), Typed::Key(Key::Quit), Typed::Input(b"b".to_vec())]
         );
         assert_eq!(feed(b"\x01h\x01s"), [Typed::Key(Key::Help), Typed::Key(Key::Stats)]);
+        assert_eq!(feed(b"\x01d"), [Typed::Key(Key::Screen)]);
         assert_eq!(feed(b"\x01?"), [Typed::Key(Key::Help)]);
     }
 

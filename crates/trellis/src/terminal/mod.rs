@@ -8,8 +8,9 @@
 
 mod escape;
 mod raw;
+mod writer;
 
-use std::io::{self, IsTerminal as _, Write};
+use std::io::{self, IsTerminal as _};
 use std::sync::Arc;
 use std::thread;
 
@@ -20,10 +21,12 @@ use escape::{EscapeFilter, Key, Typed};
 use raw::RawMode;
 
 pub use raw::restore;
+pub use writer::{ConsoleWriter, FileWriter, stop_waiting, stop_waiting_after, tell};
 
 const HELP: &str = "\n\
     Ctrl-A X       quit\n\
     Ctrl-A S       statistics so far\n\
+    Ctrl-A D       the VGA text screen\n\
     Ctrl-A Ctrl-A  send Ctrl-A to the guest\n\
     Ctrl-A H       this help\n\
     Everything else, Ctrl-C too, goes to the guest.\n";
@@ -63,6 +66,8 @@ pub struct Handlers {
     pub quit: QuitHandler,
     /// Ctrl-A S.
     pub stats: Box<dyn Fn() + Send>,
+    /// Ctrl-A D.
+    pub screen: Box<dyn Fn() + Send>,
     /// The window has now so many columns and rows.
     pub resize: ResizeHandler,
 }
@@ -80,7 +85,7 @@ impl Console {
     /// # Errors
     /// Threads or signal handlers cannot be made, or the terminal refuses its settings.
     pub fn start(handlers: Handlers, read_input: bool) -> io::Result<Self> {
-        let Handlers { input, quit, stats, resize } = handlers;
+        let Handlers { input, quit, stats, screen, resize } = handlers;
         let raw = if read_input { RawMode::enter()? } else { None };
         let console = Self { raw };
         spawn_signal_thread(Arc::clone(&quit), resize)?;
@@ -89,6 +94,7 @@ impl Console {
                 input,
                 quit,
                 stats,
+                screen,
                 filter: console.is_raw().then(EscapeFilter::default),
                 quitting: false,
             };
@@ -116,49 +122,10 @@ impl Console {
     }
 }
 
-/// The guest's way to standard output: unbuffered, and deaf to a reader that has gone away.
-#[derive(Debug, Default)]
-pub struct ConsoleWriter(());
-
-impl ConsoleWriter {
-    /// Standard output, before or after the [`Console`] has started.
-    #[must_use]
-    pub const fn new() -> Self {
-        Self(())
-    }
-}
-
-impl Write for ConsoleWriter {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        loop {
-            match rustix::io::write(io::stdout(), bytes) {
-                Ok(count) => return Ok(count),
-                Err(rustix::io::Errno::INTR) => {}
-                // Somebody made our output non-blocking (it may be shared): wait for room.
-                Err(rustix::io::Errno::AGAIN) => wait_writable(),
-                // `trellis boot | head`: the guest goes on.
-                Err(rustix::io::Errno::PIPE | rustix::io::Errno::IO) => return Ok(bytes.len()),
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-fn wait_writable() {
-    use rustix::event::{PollFd, PollFlags, poll};
-    let stdout = io::stdout();
-    // Whatever poll says, the next write tells.
-    let _ = poll(&mut [PollFd::new(&stdout, PollFlags::OUT)], None);
-}
-
 fn wait_readable() {
     use rustix::event::{PollFd, PollFlags, poll};
     let stdin = io::stdin();
-    // As above.
+    // Whatever poll says, the next read tells.
     let _ = poll(&mut [PollFd::new(&stdin, PollFlags::IN)], None);
 }
 
@@ -167,6 +134,7 @@ struct Reader {
     input: InputHandler,
     quit: QuitHandler,
     stats: Box<dyn Fn() + Send>,
+    screen: Box<dyn Fn() + Send>,
     /// `None` without a terminal: bytes pass as they are.
     filter: Option<EscapeFilter>,
     quitting: bool,
@@ -200,9 +168,12 @@ impl Reader {
                 Typed::Input(bytes) => (self.input)(&bytes),
                 Typed::Key(Key::Quit) => self.quit(),
                 Typed::Key(Key::Stats) => (self.stats)(),
-                Typed::Key(Key::Help) => eprint!("{HELP}"),
+                Typed::Key(Key::Screen) => (self.screen)(),
+                Typed::Key(Key::Help) => tell(HELP),
                 Typed::Key(Key::Monitor) => {
-                    eprintln!("\ntrellis: there is no monitor yet; Ctrl-A H shows the keys")
+                    tell(
+                        "\ntrellis: the monitor is another program: trellis list shows how this machine is called\n",
+                    );
                 }
             }
         }
@@ -213,6 +184,7 @@ impl Reader {
             end_now(QuitReason::Key);
         }
         self.quitting = true;
+        stop_waiting();
         (self.quit)(QuitReason::Key);
     }
 }
@@ -220,7 +192,8 @@ impl Reader {
 /// The machine does not react: leave without it. The status says failure even for the key.
 fn end_now(reason: QuitReason) -> ! {
     restore();
-    eprintln!("trellis: the machine did not end in time; ended at once");
+    crate::control::server::remove_socket();
+    tell("trellis: the machine did not end in time; ended at once\n");
     std::process::exit(match reason {
         QuitReason::Key => 1,
         QuitReason::Signal(_) => i32::from(reason.exit_status()),
@@ -243,6 +216,7 @@ fn spawn_signal_thread(quit: QuitHandler, mut resize: ResizeHandler) -> io::Resu
                 _ if quitting => end_now(QuitReason::Signal(signal)),
                 _ => {
                     quitting = true;
+                    stop_waiting();
                     quit(QuitReason::Signal(signal));
                 }
             }
