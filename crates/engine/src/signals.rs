@@ -39,6 +39,11 @@ impl Signals {
         self.pending.load(Ordering::Relaxed)
     }
 
+    /// Address of the pending word, for polls by generated code. Valid as long as `self` is.
+    pub fn address(&self) -> u64 {
+        self.pending.as_ptr() as u64
+    }
+
     /// Whether `signal` is pending.
     #[inline(always)]
     pub fn has(&self, signal: Signal) -> bool {

@@ -165,6 +165,12 @@ impl GuestMemory {
         }
     }
 
+    /// Host address of the machine memory's first byte, for engines that access it by generated code. It stays valid as
+    /// long as the memory does (INV-GM-1).
+    pub fn host_base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
     /// The host address of `hva` if `size` bytes from there are machine memory.
     #[inline(always)]
     pub(crate) fn pointer(&self, hva: Hva, size: usize) -> Option<*mut u8> {

@@ -12,6 +12,8 @@ pub enum EngineKind {
     /// The interpreter.
     #[default]
     Interp,
+    /// The binary translator (one vCPU, host clock).
+    Bt,
 }
 
 /// Where time comes from.

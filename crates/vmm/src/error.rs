@@ -23,6 +23,14 @@ pub enum VmError {
     /// `--clock icount` runs everything on one thread.
     #[error("the clock icount needs exactly one CPU, not {0}; give --cpus 1 or --clock host")]
     IcountCpus(u32),
+    /// The binary translator runs one CPU on host time so far.
+    #[error(
+        "the engine bt runs one CPU on the host's clock so far; give --cpus 1 --clock host, or --engine interp"
+    )]
+    BtAlone,
+    /// No memory for translated code.
+    #[error("cannot get memory for translated code: {0}; use --engine interp")]
+    CodeMemory(#[source] std::io::Error),
     /// A vCPU thread could not be made.
     #[error("cannot start a thread for the machine: {0}")]
     Thread(#[source] std::io::Error),

@@ -344,7 +344,7 @@ impl Machine {
     }
 
     /// The vCPUs, in their reset state.
-    pub fn vcpus(&self, plan: &Blueprint) -> Vec<Box<dyn Vcpu>> {
+    pub fn vcpus(&self, plan: &Blueprint) -> Result<Vec<Box<dyn Vcpu>>, VmError> {
         let parts = |(index, signals): (usize, &Arc<Signals>)| Parts {
             index,
             vcpus: plan.cpus,
@@ -409,10 +409,11 @@ impl Machine {
 }
 
 /// An engine's vCPU.
-fn new_vcpu(engine: EngineKind, parts: Parts) -> Box<dyn Vcpu> {
-    match engine {
+fn new_vcpu(engine: EngineKind, parts: Parts) -> Result<Box<dyn Vcpu>, VmError> {
+    Ok(match engine {
         EngineKind::Interp => Box::new(Interp::new(parts)),
-    }
+        EngineKind::Bt => Box::new(engine_bt::BtVcpu::new(parts).map_err(|e| VmError::CodeMemory(e.into()))?),
+    })
 }
 
 fn apic_model(model: &CpuModel) -> ApicModel {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vmm::boot::{BootSource, Protocol};
-use vmm::{ClockMode, Outcome, Vm, VmConfig};
+use vmm::{ClockMode, EngineKind, Outcome, Vm, VmConfig};
 
 #[derive(Clone, Default)]
 struct Capture(Arc<Mutex<Vec<u8>>>);
@@ -22,7 +22,7 @@ impl Write for Capture {
     }
 }
 
-fn suite(protocol: Protocol, cpus: u32, clock: ClockMode) -> (Outcome, String, u64) {
+fn suite(engine: EngineKind, protocol: Protocol, cpus: u32, clock: ClockMode) -> (Outcome, String, u64) {
     let output = Capture::default();
     let source = BootSource {
         kernel: guest_embed::CONTRACT.to_vec(),
@@ -31,6 +31,7 @@ fn suite(protocol: Protocol, cpus: u32, clock: ClockMode) -> (Outcome, String, u
         ..BootSource::default()
     };
     let config = VmConfig {
+        engine,
         cpus,
         clock,
         isa_debug_exit: true,
@@ -45,8 +46,8 @@ fn suite(protocol: Protocol, cpus: u32, clock: ClockMode) -> (Outcome, String, u
     (outcome, text, vm.stats().instructions())
 }
 
-fn assert_all_pass(protocol: Protocol, cpus: u32) {
-    let (outcome, text, _) = suite(protocol, cpus, ClockMode::Host);
+fn assert_all_pass(engine: EngineKind, protocol: Protocol, cpus: u32) {
+    let (outcome, text, _) = suite(engine, protocol, cpus, ClockMode::Host);
     let failed: Vec<&str> = text.lines().filter(|line| line.starts_with("FAIL")).collect();
     assert!(failed.is_empty(), "{outcome:?}\n{}\nlast lines:\n{}", failed.join("\n"), tail(&text));
     assert_eq!(outcome, Outcome::DebugExit(0x10), "last lines:\n{}", tail(&text));
@@ -59,17 +60,22 @@ fn tail(text: &str) -> String {
 
 #[test]
 fn contract_suite_passes_by_pvh() {
-    assert_all_pass(Protocol::Pvh, 1);
+    assert_all_pass(EngineKind::Interp, Protocol::Pvh, 1);
 }
 
 #[test]
 fn contract_suite_passes_by_multiboot_with_two_vcpus() {
-    assert_all_pass(Protocol::Multiboot, 2);
+    assert_all_pass(EngineKind::Interp, Protocol::Multiboot, 2);
 }
 
 #[test]
 fn contract_suite_is_reproducible_with_icount() {
-    let first = suite(Protocol::Pvh, 1, ClockMode::Icount);
-    let second = suite(Protocol::Pvh, 1, ClockMode::Icount);
+    let first = suite(EngineKind::Interp, Protocol::Pvh, 1, ClockMode::Icount);
+    let second = suite(EngineKind::Interp, Protocol::Pvh, 1, ClockMode::Icount);
     assert_eq!(first, second);
+}
+
+#[test]
+fn translated_all_tests_pass() {
+    assert_all_pass(EngineKind::Bt, Protocol::Pvh, 1);
 }

@@ -135,6 +135,8 @@ pub struct Cpu {
     pub ext: u16,
     /// A write of the current instruction hit decoded code.
     pub code_written: bool,
+    /// Some write hit decoded code since another engine last looked.
+    pub code_changed: bool,
     /// The current instruction delivered an interrupt itself, so the single-step trap does not follow it.
     pub trap_suppressed: bool,
     /// Debug conditions of the current instruction (DR6 bits), delivered after it.

@@ -94,6 +94,7 @@ impl Interp {
             intercepts: intercept::Intercepts,
             ext: 0,
             code_written: false,
+            code_changed: false,
             trap_suppressed: false,
             pending_debug: 0,
             instruction_slab: Vec::new(),

@@ -11,7 +11,7 @@ use x86::paging::{Access, AccessKind, Translation, WalkError, WalkMemory, walk};
 use x86::state::sreg;
 
 use crate::cpu::{CodeSize, Cpu, FLAT_STACK};
-use crate::tlb::Entry;
+use crate::tlb::{Entry, TRACED};
 
 /// The walker's access to guest memory: nested paging is off, so a step is the identity.
 pub struct Physical<'a>(pub &'a GuestMemory);
@@ -361,16 +361,21 @@ impl Cpu {
         let entry = self.tlb.entry(la, variant);
         let tag = self.tlb.fill_tag(la);
         let hit = match access.kind {
-            AccessKind::Write => entry.write_tag == tag,
+            AccessKind::Write => entry.write_tag == tag || entry.read_tag == tag && self.still_traced(&entry),
             AccessKind::Read => entry.read_tag == tag,
             AccessKind::Fetch => false,
         };
         if hit {
             let hva = Hva(la.wrapping_add(entry.addend));
-            return Ok(Target::Ram(hva, Gpa(entry.gfn << 12 | la & PAGE_MASK)));
+            return Ok(Target::Ram(hva, Gpa((entry.gfn & !TRACED) << 12 | la & PAGE_MASK)));
         }
         let t = self.walk(la, access)?;
         Ok(self.remember(la, variant, access, &t))
+    }
+
+    /// Whether an entry lacks the right to write only because of a trace that still stands.
+    fn still_traced(&self, entry: &Entry) -> bool {
+        entry.gfn & TRACED != 0 && self.mem.is_traced(Gfn(entry.gfn & !TRACED))
     }
 
     /// Walks the guest's tables; a page fault sets CR2.
@@ -394,12 +399,13 @@ impl Cpu {
             self.stats.count(engine::Cause::TlbFill);
             let tag = self.tlb.fill_tag(la);
             let may_write = write || t.dirty && self.may_write(t, access);
-            let fast_write = may_write && page.writable && !self.mem.is_traced(gfn);
+            let writable = may_write && page.writable;
+            let traced = self.mem.is_traced(gfn);
             let entry = Entry {
                 read_tag: tag,
-                write_tag: if fast_write { tag } else { 0 },
+                write_tag: if writable && !traced { tag } else { 0 },
                 addend: page.hva.0.wrapping_sub(la & !PAGE_MASK),
-                gfn: gfn.0,
+                gfn: gfn.0 | if writable && traced { TRACED } else { 0 },
             };
             self.tlb.fill(
                 la,

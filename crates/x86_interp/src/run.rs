@@ -53,6 +53,34 @@ impl Interp {
         }
     }
 
+    /// What another engine calls between its fragments: [`Interp::boundary`] and nothing else.
+    pub fn attend(&mut self) -> Option<VcpuExit> {
+        self.boundary()
+    }
+
+    /// Executes one instruction, exceptions delivered: another engine's callout.
+    pub fn step(&mut self) {
+        if let Err(exception) = self.step_carefully() {
+            interrupt::deliver_exception(&mut self.cpu, exception);
+        }
+    }
+
+    /// Executes instructions up to a jump or so, exceptions delivered: another engine's cold code.
+    pub fn run_block(&mut self) {
+        let end = self.cpu.instructions + 1;
+        let result = if self.cpu.careful() { self.step_carefully() } else { self.run_fast(end) };
+        if let Err(exception) = result {
+            interrupt::deliver_exception(&mut self.cpu, exception);
+        }
+    }
+
+    /// The frame of RAM that holds the code at RIP, if that is mapped executable.
+    pub fn code_frame(&mut self) -> Option<guestmem::Gfn> {
+        let la = code_address(&self.cpu);
+        let at = self.code_page(la).ok()??;
+        self.cache.get(at).map(|page| page.key.gfn)
+    }
+
     /// What happens between instructions: requests, INIT, SIPI, NMI, interrupts (SDM 3A 6.9).
     fn boundary(&mut self) -> Option<VcpuExit> {
         let cpu = &mut self.cpu;
@@ -361,11 +389,12 @@ fn finish(cpu: &mut Cpu, op: &Op, stop: Option<Stop>) -> Result<(), Exception> {
         Some(Stop::Again) => cpu.rip = op.rip(cpu),
         Some(Stop::Fault(e)) => {
             cpu.rip = op.rip(cpu);
-            cpu.code_written = false;
+            cpu.code_changed |= std::mem::take(&mut cpu.code_written);
             return Err(e);
         }
     }
     if std::mem::take(&mut cpu.code_written) {
+        cpu.code_changed = true;
         cpu.stats.count(Cause::CodeWrite);
     }
     Ok(())

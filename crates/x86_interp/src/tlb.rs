@@ -25,9 +25,12 @@ pub struct Entry {
     pub write_tag: u64,
     /// Machine address minus linear address.
     pub addend: u64,
-    /// The guest frame.
+    /// The guest frame, with [`TRACED`] if only a trace withholds the right to write.
     pub gfn: u64,
 }
+
+/// In [`Entry::gfn`]: writes are allowed, but must be told to the trace.
+pub const TRACED: u64 = 1 << 63;
 
 /// Translations under one PCID.
 #[derive(Clone, Copy)]
@@ -49,8 +52,23 @@ const FETCH_SETS: usize = 256;
 /// Supervisor and user, times three code sizes.
 const FETCH_VARIANTS: usize = 6;
 
+/// What an engine that keeps translations of its own must do to them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TlbEvent {
+    /// Forget the lower half of the address space.
+    FlushLower,
+    /// Forget everything.
+    FlushAll,
+    /// Forget the page at this linear address.
+    Page(u64),
+    /// Forget the right to write this frame.
+    WriteProtect(u64),
+}
+
 /// The software TLB of one vCPU.
 pub struct Tlb {
+    /// Events since the engine last took them, if it wants them.
+    pub events: Option<Vec<TlbEvent>>,
     entries: Box<[Entry]>,
     fetch: Box<[FetchEntry]>,
     /// Context numbers of the lower and the upper half, or 0 ("nothing matches") while accesses must be slow.
@@ -67,6 +85,8 @@ pub struct Tlb {
     uses: u64,
 }
 
+/// Events remembered; more become a flush.
+const MAX_EVENTS: usize = 64;
 /// How many PCIDs keep their translations (Linux uses 6).
 const PCIDS: usize = 16;
 
@@ -74,6 +94,7 @@ impl Default for Tlb {
     fn default() -> Self {
         let entries = vec![Entry::default(); SETS * VARIANTS].into_boxed_slice();
         Self {
+            events: None,
             entries,
             fetch: vec![FetchEntry::default(); FETCH_SETS * FETCH_VARIANTS].into_boxed_slice(),
             context: [1, 2],
@@ -145,6 +166,16 @@ impl Tlb {
         self.publish();
     }
 
+    fn tell(&mut self, event: TlbEvent) {
+        if let Some(events) = &mut self.events {
+            if events.len() >= MAX_EVENTS {
+                events.clear();
+                events.push(TlbEvent::FlushAll);
+            }
+            events.push(event);
+        }
+    }
+
     fn publish(&mut self) {
         // No entry has a tag with context 0, but an empty entry has tag 0: use a number never given out instead.
         self.context = if self.forced_slow { [LAST_CONTEXT; 2] } else { self.current };
@@ -156,6 +187,7 @@ impl Tlb {
             self.forget_code();
             self.next = 1;
             self.pcids.clear();
+            self.tell(TlbEvent::FlushAll);
             // Both halves need new numbers: the old ones may be given out again.
             let both = [self.next, self.next + 1];
             self.next += 2;
@@ -169,6 +201,7 @@ impl Tlb {
 
     /// Forgets everything.
     pub fn flush_all(&mut self) {
+        self.tell(TlbEvent::FlushAll);
         self.pcids.clear();
         let lower = self.fresh();
         let upper = self.fresh();
@@ -180,6 +213,7 @@ impl Tlb {
 
     /// Forgets all but global pages of the current address space.
     pub fn flush_local(&mut self) {
+        self.tell(TlbEvent::FlushLower);
         let pcid = self.pcid;
         self.pcids.retain(|p| p.pcid != pcid);
         self.current[0] = self.fresh();
@@ -190,6 +224,7 @@ impl Tlb {
 
     fn flush_upper_local(&mut self) {
         if self.upper_has_local {
+            self.tell(TlbEvent::FlushAll);
             self.upper_has_local = false;
             self.current[1] = self.fresh();
             self.large[1] = 0;
@@ -198,6 +233,7 @@ impl Tlb {
 
     /// A CR3 write: another address space, whose old translations live on if `keep`.
     pub fn switch(&mut self, pcid: u64, keep: bool) {
+        self.tell(TlbEvent::FlushLower);
         self.uses += 1;
         self.remember_current();
         self.pcid = pcid;
@@ -242,6 +278,7 @@ impl Tlb {
     pub fn invalidate_page(&mut self, la: u64) {
         let half = half(la);
         if self.large[half] & gib_bit(la) != 0 {
+            self.tell(TlbEvent::FlushAll);
             self.current[half] = self.fresh();
             self.large[half] = 0;
             if half == 1 {
@@ -250,6 +287,7 @@ impl Tlb {
             self.publish();
             return;
         }
+        self.tell(TlbEvent::Page(la));
         let tag = self.fill_tag(la);
         for variant in 0..FETCH_VARIANTS {
             if let Some(e) = self.fetch.get_mut(Self::fetch_slot(la, variant))
@@ -296,8 +334,13 @@ impl Tlb {
     /// Takes away the right to write (or every right, if `all`) to guest frames, under every context. A reverse map would
     /// cost each fill; the table is small, so it is searched.
     pub fn revoke(&mut self, gfns: &std::ops::Range<u64>, all: bool) {
-        for e in self.entries.iter_mut().filter(|e| gfns.contains(&e.gfn)) {
-            e.write_tag = 0;
+        let one = gfns.end.wrapping_sub(gfns.start) == 1 && !all;
+        self.tell(if one { TlbEvent::WriteProtect(gfns.start) } else { TlbEvent::FlushAll });
+        for e in self.entries.iter_mut().filter(|e| gfns.contains(&(e.gfn & !TRACED))) {
+            if e.write_tag != 0 {
+                e.write_tag = 0;
+                e.gfn |= TRACED;
+            }
             if all {
                 e.read_tag = 0;
             }

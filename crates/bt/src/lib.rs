@@ -1,0 +1,11 @@
+//! The translator, pure: bytes, mode and facts in, a fragment of host code out. It never executes anything.
+//!
+//! The way of a unit: [`unit::form`] takes instructions up to a control transfer, [`lower::translate`] makes host code of them
+//! with [`emit::Asm`]; [`frame`] is the contract with the engine that runs it.
+
+pub mod emit;
+pub mod frame;
+pub mod lower;
+pub mod unit;
+
+pub use lower::{Exit, Facts, Fragment, Site, translate};

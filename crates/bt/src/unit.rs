@@ -1,0 +1,101 @@
+//! Translation units: the guest instructions that one translator call consumes, and which flags are live between them.
+
+use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, RflagsBits};
+
+/// Instructions in a unit at most.
+pub const MAX_INSTRUCTIONS: usize = 48;
+/// Instructions looked at beyond a unit's end for whether they overwrite the flags.
+const PEEK: usize = 6;
+/// The bytes that they can take.
+pub const PEEK_BYTES: u64 = 15 * PEEK as u64;
+
+/// The six arithmetic flags.
+pub const STATUS: u32 =
+    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+
+/// A unit: instructions with their offsets in the page. It does not leave its page.
+pub struct Unit {
+    /// The instructions; their RIPs are offsets in the page.
+    pub instructions: Vec<Instruction>,
+    /// Offset of the first byte behind the unit.
+    pub end: usize,
+}
+
+/// Decodes one instruction that lies within the page.
+fn decode(page: &[u8; 4096], offset: usize, options: u32) -> Option<Instruction> {
+    let end = (offset + 15).min(4096);
+    let mut decoder = Decoder::with_ip(64, page.get(offset..end)?, offset as u64, options);
+    let i = decoder.decode();
+    (decoder.last_error() == DecoderError::None).then_some(i)
+}
+
+/// Whether control never falls through an instruction, or what follows must be looked up anew.
+#[must_use]
+pub fn ends_unit(i: &Instruction) -> bool {
+    i.flow_control() != FlowControl::Next
+}
+
+/// The unit at `offset` of a page of 64-bit code. `limit` bounds its instructions (1 for bisecting). Empty if the first
+/// instruction cannot be decoded within the page.
+#[must_use]
+pub fn form(page: &[u8; 4096], offset: usize, limit: usize, amd: bool) -> Unit {
+    let options = if amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
+    let mut unit = Unit { instructions: Vec::new(), end: offset };
+    while unit.instructions.len() < limit.clamp(1, MAX_INSTRUCTIONS) {
+        let Some(i) = decode(page, unit.end, options) else { break };
+        unit.end += i.len();
+        let ends = ends_unit(&i);
+        unit.instructions.push(i);
+        if ends {
+            break;
+        }
+    }
+    unit
+}
+
+/// Flags that an instruction reads, and that it overwrites whatever happens.
+#[must_use]
+pub fn flag_effects(i: &Instruction) -> (u32, u32) {
+    let read = i.rflags_read() & STATUS;
+    let mut written = i.rflags_modified() & STATUS;
+    if may_leave_flags(i) {
+        written = 0;
+    }
+    (read, written)
+}
+
+/// Shifts by a count that may be zero leave the flags alone then; REP string instructions with a count of zero too.
+fn may_leave_flags(i: &Instruction) -> bool {
+    use iced_x86::Mnemonic as M;
+    let shift = matches!(
+        i.mnemonic(),
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    );
+    if !shift {
+        return i.has_rep_prefix() || i.has_repne_prefix();
+    }
+    let last = i.op_count().saturating_sub(1);
+    i.op_kind(last) == iced_x86::OpKind::Register || i.immediate(last) & 0x1f == 0
+}
+
+/// Flags that may be read before they are overwritten, from `offset` on; all of them where that is not seen.
+#[must_use]
+pub fn live_at(page: &[u8; 4096], offset: usize, amd: bool) -> u32 {
+    let unit = form(page, offset, PEEK, amd);
+    let mut live = 0;
+    let mut unknown = STATUS;
+    for i in &unit.instructions {
+        let (read, written) = flag_effects(i);
+        live |= read & unknown;
+        // An instruction that can fault or call out shows the flags to a handler; only its own state is precise, so that
+        // they are dead for the code itself is enough: handlers save and restore what they find.
+        if ends_unit(i) {
+            break;
+        }
+        unknown &= !written;
+        if unknown == 0 {
+            return live;
+        }
+    }
+    live | unknown
+}

@@ -1,0 +1,81 @@
+//! The memory of the translation cache, mapped twice: writable here, executable there (W^X).
+
+#![expect(clippy::cast_possible_truncation, reason = "distances within code memory")]
+#![expect(unsafe_code, reason = "maps code memory and writes it")]
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+/// Code memory. Offsets count from its first byte, in both mappings.
+pub struct CodeMemory {
+    write: *mut u8,
+    exec: *mut u8,
+    len: usize,
+    used: usize,
+}
+
+// SAFETY: the mappings belong to this object alone.
+unsafe impl Send for CodeMemory {}
+
+impl CodeMemory {
+    /// `len` bytes of code memory.
+    ///
+    /// # Errors
+    /// When the host gives no executable memory.
+    pub fn new(len: usize) -> rustix::io::Result<Self> {
+        let fd = rustix::fs::memfd_create("trellis-code", rustix::fs::MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&fd, len as u64)?;
+        // SAFETY: fresh mappings at addresses of the kernel's choice.
+        let (write, exec) = unsafe {
+            let rw = ProtFlags::READ | ProtFlags::WRITE;
+            let write = mmap(std::ptr::null_mut(), len, rw, MapFlags::SHARED, &fd, 0)?;
+            let exec =
+                mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::EXEC, MapFlags::SHARED, &fd, 0)?;
+            (write.cast(), exec.cast())
+        };
+        Ok(Self { write, exec, len, used: 0 })
+    }
+
+    /// Bytes in use.
+    pub const fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Forgets all code. The caller runs none of it.
+    pub const fn clear(&mut self) {
+        self.used = 0;
+    }
+
+    /// Adds code; its offset, or None if it does not fit.
+    pub fn add(&mut self, code: &[u8]) -> Option<usize> {
+        let at = self.used.next_multiple_of(16);
+        if at + code.len() > self.len {
+            return None;
+        }
+        // SAFETY: at..at+len lies in the mapping.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.add(at), code.len()) };
+        self.used = at + code.len();
+        Some(at)
+    }
+
+    /// Makes the 32-bit displacement at `place` lead to `target`. Only this vCPU's thread runs the code, and not now.
+    pub fn link(&mut self, place: usize, target: usize) {
+        let rel = (target as i64 - (place as i64 + 4)) as i32;
+        if place + 4 <= self.used {
+            // SAFETY: within the used part of the mapping.
+            unsafe { std::ptr::copy_nonoverlapping(rel.to_le_bytes().as_ptr(), self.write.add(place), 4) };
+        }
+    }
+
+    /// Host address of the code at an offset.
+    pub fn address(&self, at: usize) -> u64 {
+        // SAFETY: offsets come from `add`, so they lie in the mapping.
+        unsafe { self.exec.add(at.min(self.len)) as u64 }
+    }
+}
+
+impl Drop for CodeMemory {
+    fn drop(&mut self) {
+        // SAFETY: our own mappings, not used after this.
+        let _unmapped = unsafe { (munmap(self.write.cast(), self.len), munmap(self.exec.cast(), self.len)) };
+    }
+}
