@@ -12,7 +12,8 @@ fn long_mode_loop_sums_and_halts() {
     let mut mini = common::Mini::new(16 << 20);
     // xor eax, eax; mov ecx, 100; l: add rax, rcx; loop l; mov [0x30000], rax; hlt
     let code = [
-        0x31, 0xc0, 0xb9, 100, 0, 0, 0, 0x48, 0x01, 0xc8, 0xe2, 0xfb, 0x48, 0xa3, 0, 0, 3, 0, 0, 0, 0, 0, 0xf4,
+        0x31, 0xc0, 0xb9, 100, 0, 0, 0, 0x48, 0x01, 0xc8, 0xe2, 0xfb, 0x48, 0xa3, 0, 0, 3, 0, 0, 0, 0, 0,
+        0xf4,
     ];
     mini.mem.write(Gpa(0x10000), &code).unwrap();
     let state = common::long_mode(&mini.mem, 0x10000, 0x20000);
@@ -42,4 +43,16 @@ fn self_modifying_store_to_next_instruction_takes_effect() {
     mini.vcpu.restore(&state);
     assert_eq!(mini.vcpu.run(1_000_000), VcpuExit::Halted);
     assert_eq!(mini.vcpu.save().gpr[0] & 0xff, 5);
+}
+
+#[test]
+fn push_of_segment_register_in_64_bit_code_writes_eight_bytes() {
+    let mut mini = common::Mini::new(16 << 20);
+    // push fs; pop rax; hlt
+    mini.mem.write(Gpa(0x10000), &[0x0f, 0xa0, 0x58, 0xf4]).unwrap();
+    mini.mem.write(Gpa(0x20000 - 8), &[0xff; 8]).unwrap();
+    let state = common::long_mode(&mini.mem, 0x10000, 0x20000);
+    mini.vcpu.restore(&state);
+    assert_eq!(mini.vcpu.run(1_000_000), VcpuExit::Halted);
+    assert_eq!(mini.vcpu.save().gpr[0], 0x10);
 }
