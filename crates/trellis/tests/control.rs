@@ -1,0 +1,239 @@
+//! The control socket of a running machine: commands, and clients that mean no good.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const BASE: u32 = 0x10_0000;
+
+/// A multiboot image (Multiboot 0.6.96, 3.1) whose code, at [`BASE`] + 0x20, is `code`.
+fn image(code: &[u8]) -> Vec<u8> {
+    let (magic, flags) = (0x1bad_b002u32, 1u32 << 16);
+    let checksum = 0u32.wrapping_sub(magic).wrapping_sub(flags);
+    let words = [magic, flags, checksum, BASE, BASE, 0, 0, BASE + 0x20];
+    words.iter().flat_map(|word| word.to_le_bytes()).chain(code.iter().copied()).collect()
+}
+
+/// Writes "Hi" to the top left of the VGA text screen, then spins.
+#[rustfmt::skip]
+const HI: &[u8] = &[
+    0xb8, 0x00, 0x80, 0x0b, 0x00,             // mov eax, 0xb8000
+    0x66, 0xc7, 0x00, 0x48, 0x07,             // mov word [eax], 'H' grey
+    0x66, 0xc7, 0x40, 0x02, 0x69, 0x07,       // mov word [eax + 2], 'i' grey
+    0xeb, 0xfe,                               // jmp $
+];
+
+/// A home for sockets, of this test alone.
+struct Home(tempfile::TempDir);
+
+impl Home {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_trellis"));
+        command.args(arguments).env_remove("TRELLIS_LOG").env("XDG_RUNTIME_DIR", self.0.path());
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// Output of a command that must succeed.
+    fn ok(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {text}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// The one line of a command that must fail.
+    fn error(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), text.lines().count()), (Some(1), 1), "{arguments:?}: {text}");
+        text
+    }
+
+    /// Starts a machine and waits until it can be reached.
+    fn start(&self, name: &str, code: &[u8]) -> Machine {
+        let kernel = self.0.path().join(format!("{name}.kernel"));
+        fs::write(&kernel, image(code)).unwrap();
+        let kernel = kernel.to_str().unwrap();
+        let arguments = ["boot", "--kernel", kernel, "--memory", "8M", "--name", name, "--timeout", "50"];
+        let child = self.command(&arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let socket = self.0.path().join("trellis").join(format!("{name}.sock"));
+        let machine = Machine { child, socket };
+        let deadline = Instant::now() + PATIENCE;
+        while UnixStream::connect(&machine.socket).is_err() {
+            assert!(Instant::now() < deadline, "the machine opens no socket");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        machine
+    }
+}
+
+struct Machine {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Machine {
+    fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    fn end(&mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // It may have ended long ago.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn commands_reach_the_only_machine_and_quit_ends_it() {
+    let home = Home::new();
+    assert!(home.error(&["stat"]).contains("no machine is running"));
+    assert_eq!(home.ok(&["list", "--json"]).trim(), "[]");
+    let mut machine = home.start("web", HI);
+    let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(machine.socket.parent().unwrap()), 0o700);
+    let deadline = Instant::now() + PATIENCE;
+    while home.ok(&["screendump"]).lines().next() != Some("Hi") {
+        assert!(Instant::now() < deadline, "the screen stays empty");
+    }
+    assert!(home.ok(&["list"]).contains("web.kernel"));
+    assert!(home.ok(&["stat", "web"]).contains("instructions"));
+    let stats: serde_json::Value = serde_json::from_str(&home.ok(&["stat", "--json"])).unwrap();
+    assert!(stats["instructions"].as_u64().unwrap() > 0);
+    home.ok(&["type", "hello\\n"]);
+    home.ok(&["type", "web", "--serial", "hello\\n"]);
+    home.ok(&["powerdown"]);
+    assert!(home.error(&["quit", "wob"]).contains("did you mean 'web'"));
+    let taken = home.error(&["boot", "contract", "--name", "web"]);
+    assert!(taken.contains("is running; choose another --name"));
+    let _other = home.start("other", HI);
+    assert!(home.error(&["stat"]).contains("other, web"));
+    home.ok(&["quit", "web"]);
+    assert_eq!(machine.end(), Some(0));
+    assert!(!machine.socket.exists());
+}
+
+#[test]
+fn paused_machine_stands_still_answers_and_quits() {
+    let home = Home::new();
+    let mut machine = home.start("still", HI);
+    home.ok(&["pause"]);
+    assert!(home.ok(&["list"]).contains("(paused)"));
+    let count = || -> u64 {
+        std::thread::sleep(Duration::from_millis(150)); // statistics are kept for a tenth of a second
+        serde_json::from_str::<serde_json::Value>(&home.ok(&["stat", "--json"])).unwrap()["instructions"]
+            .as_u64()
+            .unwrap()
+    };
+    let before = count();
+    assert_eq!(count(), before);
+    home.ok(&["resume"]);
+    assert!(home.error(&["resume"]).contains("not paused"));
+    assert!(count() > before);
+    home.ok(&["pause"]);
+    home.ok(&["quit"]);
+    assert_eq!(machine.end(), Some(0));
+}
+
+#[test]
+fn nmi_without_a_handler_shuts_the_machine_down() {
+    let home = Home::new();
+    let mut machine = home.start("nmi", &[0x0f, 0x01, 0x1d, 0, 0, 0x20, 0, 0xeb, 0xfe]); // lidt [zeroes]; jmp $
+    std::thread::sleep(Duration::from_millis(100));
+    home.ok(&["nmi"]);
+    assert_eq!(machine.end(), Some(3));
+}
+
+#[test]
+fn hostile_clients_do_not_harm_the_machine() {
+    let home = Home::new();
+    let machine = home.start("victim", HI);
+    // Silent ones, ones that hang up, one that never ends its line, one that never reads.
+    let _silent: Vec<_> = (0..4).map(|_| machine.connect()).collect();
+    drop((0..50).map(|_| machine.connect()).collect::<Vec<_>>());
+    let mut endless = machine.connect();
+    let refused = (0..1000).any(|_| endless.write_all(&[b'x'; 4096]).is_err());
+    assert!(refused, "a line without end is read for ever");
+    let mut deaf = machine.connect();
+    deaf.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+    for _ in 0..10_000 {
+        if deaf.write_all(b"{\"command\":\"screendump\"}\n").is_err() {
+            break;
+        }
+    }
+    // Nonsense gets an answer, and the connection goes on.
+    let mut stream = BufReader::new(machine.connect());
+    for nonsense in [&b"hello\n"[..], b"{}\n", b"\xff\xff\n", b"{\"command\":\"statz\"}\n", b"[[[[\n"] {
+        stream.get_mut().write_all(nonsense).unwrap();
+        let mut line = String::new();
+        stream.read_line(&mut line).unwrap();
+        let answer: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(answer["ok"], false, "{line}");
+        assert!(answer["error"].is_string(), "{line}");
+    }
+    drop(stream);
+    assert!(home.ok(&["stat"]).contains("instructions"));
+    home.ok(&["quit"]);
+}
+
+#[test]
+fn clients_beyond_the_limit_are_told_so() {
+    let home = Home::new();
+    let machine = home.start("full", HI);
+    let mut held: Vec<UnixStream> = Vec::new();
+    let mut told = String::new();
+    for _ in 0..40 {
+        let mut stream = machine.connect();
+        stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        let mut bytes = [0; 200];
+        if let Ok(count) = stream.read(&mut bytes) {
+            told = String::from_utf8_lossy(&bytes[..count]).into_owned();
+            break;
+        }
+        held.push(stream);
+    }
+    assert!(told.contains("too many clients"), "{told:?} after {}", held.len());
+    drop(held);
+    let deadline = Instant::now() + PATIENCE;
+    while !home.run(&["quit"]).status.success() {
+        assert!(Instant::now() < deadline, "the machine is not free again");
+    }
+}
+
+#[test]
+fn socket_path_is_as_asked_and_names_are_checked() {
+    let home = Home::new();
+    let usage = home.run(&["boot", "contract", "--name", "a/b"]);
+    assert_eq!(usage.status.code(), Some(2));
+    let file = home.0.path().join("file");
+    fs::write(&file, "mine").unwrap();
+    let name = file.to_str().unwrap();
+    assert!(home.error(&["boot", "contract", "--control", name]).contains("no socket"));
+    assert!(home.error(&["boot", "contract", "--control", "/nonexistent/s"]).contains("/nonexistent/s"));
+    assert_eq!(fs::read(&file).unwrap(), b"mine");
+    assert!(home.error(&["stat", "/nonexistent/s"]).contains("/nonexistent/s"));
+}
