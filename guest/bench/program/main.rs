@@ -116,7 +116,7 @@ extern "C" fn start(stack: *const usize) -> ! {
     if init {
         PATH.store(c"/init".as_ptr() as usize, Ordering::Relaxed);
         if !output::use_debug_port() {
-            sys::write_all(1, b"bench: /dev/port cannot be opened\n");
+            sys::write_all(1, b"bench: no permission for the debug port\n");
             quit(true);
         }
     }

@@ -83,7 +83,6 @@ fn initramfs() -> Vec<u8> {
     archive.directory("dev");
     archive.char_device("dev/console", 0o600, 5, 1);
     archive.char_device("dev/null", 0o666, 1, 3);
-    archive.char_device("dev/port", 0o600, 1, 4);
     archive.file("init", 0o755, guest_bench::PROGRAM);
     archive.finish()
 }
@@ -93,10 +92,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn initramfs_holds_program_and_port() {
+    fn initramfs_holds_program_and_console() {
         let bytes = initramfs();
         let holds = |part: &[u8]| bytes.windows(part.len()).any(|window| window == part);
-        assert!(holds(b"init\0") && holds(b"dev/port\0") && holds(guest_bench::PROGRAM));
+        assert!(holds(b"init\0") && holds(b"dev/console\0") && holds(guest_bench::PROGRAM));
     }
 
     #[test]

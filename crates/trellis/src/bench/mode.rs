@@ -63,7 +63,7 @@ impl Mode {
                 command.current_dir(&place.scratch);
                 Ok(command)
             }
-            Kind::Trellis(engine) => trellis(engine, self.name, place),
+            Kind::Trellis(engine) => trellis(engine, place),
             Kind::Qemu(accelerator) => qemu(accelerator, place),
         }
     }
@@ -79,13 +79,12 @@ impl Mode {
     }
 }
 
-fn trellis(engine: &str, mode: &str, place: &Place) -> Result<Command, String> {
+fn trellis(engine: &str, place: &Place) -> Result<Command, String> {
     let program = std::env::current_exe().map_err(|error| format!("cannot find this program: {error}"))?;
     let guest = place.guest.as_ref().ok_or("there is no kernel")?;
     let mut command = Command::new(program);
     command.args(["boot", "--engine", engine, "--memory", MEMORY, "--cpus", "1", "--no-reboot"]);
     command.args(["--append", CMDLINE, "--serial", "stdio", "--debugcon", "file:/dev/stderr"]);
-    command.args(["--name", &format!("bench-{mode}-{}", std::process::id()), "--control", "none"]);
     command.arg("--kernel").arg(&guest.kernel).arg("--initrd").arg(&guest.initrd);
     Ok(command)
 }
