@@ -148,7 +148,11 @@ fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
         memory_bytes: prepared.memory_bytes,
         cpus: prepared.cpus,
         cpu: prepared.cpu,
-        engine: EngineKind::Interp,
+        engine: if prepared.engine == crate::options::EngineChoice::Bt {
+            EngineKind::Bt
+        } else {
+            EngineKind::Interp
+        },
         disks,
         serial: wiring.sink(prepared.serial),
         debugcon: wiring.sink(prepared.debugcon),

@@ -53,7 +53,7 @@ fn usage_errors_end_with_2() {
 #[test]
 fn what_the_host_cannot_give_ends_with_1() {
     assert_error(&["boot", "contract", "--memory", "1024T"], 1, &["more than this host has"]);
-    assert_error(&["boot", "contract", "--engine", "bt"], 1, &["use --engine interp"]);
+    assert_error(&["boot", "contract", "--engine", "bt", "--cpus", "2"], 1, &["--engine interp"]);
     assert_error(&["boot", "contract", "--engine", "kvm"], 1, &["use --engine interp"]);
     assert_error(&["boot", "contract", "--mmu", "hardware"], 1, &["use --mmu software"]);
     assert_error(&["boot", "contract", "--serial", "file:/nonexistent/x"], 1, &["/nonexistent/x"]);
