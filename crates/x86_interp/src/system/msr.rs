@@ -39,6 +39,10 @@ const INERT_INTEL: &[u32] =
 /// On every vendor: MCG_CAP, MCG_STATUS, machine-check bank controls, PLATFORM_ID, BIOS_SIGN.
 const INERT_ALL: &[u32] = &[0x179, 0x17a, 0x17b, msr::BIOS_SIGN_ID, 0x79, 0x8a];
 
+/// PerfEvtSel0–3 and PerfCtr0–3, which every AMD CPU has, announced or not (APM 2 13.2.1); Xen's watchdog counts on them.
+/// DEVIATION: they read as zero and count nothing, so that kernels that probe them by writing see that they do not work.
+const AMD_COUNTERS: std::ops::RangeInclusive<u32> = 0xc001_0000..=0xc001_0007;
+
 /// MTRRCAP: 8 variable ranges, fixed ranges, write combining.
 const MTRRCAP_VALUE: u64 = 0x508;
 
@@ -64,6 +68,7 @@ pub fn read(cpu: &mut Cpu, index: u32) -> Result<u64, Exception> {
         msr::DEBUGCTL => m.debugctl,
         // Last branch records: none are taken.
         0x1db..=0x1de => 0,
+        _ if is_amd_counter(cpu, index) => 0,
         msr::PAT => m.pat,
         msr::MTRR_DEF_TYPE => m.mtrr_def_type,
         msr::XSS if cpu.model.xss_mask() != 0 || cpu.model.has(Feature::Xsaves) => m.xss,
@@ -181,6 +186,7 @@ fn write_other(cpu: &mut Cpu, index: u32, value: u64) -> Result<(), Exception> {
             }
             cpu.s.msr.mtrr_fixed[n] = value;
         }
+        None if is_amd_counter(cpu, index) => {}
         None if is_inert(cpu, index) => {
             cpu.s.msr.inert.insert(index, value);
         }
@@ -213,6 +219,10 @@ fn is_inert(cpu: &Cpu, index: u32) -> bool {
     let of_vendor = if cpu.model.vendor() == Vendor::Intel { INERT_INTEL } else { INERT_AMD };
     // Machine-check banks 0 to 31: MCG_CAP announces none, but some kernels write them unasked.
     INERT_ALL.contains(&index) || of_vendor.contains(&index) || (0x400..0x480).contains(&index)
+}
+
+fn is_amd_counter(cpu: &Cpu, index: u32) -> bool {
+    cpu.model.vendor() == Vendor::Amd && AMD_COUNTERS.contains(&index)
 }
 
 fn inert_default(index: u32) -> u64 {
