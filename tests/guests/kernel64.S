@@ -12,7 +12,7 @@
     .set TSS, 72
     .macro step c
     mov $0x3f8, %dx
-    mov $'\c', %al
+    mov $\c, %al
     out %al, %dx
     .endm
 
@@ -28,7 +28,7 @@ _start:
     cmp $0x2badb002, %eax
     jne fail32
     mov $stack_top, %esp
-    step 0
+    step 0x30
     # Page tables: 1 GiB of 2 MiB pages, identity and at the top of the address space; user pages from 512 MiB on.
     mov $pml4, %edi
     movl $pdpt + 7, (%edi)
@@ -66,10 +66,10 @@ _start:
     loop 4b
     movl $ist_top, 0x5000 + 36
     lgdt gdt_descriptor
-    step 1
+    step 0x31
     call enter_long
     .code64
-    step 2
+    step 0x32
     # High half.
     mov $high, %rax
     mov $0xffffffff80000000, %rcx
@@ -79,11 +79,11 @@ high:
     lidt idt_descriptor(%rip)
     mov $TSS, %ax
     ltr %ax
-    step 3
+    step 0x33
     # A page fault on its own stack (IST 1), with the right CR2 and error code.
     movq $resume_pf, resume
     mov $0x20000123, %rax
-    incb (%rax)
+    movb $1, (%rax)           # (QEMU takes INC for a read)
 resume_pf:
     cmpq $2, last_error
     jne fail
@@ -93,7 +93,7 @@ resume_pf:
     mov ist_used, %rax
     test %rax, %rax
     jz fail
-    step 4
+    step 0x34
     # A non-canonical address: #GP(0).
     movq $resume_gp, resume
     movq $-1, last_error
@@ -102,7 +102,7 @@ resume_pf:
 resume_gp:
     cmpq $0, last_error
     jne fail
-    step 5
+    step 0x35
     # SYSCALL and SYSRET: user code at 6 MiB.
     mov $user_code, %rsi
     mov $0x600000, %rdi
@@ -134,7 +134,7 @@ back:
     mov saved_rsp, %rsp
     cmp $0x55aa, %rbx
     jne fail
-    step 6
+    step 0x36
     # Compatibility mode in ring 0: far return to 32-bit code and back.
     pushq $CODE32
     pushq $compat
@@ -148,7 +148,7 @@ compat:
 compat_back:
     cmp $0x12233440, %rax
     jne fail
-    step 7
+    step 0x37
     # RIP-relative, MOVABS, 64-bit push and pop, BSWAP, CMPXCHG16B (if there).
     mov $1, %eax
     cpuid
@@ -164,7 +164,8 @@ compat_back:
     jne fail
     cmpq $2, pair + 8
     jne fail
-1:  step 8
+1:
+    step 0x38
     # The TSC grows; RDTSC at both ends of 10 ms by the PIT.
     rdtsc
     shl $32, %rdx
@@ -189,16 +190,16 @@ compat_back:
     sub %rbx, %rdx
     cmp $5000000, %rdx        # more than 500 MHz
     jb fail
-    step 9
+    step 0x39
     # Leave long mode for real mode, call INT 12H there, come back.
     call leave_long
     .code64
     cmpw $600, memory_kib
     jb fail
-    step A
+    step 0x41
     # Once more: long mode is not a one-way street.
     call leave_long
-    step B
+    step 0x42
     # A double fault through a bad stack reaches its IST.
     movq $resume_df, resume
     mov $0x20000100, %rsp
@@ -206,7 +207,7 @@ compat_back:
     push %rax
 resume_df:
     mov $stack_top, %rsp
-    step C
+    step 0x43
     mov $'\n', %al
     out %al, %dx
     mov $'O', %al

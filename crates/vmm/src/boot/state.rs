@@ -113,7 +113,7 @@ pub struct InitialState {
     /// GDTR.
     pub gdtr: TableRegister,
     /// IDTR: the interrupt vector table, as it is on a PC whose boot loader came from a BIOS. Programs that go back to
-    /// real mode, as GRUB does, count on it; in protected mode its entries are no valid gates.
+    /// real mode without loading one count on it; in protected mode its entries are no valid gates.
     pub idtr: TableRegister,
 }
 
