@@ -19,6 +19,7 @@ pub mod terminal;
 use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser as _;
 
@@ -34,6 +35,7 @@ const USAGE: u8 = 2;
 /// Runs the program with `arguments` (the first is its name) and returns its exit status.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     start_logging();
+    survive_file_size_limit();
     let code = match Cli::try_parse_from(arguments) {
         Ok(cli) => execute(cli.command).unwrap_or_else(|error| report(&error)),
         Err(error)
@@ -87,6 +89,13 @@ fn start_logging() {
         .with_writer(io::stderr)
         .log_internal_errors(false)
         .try_init();
+}
+
+/// A limit to the size of files (setrlimit(2), RLIMIT_FSIZE) gives errors where it bites, instead of killing us by SIGXFSZ.
+/// Guest memory is a file, too.
+fn survive_file_size_limit() {
+    // Without the handler things are as they would be.
+    let _ = signal_hook::flag::register(libc::SIGXFSZ, Arc::default());
 }
 
 /// Carries out a command.

@@ -394,11 +394,12 @@ fn open_disk(spec: &DiskSpec) -> Result<Disk, PrepareError> {
     let failure = |text: String| Err(Failure(text));
     let metadata = match std::fs::metadata(&spec.path) {
         Ok(metadata) => metadata,
-        Err(error) => {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return failure(format!(
                 "cannot open the disk {path}: {error}; make one with: truncate -s 1G {path}"
             ));
         }
+        Err(error) => return failure(format!("cannot open the disk {path}: {error}")),
     };
     let is_device = metadata.file_type().is_block_device();
     if !metadata.is_file() && !is_device {

@@ -33,7 +33,17 @@ fn usage_errors_end_with_2() {
         (&["boot", "--memory", "lots"], &["512M"]),
         (&["boot", "--cpus", "0"], &["from 1 to 16"]),
         (&["boot", "--cpus", "1000"], &["from 1 to 16"]),
+        (&["boot", "--memory", "12345B"], &["too little"]),
+        (&["boot", "--memory", "3000001B"], &["whole pages"]),
+        (&["boot", "--cpus", "17"], &["from 1 to 16"]),
+        (&["boot", "--cpus", "abc"], &["from 1 to 16"]),
         (&["boot", "--cpu", "maks"], &["did you mean 'max'"]),
+        (&["boot", "--cpu", "max,+avx5124f"], &["did you mean 'avx512f'"]),
+        (&["boot", "--timeout", "-1"], &["seconds"]),
+        (&["boot", "--timeout", "abc"], &["seconds"]),
+        (&["boot", "--disk", "x,rx"], &["'rx'"]),
+        (&["boot", "--name", "a b"], &["no name for a machine"]),
+        (&["type", "\\q"], &["stands for no key"]),
         (&["boot", "--engine", "interpreter"], &["interp"]),
         (&["boot", "--vga", "txt"], &["did you mean 'text'"]),
         (&["boot", "--serial", "stdoi"], &["did you mean 'stdio'"]),
@@ -59,6 +69,8 @@ fn what_the_host_cannot_give_ends_with_1() {
     assert_error(&["boot", "contract", "--serial", "file:/nonexistent/x"], 1, &["/nonexistent/x"]);
     assert_error(&["boot", "contract", "--trace", "/nonexistent/x"], 1, &["/nonexistent/x"]);
     assert_error(&["boot", "contract", "--stats=/nonexistent/x"], 1, &["/nonexistent/x"]);
+    assert_error(&["boot", "contract", "--clock", "icount", "--cpus", "2"], 1, &["exactly one CPU"]);
+    assert_error(&["boot", "--kernel", "/bin/sh"], 1, &["a program for Linux, not a kernel"]);
 }
 
 #[test]
@@ -106,6 +118,9 @@ fn mistakes_in_a_file_name_the_line() {
         ("monitor.virtual_exec = 'softwear'\n", "did you mean 'software'"),
         ("cpus = 1000\n", "from 1 to 16"),
         ("kernel = [\n", ":1:"),
+        ("memory = true\n", "a number or a string is needed in 'memory'"),
+        ("cpus = 1\n[monitor]\nvirtual_exec = 3\n", ":3:"),
+        ("cpu = 'max,+avx5124f'\n", "did you mean 'avx512f'"),
     ];
     for (text, part) in cases {
         fs::write(&path, text).expect("written");
@@ -154,4 +169,29 @@ fn help_teaches_with_examples() {
         assert!(text.contains("xample") || text.contains("A file looks like this"), "{text}");
     }
     assert_eq!(trellis(&[]).status.code(), Some(2));
+}
+
+#[test]
+fn pipes_without_a_partner_are_not_waited_for() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let pipe = directory.path().join("pipe");
+    let made = Command::new("mkfifo").arg(&pipe).status().expect("mkfifo starts");
+    assert!(made.success());
+    let name = pipe.to_str().expect("UTF-8");
+    assert_error(&["boot", "--kernel", name], 1, &["nobody writes"]);
+    assert_error(&["run", name], 2, &["nobody writes"]);
+    assert_error(&["boot", "contract", "--serial", &format!("file:{name}")], 1, &["nobody reads"]);
+    // One that comes late is waited for.
+    let script = "(sleep 0.2; echo no kernel at all) > \"$1\" & exec \"$0\" boot --kernel \"$1\"";
+    let mut late = Command::new("sh");
+    late.args(["-c", script, env!("CARGO_BIN_EXE_trellis"), name]);
+    let text = String::from_utf8(late.output().expect("sh starts").stderr).expect("UTF-8");
+    assert!(text.contains("only 17 bytes"), "{text}");
+}
+
+#[test]
+fn cpu_help_lists_models_and_features() {
+    let output = trellis(&["boot", "--cpu", "help"]);
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stdout).contains("x86-64-v3"));
 }

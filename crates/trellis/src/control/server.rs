@@ -89,7 +89,7 @@ pub fn bind(name: Option<&str>, target: &ControlTarget) -> Result<Option<Bound>,
                     Err(error) => refusals.push(format!("{}: {error}", directory.display())),
                 }
             }
-            tracing::warn!("no control socket: {}", refusals.join("; "));
+            crate::terminal::tell(&format!("trellis: no control socket: {}\n", refusals.join("; ")));
             Ok(None)
         }
     }

@@ -14,7 +14,9 @@ use std::io::{self, IsTerminal as _};
 use std::sync::Arc;
 use std::thread;
 
-use signal_hook::consts::signal::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
+use signal_hook::consts::signal::{
+    SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH,
+};
 use signal_hook::iterator::Signals;
 
 use escape::{EscapeFilter, Key, Typed};
@@ -202,7 +204,8 @@ fn end_now(reason: QuitReason) -> ! {
 
 /// Starts the thread that turns signals into calls.
 fn spawn_signal_thread(quit: QuitHandler, mut resize: ResizeHandler) -> io::Result<()> {
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGWINCH, SIGCONT])?;
+    let mut signals =
+        Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGWINCH, SIGCONT])?;
     let run = move || {
         let mut quitting = false;
         for signal in signals.forever() {
