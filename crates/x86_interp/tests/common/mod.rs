@@ -1,6 +1,12 @@
 //! A vCPU with memory and no devices, for tests and benchmarks of the interpreter alone.
 
-#![allow(dead_code, missing_docs, reason = "each test uses a part of it")]
+#![allow(
+    dead_code,
+    missing_docs,
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    reason = "each test uses a part of it; ports carry bytes"
+)]
 
 use std::sync::{Arc, Mutex};
 
