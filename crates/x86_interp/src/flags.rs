@@ -152,6 +152,8 @@ impl LazyFlags {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::cast_possible_truncation, reason = "bytes are taken out of words")]
+
     use super::*;
 
     #[test]
@@ -177,7 +179,7 @@ mod tests {
                 assert_eq!(f.cf(), a + b > 255);
                 assert_eq!(f.of(), i16::from(a as i8) + i16::from(b as i8) != i16::from(r as i8));
                 assert_eq!(f.af(), (a & 15) + (b & 15) > 15);
-                assert_eq!(f.pf(), (r as u8).count_ones() % 2 == 0);
+                assert_eq!(f.pf(), (r as u8).count_ones().is_multiple_of(2));
                 let r = a.wrapping_sub(b) & 0xff;
                 let f = LazyFlags::sub(a, b, r, 56);
                 assert_eq!(f.cf(), a < b);
