@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn read_crossing_pages_gives_what_was_written() {
         let mem = GuestMemory::new(1 << 20).unwrap();
-        let data: Vec<u8> = (0..9000u32).map(|i| i as u8).collect();
+        let data: Vec<u8> = (0..9000u32).map(|i| i.to_le_bytes()[0]).collect();
         mem.write(Gpa(4000), &data).unwrap();
         let mut back = vec![0; 9000];
         mem.read(Gpa(4000), &mut back).unwrap();

@@ -365,7 +365,7 @@ mod tests {
             Ok(gpa)
         }
         fn load32(&mut self, gpa: Gpa) -> u32 {
-            *self.0.get(&gpa.0).unwrap_or(&0) as u32
+            u32::try_from(*self.0.get(&gpa.0).unwrap_or(&0)).unwrap_or(u32::MAX)
         }
         fn load64(&mut self, gpa: Gpa) -> u64 {
             *self.0.get(&gpa.0).unwrap_or(&0)
