@@ -57,8 +57,8 @@ pub struct Sample {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SessionError {
     /// It took longer than allowed.
-    #[error("no answer within {0} s")]
-    TimedOut(u64),
+    #[error("no answer within {0} s{1}")]
+    TimedOut(u64, String),
     /// The process, or the machine, came to an end.
     #[error("it ended: {0}")]
     Ended(String),
@@ -170,7 +170,9 @@ impl Session {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(SessionError::TimedOut(self.timeout.as_secs()));
+                let said =
+                    self.last_words().map_or_else(String::new, |line| format!("; its last words: {line}"));
+                return Err(SessionError::TimedOut(self.timeout.as_secs(), said));
             }
             match self.events.recv_timeout(left.min(POLL)) {
                 Ok(event) => return Ok(event),
@@ -188,11 +190,15 @@ impl Session {
             }
         }
         let status = self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
+        SessionError::Ended(self.last_words().unwrap_or(status))
+    }
+
+    /// The last line that was no answer, or the last of the serial line.
+    fn last_words(&self) -> Option<String> {
         let serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
         let serial = String::from_utf8_lossy(&serial).into_owned();
         let said = self.messages.last().map(|line| line.trim_start_matches("trellis: error: "));
-        let said = said.or_else(|| serial.lines().map(str::trim).rfind(|line| !line.is_empty()));
-        SessionError::Ended(said.map_or(status, str::to_owned))
+        said.or_else(|| serial.lines().map(str::trim).rfind(|line| !line.is_empty())).map(str::to_owned)
     }
 }
 
@@ -340,9 +346,9 @@ mod tests {
 
     #[test]
     fn program_that_hangs_times_out() {
-        assert!(matches!(start("exec sleep 60", 300), Err(SessionError::TimedOut(_))));
+        assert!(matches!(start("exec sleep 60", 300), Err(SessionError::TimedOut(..))));
         let mut session = start("echo READY >&2; exec sleep 60", 1000).unwrap();
-        assert!(matches!(session.measure("sum", 1), Err(SessionError::TimedOut(_))));
+        assert!(matches!(session.measure("sum", 1), Err(SessionError::TimedOut(..))));
     }
 
     #[test]
