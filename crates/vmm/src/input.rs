@@ -79,8 +79,10 @@ impl Input {
 
     /// Moves what the devices accept.
     pub fn feed(&self, serial: &Mutex<Serial>, keyboard: &Mutex<I8042>) {
-        // `waiting` stays set until all is gone: a device that gets room meanwhile must not stay silent. New input that
-        // comes meanwhile is announced by whoever queued it.
+        // `waiting` is set before the devices are tried and until all is gone: one that gets room meanwhile must not stay
+        // silent. New input that comes meanwhile, even just before it is cleared, is announced by whoever queued it, and
+        // that comes here again.
+        self.waiting.store(true, Ordering::SeqCst);
         if !(self.feed_serial(serial) | self.feed_keyboard(keyboard)) {
             self.waiting.store(false, Ordering::SeqCst);
         }
