@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn main() {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../src");
+    // Asked at run time: a build script from a shared target folder may serve another checkout.
+    let manifest = std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets it for build scripts");
+    let source = Path::new(&manifest).join("../src");
     println!("cargo::rerun-if-changed={}", source.display());
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("contract.elf");
     let rustc = std::env::var_os("RUSTC").expect("cargo sets RUSTC");
