@@ -12,7 +12,7 @@ use super::{catalog::Benchmark, stats};
 /// Version of the form; it grows when a reader of the old would misunderstand.
 const FORMAT: u32 = 1;
 /// Guest time may differ from host time by so many percent…
-const MAX_DEVIATION: f64 = 2.0;
+const MAX_DRIFT: f64 = 2.0;
 /// …or so many milliseconds, which a busy host may need to wake the reader of the marks.
 const WAKE_UP_MS: f64 = 3.0;
 /// Every value's unit.
@@ -112,7 +112,7 @@ impl Report {
             plan.benchmarks.iter().zip(&cells).flat_map(|(b, row)| rows_of(b, &plan.modes, row)).collect();
         let modes: Vec<ModeRow> =
             plan.modes.iter().zip(modes).map(|(mode, result)| mode_row(mode, result, &rows)).collect();
-        let allowed = MAX_DEVIATION.max(WAKE_UP_MS / (plan.target.as_secs_f64() * 1e3) * 100.0);
+        let allowed = MAX_DRIFT.max(WAKE_UP_MS / (plan.target.as_secs_f64() * 1e3) * 100.0);
         let notes = notes(&modes, &rows, allowed);
         Self {
             format: FORMAT,
