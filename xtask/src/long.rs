@@ -7,8 +7,8 @@ use crate::steps::{cargo, step, summary};
 const IMAGES: &[&str] =
     &["debian-cloud-amd64", "debian-generic-amd64", "debian-686-pae-i386", "debian-memtest86+-amd64"];
 
-/// Seeds times cases of the differential tests: this many times the number of a common run.
-const DIFFERENTIAL_FACTOR: &str = "50";
+/// Cases of each mode that the differential tests run, from a new seed.
+const DIFFERENTIAL_CASES: &str = "1000000";
 
 /// Runs the long suite: the machine tests marked `#[ignore = "long: …"]`, and the differential tests with more cases.
 pub fn run() -> anyhow::Result<()> {
@@ -19,7 +19,7 @@ pub fn run() -> anyhow::Result<()> {
         }
         steps.push(ladder::machine_tests(&["--ignored"])?);
         let mut differential = cargo(&["test", "--release", "--package", "x86_interp", "--no-fail-fast"]);
-        differential.env("TRELLIS_DIFFERENTIAL_FACTOR", DIFFERENTIAL_FACTOR);
+        differential.env("TRELLIS_CASES", DIFFERENTIAL_CASES);
         steps.push(step("differential tests, long", differential)?);
     }
     summary(&steps)
