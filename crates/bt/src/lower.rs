@@ -8,6 +8,8 @@
 
 use iced_x86::{Code, Encoder, FlowControl, Instruction, Mnemonic, OpAccess, OpKind, Register, UsedRegister};
 
+use x86::decode::condition;
+
 use crate::emit::{Asm, Fixup, S0, S1, SP};
 use crate::frame;
 use crate::unit::{self, STATUS, Unit};
@@ -796,29 +798,6 @@ impl Lowering<'_> {
             self.asm.bind(f);
         }
         self.asm.jmp_gs(frame::LEAVE);
-    }
-}
-
-/// The condition as encoded.
-fn condition(i: &Instruction) -> u8 {
-    use iced_x86::ConditionCode as C;
-    match i.condition_code() {
-        C::o => 0,
-        C::no => 1,
-        C::b => 2,
-        C::ae => 3,
-        C::e => 4,
-        C::ne => 5,
-        C::be => 6,
-        C::a => 7,
-        C::s => 8,
-        C::ns => 9,
-        C::p => 10,
-        C::np => 11,
-        C::l => 12,
-        C::ge => 13,
-        C::le => 14,
-        _ => 15,
     }
 }
 

@@ -4,6 +4,7 @@
 pub mod addr;
 pub mod bits;
 pub mod cpuid;
+pub mod decode;
 pub mod exception;
 pub mod paging;
 pub mod segment;

@@ -4,6 +4,7 @@
 
 use iced_x86::{Code, Instruction, MemorySize, Mnemonic, OpKind, Register};
 use x86::cpuid::{Gate, OlderMeaning};
+use x86::decode::condition;
 
 use crate::cpu::{CodeSize, Cpu, FLAT, FLAT_STACK, PAGE_RIP, Step, Stop, ZERO};
 use crate::ops::alu::{self, Adc, Add, And, Dec, Inc, Neg, Not, Or, Sbb, Sub, Xor};
@@ -394,29 +395,6 @@ fn select_conditional(op: &mut Op, i: &Instruction, width: u32, form: Form) -> O
     }
     op.extra = condition(i);
     if is_cmov { mov::select_cmov(width, form) } else { mov::select_set(form) }
-}
-
-/// The condition as encoded: iced's numbering starts with 1 for "overflow".
-fn condition(i: &Instruction) -> u8 {
-    use iced_x86::ConditionCode as C;
-    match i.condition_code() {
-        C::o => 0,
-        C::no => 1,
-        C::b => 2,
-        C::ae => 3,
-        C::e => 4,
-        C::ne => 5,
-        C::be => 6,
-        C::a => 7,
-        C::s => 8,
-        C::ns => 9,
-        C::p => 10,
-        C::np => 11,
-        C::l => 12,
-        C::ge => 13,
-        C::le => 14,
-        _ => 15,
-    }
 }
 
 fn select_shift<O: shift::Shift>(i: &Instruction, width: u32) -> Handler {
