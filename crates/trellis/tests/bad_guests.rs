@@ -68,7 +68,7 @@ impl Guest {
     fn command(&self, options: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_trellis"));
         command.args(["boot", "--memory", "8M", "--kernel"]).arg(&self.kernel).args(options);
-        command.env_remove("TRELLIS_LOG").env("XDG_RUNTIME_DIR", self.home.path());
+        command.env_remove("TRELLIS_LOG").env("TRELLIS_RUNTIME_DIR", self.home.path());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         command
     }

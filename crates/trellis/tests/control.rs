@@ -40,7 +40,7 @@ impl Home {
 
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_trellis"));
-        command.args(arguments).env_remove("TRELLIS_LOG").env("XDG_RUNTIME_DIR", self.0.path());
+        command.args(arguments).env_remove("TRELLIS_LOG").env("TRELLIS_RUNTIME_DIR", self.0.path());
         command.stdin(Stdio::null());
         command
     }

@@ -165,8 +165,12 @@ impl Answer {
 }
 
 /// Where control sockets are: the first that can be used is used, and all are looked into.
-/// `$XDG_RUNTIME_DIR/trellis` (XDG Base Directory: only an absolute path counts), then `/tmp/trellis-UID`.
+/// `$XDG_RUNTIME_DIR/trellis` (XDG Base Directory: only an absolute path counts), then `/tmp/trellis-UID`. Where
+/// `$TRELLIS_RUNTIME_DIR` is set, its folder `trellis` is the only one: for tests and tools that want machines of their own.
 fn directories() -> Vec<PathBuf> {
+    if let Some(only) = std::env::var_os("TRELLIS_RUNTIME_DIR").filter(|path| !path.is_empty()) {
+        return vec![PathBuf::from(only).join("trellis")];
+    }
     directories_for(std::env::var_os("XDG_RUNTIME_DIR"))
 }
 
