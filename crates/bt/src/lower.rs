@@ -27,7 +27,7 @@ pub struct Facts {
     pub limit: usize,
 }
 
-/// A place that calls out: the guest instruction, and where its code starts and ends.
+/// A place that calls out, for an instruction or for a memory access that misses.
 #[derive(Clone, Copy, Debug)]
 pub struct Site {
     /// RIP of the guest instruction.
@@ -650,7 +650,7 @@ impl Lowering<'_> {
         self.spill(live);
         let target = self.rip(offset);
         // Loops must see signals: a jump that does not go forward polls (INV-BT-2).
-        let backward = self.sites_before(offset);
+        let backward = self.is_backward(offset);
         let poll = backward.then(|| self.poll());
         let same_page = offset < 4096;
         if same_page {
@@ -677,8 +677,8 @@ impl Lowering<'_> {
         self.asm.jmp_gs(frame::LEAVE);
     }
 
-    /// Whether a target is not behind everything translated so far.
-    fn sites_before(&self, offset: u64) -> bool {
+    /// Whether a jump from the current instruction may close a loop: it goes back, or to another page.
+    fn is_backward(&self, offset: u64) -> bool {
         offset <= self.current || offset >= 4096
     }
 

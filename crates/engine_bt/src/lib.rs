@@ -178,15 +178,19 @@ impl BtVcpu {
         self.absorb();
     }
 
-    /// Takes over what the interpreter did to translations and code.
-    fn absorb(&mut self) {
-        let cpu = self.interp.cpu();
-        if let Some(events) = &mut cpu.tlb.events {
+    /// Takes over what the interpreter did to translations.
+    fn apply_events(&mut self) {
+        if let Some(events) = &mut self.interp.cpu().tlb.events {
             for event in events.drain(..) {
                 self.tables.apply(event);
             }
         }
-        if std::mem::take(&mut cpu.code_changed) {
+    }
+
+    /// Takes over what the interpreter did to translations and code.
+    fn absorb(&mut self) {
+        self.apply_events();
+        if std::mem::take(&mut self.interp.cpu().code_changed) {
             self.drop_stale();
         }
     }
@@ -382,11 +386,7 @@ impl BtVcpu {
             && !cpu.poll()
             && cpu.s.activity == Activity::Running;
         // Translations may have changed under the fragment's feet; its own code has not.
-        if let Some(events) = &mut cpu.tlb.events {
-            for event in events.drain(..) {
-                self.tables.apply(event);
-            }
-        }
+        self.apply_events();
         self.fill_frame();
         same && self.tables.jumps_intact()
     }
