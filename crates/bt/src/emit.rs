@@ -4,18 +4,64 @@
 
 #![expect(clippy::cast_possible_truncation, reason = "displacements within a fragment")]
 
+use iced_x86::{Encoder, Instruction};
+
 /// Host scratch register.
 pub const S0: u8 = 14;
 /// Host scratch register.
 pub const S1: u8 = 15;
 /// Host register of guest RSP.
 pub const SP: u8 = 13;
+/// RAX, RCX, RDX, RSI, RDI, as the string and system instructions name them.
+pub const RAX: u8 = 0;
+/// See [`RAX`].
+pub const RCX: u8 = 1;
+/// See [`RAX`].
+pub const RDX: u8 = 2;
+/// See [`RAX`].
+pub const RSI: u8 = 6;
+/// See [`RAX`].
+pub const RDI: u8 = 7;
+/// See [`RAX`].
+pub const R11: u8 = 11;
+
+/// Condition codes, as in Jcc.
+pub mod cc {
+    /// Below.
+    pub const B: u8 = 2;
+    /// Above or equal.
+    pub const AE: u8 = 3;
+    /// Equal.
+    pub const E: u8 = 4;
+    /// Not equal.
+    pub const NE: u8 = 5;
+    /// Below or equal.
+    pub const BE: u8 = 6;
+    /// Above.
+    pub const A: u8 = 7;
+}
+
+/// Two-operand operations by their opcode `reg, r/m`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[expect(missing_docs, reason = "named as the instructions")]
+pub enum Op {
+    Add = 0x03,
+    Or = 0x0b,
+    And = 0x23,
+    Sub = 0x2b,
+    Xor = 0x33,
+    Cmp = 0x3b,
+    Test = 0x85,
+    Mov = 0x8b,
+}
 
 /// Machine code under construction.
-#[derive(Default)]
 pub struct Asm {
     /// The bytes so far.
     pub code: Vec<u8>,
+    encoder: Encoder,
+    /// The host has BMI2.
+    bmi2: bool,
 }
 
 /// A 32-bit displacement to fill in when its target is known.
@@ -27,6 +73,12 @@ const fn low3(r: u8) -> u8 {
 }
 
 impl Asm {
+    /// Empty code for a host with or without BMI2.
+    #[must_use]
+    pub fn new(bmi2: bool) -> Self {
+        Self { code: Vec::with_capacity(1024), encoder: Encoder::new(64), bmi2 }
+    }
+
     /// Offset of the next byte.
     #[must_use]
     pub fn here(&self) -> usize {
@@ -42,66 +94,132 @@ impl Asm {
         self.bytes(&v.to_le_bytes());
     }
 
+    /// Appends an instruction; false (and nothing appended) if it has no encoding.
+    pub fn instruction(&mut self, i: &Instruction) -> bool {
+        let mark = self.code.len();
+        self.encoder.set_buffer(std::mem::take(&mut self.code));
+        let ok = self.encoder.encode(i, 0).is_ok();
+        self.code = self.encoder.take_buffer();
+        if !ok {
+            self.code.truncate(mark);
+        }
+        ok
+    }
+
     const fn rex(w: bool, reg: u8, index: u8, base: u8) -> u8 {
         0x40 | (w as u8) << 3 | (reg >> 3) << 2 | (index >> 3) << 1 | base >> 3
     }
 
+    fn opcode(&mut self, rex: u8, opcode: &[u8]) {
+        if rex != 0x40 {
+            self.code.push(rex);
+        }
+        self.bytes(opcode);
+    }
+
     /// `opcode reg, gs:[disp]` (or the reverse, as the opcode says), 64 bits if `wide`.
     fn gs_op(&mut self, wide: bool, opcode: &[u8], reg: u8, disp: i32) {
-        self.bytes(&[0x65, Self::rex(wide, reg, 0, 0)]);
-        self.bytes(opcode);
+        self.code.push(0x65);
+        self.opcode(Self::rex(wide, reg, 0, 0), opcode);
         // ModRM with SIB and no base: an absolute 32-bit displacement.
         self.bytes(&[low3(reg) << 3 | 4, 0x25]);
         self.imm32(disp);
     }
 
-    /// `opcode reg, gs:[index + disp]`.
-    fn gs_index_op(&mut self, wide: bool, opcode: u8, reg: u8, index: u8, disp: i32) {
-        self.bytes(&[0x65, Self::rex(wide, reg, 0, index), opcode, 0x80 | low3(reg) << 3 | low3(index)]);
-        debug_assert!(low3(index) != 4, "would need a SIB byte");
+    /// `opcode reg, gs:[index * 2^scale + disp]`; without scale the index is a base.
+    fn gs_index_op(&mut self, wide: bool, opcode: u8, reg: u8, (index, scale): (u8, u8), disp: i32) {
+        self.code.push(0x65);
+        if scale == 0 {
+            debug_assert!(low3(index) != 4, "would need a SIB byte");
+            self.opcode(Self::rex(wide, reg, 0, index), &[opcode, 0x80 | low3(reg) << 3 | low3(index)]);
+        } else {
+            self.opcode(Self::rex(wide, reg, index, 0), &[opcode, low3(reg) << 3 | 4]);
+            self.code.push(scale << 6 | low3(index) << 3 | 5);
+        }
         self.imm32(disp);
     }
 
+    /// `op reg, gs:[disp]`, 64 bits.
+    pub fn gs(&mut self, op: Op, reg: u8, disp: i32) {
+        self.gs_op(true, &[op as u8], reg, disp);
+    }
+    /// `op reg32, gs:[disp]`.
+    pub fn gs32(&mut self, op: Op, reg: u8, disp: i32) {
+        self.gs_op(false, &[op as u8], reg, disp);
+    }
     /// `mov reg, gs:[disp]`
     pub fn load(&mut self, reg: u8, disp: i32) {
-        self.gs_op(true, &[0x8b], reg, disp);
+        self.gs(Op::Mov, reg, disp);
     }
     /// `mov reg32, gs:[disp]`
     pub fn load32(&mut self, reg: u8, disp: i32) {
-        self.gs_op(false, &[0x8b], reg, disp);
+        self.gs32(Op::Mov, reg, disp);
+    }
+    /// `movzx reg32, word gs:[disp]`
+    pub fn load16(&mut self, reg: u8, disp: i32) {
+        self.gs_op(false, &[0x0f, 0xb7], reg, disp);
     }
     /// `mov gs:[disp], reg`
     pub fn store(&mut self, disp: i32, reg: u8) {
         self.gs_op(true, &[0x89], reg, disp);
+    }
+    /// `mov gs:[disp], reg32`
+    pub fn store32(&mut self, disp: i32, reg: u8) {
+        self.gs_op(false, &[0x89], reg, disp);
+    }
+    /// `mov gs:[disp], reg16`
+    pub fn store16(&mut self, disp: i32, reg: u8) {
+        self.code.push(0x66);
+        self.store32(disp, reg);
     }
     /// `mov dword gs:[disp], imm`
     pub fn store_imm32(&mut self, disp: i32, value: u32) {
         self.gs_op(false, &[0xc7], 0, disp);
         self.bytes(&value.to_le_bytes());
     }
+    /// `and gs:[disp], reg`
+    pub fn and_to(&mut self, disp: i32, reg: u8) {
+        self.gs_op(true, &[0x21], reg, disp);
+    }
+    /// `and word gs:[disp], reg16`
+    pub fn and_to16(&mut self, disp: i32, reg: u8) {
+        self.code.push(0x66);
+        self.gs_op(false, &[0x21], reg, disp);
+    }
+    /// `or dword gs:[disp], imm` or, with `and`, `and dword gs:[disp], imm`.
+    pub fn change_bits32(&mut self, and: bool, disp: i32, imm: u32) {
+        self.gs_op(false, &[0x81], if and { 4 } else { 1 }, disp);
+        self.bytes(&imm.to_le_bytes());
+    }
+    /// `test dword gs:[disp], imm`
+    pub fn test_bits32(&mut self, disp: i32, imm: u32) {
+        self.gs_op(false, &[0xf7], 0, disp);
+        self.bytes(&imm.to_le_bytes());
+    }
     /// `mov reg, gs:[index + disp]`
     pub fn load_index(&mut self, reg: u8, index: u8, disp: i32) {
-        self.gs_index_op(true, 0x8b, reg, index, disp);
+        self.gs_index_op(true, 0x8b, reg, (index, 0), disp);
     }
     /// `xor reg, gs:[index + disp]`
     pub fn xor_index(&mut self, reg: u8, index: u8, disp: i32) {
-        self.gs_index_op(true, 0x33, reg, index, disp);
+        self.gs_index_op(true, 0x33, reg, (index, 0), disp);
     }
-    /// `cmp gs:[index + disp], reg`
-    pub fn cmp_index(&mut self, index: u8, disp: i32, reg: u8) {
-        self.gs_index_op(true, 0x39, reg, index, disp);
+    /// `cmp gs:[index * 8 + disp], reg`
+    pub fn cmp_index8(&mut self, index: u8, disp: i32, reg: u8) {
+        self.gs_index_op(true, 0x39, reg, (index, 3), disp);
     }
-    /// `jmp gs:[index + disp]`
-    pub fn jmp_index(&mut self, index: u8, disp: i32) {
-        self.gs_index_op(false, 0xff, 4, index, disp);
+    /// `jmp gs:[index * 8 + disp]`
+    pub fn jmp_index8(&mut self, index: u8, disp: i32) {
+        self.gs_index_op(false, 0xff, 4, (index, 3), disp);
     }
     /// `cmp gs:[disp], reg`
     pub fn cmp_gs(&mut self, disp: i32, reg: u8) {
         self.gs_op(true, &[0x39], reg, disp);
     }
-    /// `test gs:[disp], reg32`
-    pub fn test_gs32(&mut self, disp: i32, reg: u8) {
-        self.gs_op(false, &[0x85], reg, disp);
+    /// `cmp dword gs:[disp], imm8`
+    pub fn cmp_gs32_imm8(&mut self, disp: i32, imm: u8) {
+        self.gs_op(false, &[0x83], 7, disp);
+        self.code.push(imm);
     }
     /// `jmp gs:[disp]`
     pub fn jmp_gs(&mut self, disp: i32) {
@@ -111,75 +229,204 @@ impl Asm {
     pub fn call_gs(&mut self, disp: i32) {
         self.gs_op(false, &[0xff], 2, disp);
     }
+    /// `opcode gs:[disp]` with an opcode extension: for x87 and MXCSR control words.
+    pub fn control_gs(&mut self, opcode: &[u8], extension: u8, disp: i32) {
+        self.gs_op(false, opcode, extension, disp);
+    }
+    /// `op to, from`, 64 bits.
+    pub fn op(&mut self, op: Op, to: u8, from: u8) {
+        self.opcode(Self::rex(true, to, 0, from), &[op as u8, 0xc0 | low3(to) << 3 | low3(from)]);
+    }
+    /// `op to32, from32`
+    pub fn op32(&mut self, op: Op, to: u8, from: u8) {
+        self.opcode(Self::rex(false, to, 0, from), &[op as u8, 0xc0 | low3(to) << 3 | low3(from)]);
+    }
+    /// `op to8, from8`, where neither needs an old high-byte register.
+    pub fn cmp8(&mut self, to: u8, from: u8) {
+        self.bytes(&[Self::rex(false, to, 0, from), 0x3a, 0xc0 | low3(to) << 3 | low3(from)]);
+    }
     /// `mov to, from`
     pub fn mov(&mut self, to: u8, from: u8) {
-        self.bytes(&[Self::rex(true, from, 0, to), 0x89, 0xc0 | low3(from) << 3 | low3(to)]);
+        self.op(Op::Mov, to, from);
     }
     /// `mov reg, imm` in the shortest form.
     pub fn mov_imm(&mut self, reg: u8, value: u64) {
         if let Ok(v) = u32::try_from(value) {
-            self.bytes(&[Self::rex(false, 0, 0, reg), 0xb8 | low3(reg)]);
+            self.opcode(Self::rex(false, 0, 0, reg), &[0xb8 | low3(reg)]);
             self.bytes(&v.to_le_bytes());
         } else if let Ok(v) = i32::try_from(value as i64) {
-            self.bytes(&[Self::rex(true, 0, 0, reg), 0xc7, 0xc0 | low3(reg)]);
+            self.opcode(Self::rex(true, 0, 0, reg), &[0xc7, 0xc0 | low3(reg)]);
             self.imm32(v);
         } else {
-            self.bytes(&[Self::rex(true, 0, 0, reg), 0xb8 | low3(reg)]);
+            self.opcode(Self::rex(true, 0, 0, reg), &[0xb8 | low3(reg)]);
             self.bytes(&value.to_le_bytes());
         }
     }
+    /// ModRM, SIB and displacement of `[base + index * 2^scale + disp]`.
+    fn memory(&mut self, reg: u8, base: u8, index: Option<(u8, u8)>, disp: i32) {
+        let short = i8::try_from(disp);
+        let none = disp == 0 && low3(base) != 5;
+        let mode = if none {
+            0
+        } else if short.is_ok() {
+            0x40
+        } else {
+            0x80
+        };
+        match index {
+            None if low3(base) != 4 => self.code.push(mode | low3(reg) << 3 | low3(base)),
+            None => self.bytes(&[mode | low3(reg) << 3 | 4, 0x24]),
+            Some((i, scale)) => {
+                self.bytes(&[mode | low3(reg) << 3 | 4, scale << 6 | low3(i) << 3 | low3(base)]);
+            }
+        }
+        match short {
+            _ if none => {}
+            Ok(d) => self.code.push(d as u8),
+            Err(_) => self.imm32(disp),
+        }
+    }
+    fn memory_op(
+        &mut self,
+        wide: bool,
+        opcode: &[u8],
+        reg: u8,
+        base: u8,
+        index: Option<(u8, u8)>,
+        disp: i32,
+    ) {
+        let rex = Self::rex(wide, reg, index.map_or(0, |(i, _)| i), base);
+        self.opcode(rex, opcode);
+        self.memory(reg, base, index, disp);
+    }
     /// `lea to, [base + index * 2^scale + disp]`; `index` None for none.
     pub fn lea(&mut self, to: u8, base: u8, index: Option<(u8, u8)>, disp: i32) {
-        let (i, scale) = index.unwrap_or((4, 0));
-        let x = if index.is_some() { i } else { 0 };
-        self.bytes(&[Self::rex(true, to, x, base), 0x8d, 0x80 | low3(to) << 3 | 4]);
-        self.bytes(&[scale << 6 | low3(i) << 3 | low3(base)]);
+        if index.is_none() && disp == 0 {
+            return self.mov(to, base);
+        }
+        self.memory_op(true, &[0x8d], to, base, index, disp);
+    }
+    /// `lea to32, [base + index * 2^scale + disp]`
+    pub fn lea32(&mut self, to: u8, base: u8, index: Option<(u8, u8)>, disp: i32) {
+        self.memory_op(false, &[0x8d], to, base, index, disp);
+    }
+    /// `lea to, [index * 2^scale + disp]`
+    pub fn lea_scaled(&mut self, to: u8, index: u8, scale: u8, disp: i32) {
+        self.opcode(Self::rex(true, to, index, 0), &[0x8d, low3(to) << 3 | 4]);
+        self.code.push(scale << 6 | low3(index) << 3 | 5);
         self.imm32(disp);
     }
     /// `mov [base + index], reg`, 64 bits.
     pub fn store_sum(&mut self, base: u8, index: u8, reg: u8) {
-        self.bytes(&[Self::rex(true, reg, index, base), 0x89, 0x44 | low3(reg) << 3]);
-        self.bytes(&[low3(index) << 3 | low3(base), 0]);
+        self.memory_op(true, &[0x89], reg, base, Some((index, 0)), 0);
     }
     /// `mov reg, [base + index]`, 64 bits.
     pub fn load_sum(&mut self, reg: u8, base: u8, index: u8) {
-        self.bytes(&[Self::rex(true, reg, index, base), 0x8b, 0x44 | low3(reg) << 3]);
-        self.bytes(&[low3(index) << 3 | low3(base), 0]);
+        self.memory_op(true, &[0x8b], reg, base, Some((index, 0)), 0);
+    }
+    /// `mov [base + disp], reg`, 64 bits.
+    pub fn store_at(&mut self, base: u8, disp: i32, reg: u8) {
+        self.memory_op(true, &[0x89], reg, base, None, disp);
+    }
+    /// `mov reg, [base + disp]`, 64 bits.
+    pub fn load_at(&mut self, reg: u8, base: u8, disp: i32) {
+        self.memory_op(true, &[0x8b], reg, base, None, disp);
+    }
+    /// `mov qword [base + disp], imm32` (sign-extended).
+    pub fn store_imm_at(&mut self, base: u8, disp: i32, imm: i32) {
+        self.memory_op(true, &[0xc7], 0, base, None, disp);
+        self.imm32(imm);
+    }
+    /// `mov reg, [base + index]` in `size` bytes (1, 2, 4, 8), zero-extended.
+    pub fn load_sized(&mut self, size: usize, reg: u8, base: u8, index: u8) {
+        let at = Some((index, 0));
+        match size {
+            1 => self.memory_op(false, &[0x0f, 0xb6], reg, base, at, 0),
+            2 => self.memory_op(false, &[0x0f, 0xb7], reg, base, at, 0),
+            4 => self.memory_op(false, &[0x8b], reg, base, at, 0),
+            _ => self.memory_op(true, &[0x8b], reg, base, at, 0),
+        }
+    }
+    /// `mov [base + index], reg` in `size` bytes.
+    pub fn store_sized(&mut self, size: usize, base: u8, index: u8, reg: u8) {
+        let at = Some((index, 0));
+        match size {
+            1 => {
+                // A REX prefix always, so that numbers 4 to 7 are SPL to DIL.
+                self.bytes(&[Self::rex(false, reg, index, base), 0x88]);
+                self.memory(reg, base, at, 0);
+            }
+            2 => {
+                self.code.push(0x66);
+                self.memory_op(false, &[0x89], reg, base, at, 0);
+            }
+            4 => self.memory_op(false, &[0x89], reg, base, at, 0),
+            _ => self.memory_op(true, &[0x89], reg, base, at, 0),
+        }
     }
     /// `mov reg32, reg32`: clears the upper half.
     pub fn zero_extend(&mut self, reg: u8) {
-        self.bytes(&[Self::rex(false, reg, 0, reg), 0x89, 0xc0 | low3(reg) << 3 | low3(reg)]);
+        self.op32(Op::Mov, reg, reg);
+    }
+    /// `rorx to, from, n`, or `mov` and `ror`.
+    pub fn rotate_to(&mut self, to: u8, from: u8, n: u8) {
+        if self.bmi2 {
+            let b3 = |r: u8| if r > 7 { 0u8 } else { 0x80 };
+            let xb = 0x40 | if from > 7 { 0 } else { 0x20 };
+            self.bytes(&[0xc4, b3(to) | xb | 3, 0xfb, 0xf0, 0xc0 | low3(to) << 3 | low3(from), n]);
+        } else {
+            self.mov(to, from);
+            self.bytes(&[Self::rex(true, 0, 0, to), 0xc1, 0xc8 | low3(to), n]);
+        }
     }
     /// `shr reg, n`
     pub fn shr(&mut self, reg: u8, n: u8) {
         self.bytes(&[Self::rex(true, 0, 0, reg), 0xc1, 0xe8 | low3(reg), n]);
     }
-    /// `shl reg32, n`
-    pub fn shl32(&mut self, reg: u8, n: u8) {
-        self.bytes(&[Self::rex(false, 0, 0, reg), 0xc1, 0xe0 | low3(reg), n]);
+    /// `sar reg, n`
+    pub fn sar(&mut self, reg: u8, n: u8) {
+        self.bytes(&[Self::rex(true, 0, 0, reg), 0xc1, 0xf8 | low3(reg), n]);
+    }
+    /// `sar reg32, n`
+    pub fn sar32(&mut self, reg: u8, n: u8) {
+        self.bytes(&[Self::rex(false, 0, 0, reg), 0xc1, 0xf8 | low3(reg), n]);
+    }
+    /// `shl reg, n`
+    pub fn shl(&mut self, reg: u8, n: u8) {
+        self.bytes(&[Self::rex(true, 0, 0, reg), 0xc1, 0xe0 | low3(reg), n]);
+    }
+    /// `group1 reg32, imm`: ADD 0, OR 1, AND 4, SUB 5, XOR 6, CMP 7.
+    pub fn group1_32(&mut self, extension: u8, reg: u8, imm: u32) {
+        let rex = Self::rex(false, 0, 0, reg);
+        if let Ok(short) = i8::try_from(imm as i32) {
+            self.opcode(rex, &[0x83, 0xc0 | extension << 3 | low3(reg), short as u8]);
+        } else {
+            self.opcode(rex, &[0x81, 0xc0 | extension << 3 | low3(reg)]);
+            self.bytes(&imm.to_le_bytes());
+        }
     }
     /// `and reg32, imm`
     pub fn and32(&mut self, reg: u8, imm: u32) {
-        self.bytes(&[Self::rex(false, 0, 0, reg), 0x81, 0xe0 | low3(reg)]);
-        self.bytes(&imm.to_le_bytes());
-    }
-    /// `xor to, from`
-    pub fn xor(&mut self, to: u8, from: u8) {
-        self.bytes(&[Self::rex(true, from, 0, to), 0x31, 0xc0 | low3(from) << 3 | low3(to)]);
+        self.group1_32(4, reg, imm);
     }
     /// `cmp reg, imm32`
     pub fn cmp_imm(&mut self, reg: u8, imm: i32) {
         self.bytes(&[Self::rex(true, 0, 0, reg), 0x81, 0xf8 | low3(reg)]);
         self.imm32(imm);
     }
+    /// `test reg, imm32` (sign-extended)
+    pub fn test_imm(&mut self, reg: u8, imm: i32) {
+        self.bytes(&[Self::rex(true, 0, 0, reg), 0xf7, 0xc0 | low3(reg)]);
+        self.imm32(imm);
+    }
     /// `test reg, reg`
     pub fn test(&mut self, reg: u8) {
-        self.bytes(&[Self::rex(true, reg, 0, reg), 0x85, 0xc0 | low3(reg) << 3 | low3(reg)]);
+        self.op(Op::Test, reg, reg);
     }
-    /// `mov r32, [reg]` into the same register.
-    pub fn deref32(&mut self, reg: u8) {
-        debug_assert!(reg == S1, "encoded for R15");
-        self.bytes(&[0x45, 0x8b, 0x3f]);
+    /// `cmp dword [reg], 0`
+    pub fn cmp_deref32_zero(&mut self, reg: u8) {
+        self.memory_op(false, &[0x83], 7, reg, None, 0);
+        self.code.push(0);
     }
     /// `jcc target`, to be filled in.
     pub fn jcc(&mut self, cc: u8) -> Fixup {
@@ -217,20 +464,19 @@ impl Asm {
 
     /// Host flags → frame. Uses [`S0`].
     pub fn spill_flags(&mut self, disp: i32) {
-        self.mov(S0, 0);
-        // lahf; seto al; mov gs:[disp], ax
-        self.bytes(&[0x9f, 0x0f, 0x90, 0xc0, 0x65, 0x66, 0x89, 0x04, 0x25]);
-        self.imm32(disp);
-        self.mov(0, S0);
+        self.mov(S0, RAX);
+        // lahf; seto al
+        self.bytes(&[0x9f, 0x0f, 0x90, 0xc0]);
+        self.store16(disp, RAX);
+        self.mov(RAX, S0);
     }
 
     /// Frame → host flags. Uses `scratch`.
     pub fn restore_flags(&mut self, disp: i32, scratch: u8) {
-        self.mov(scratch, 0);
-        // movzx eax, word gs:[disp]; add al, 0x7f; sahf
-        self.bytes(&[0x65, 0x0f, 0xb7, 0x04, 0x25]);
-        self.imm32(disp);
+        self.mov(scratch, RAX);
+        self.load16(RAX, disp);
+        // add al, 0x7f; sahf
         self.bytes(&[0x04, 0x7f, 0x9e]);
-        self.mov(0, scratch);
+        self.mov(RAX, scratch);
     }
 }

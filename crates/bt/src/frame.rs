@@ -2,7 +2,8 @@
 //!
 //! Host RSP is the host's own stack while fragments run, so signals and calls out of the cache need no care. Guest RAX…R12
 //! live in the host registers of the same name, but guest RSP lives in host R13; guest R13, R14 and R15 live in the frame. Host R14
-//! and R15 are scratch: dead between guest instructions.
+//! and R15 are scratch: dead between guest instructions. Guest x87 and vector registers live in the host's while [`FP_LOADED`] is 1,
+//! else in the area that [`FP_AREA`] points at.
 //!
 //! Guest flags at every fragment boundary are in the frame (INV-BT-1), as LAHF and SETO leave them: AH in the high byte, OF in the low.
 
@@ -16,47 +17,140 @@ pub const RIP: i32 = 0x80;
 pub const FLAGS: i32 = 0x88;
 /// Number of the site that called out.
 pub const SITE: i32 = 0x8c;
-/// Signals that can be acted on now.
-pub const POLL_MASK: i32 = 0x90;
-/// Number of the exit that was taken, to chain it.
+/// Not zero: leave the cache at the next poll. Set by any thread, cleared by the engine outside of fragments.
+pub const ALARM: i32 = 0x90;
+/// Number of the exit that was taken plus one, to chain it.
 pub const EXIT: i32 = 0x94;
 /// Address of the pending-signals word.
 pub const SIGNALS: i32 = 0x98;
 /// Address of the code that leaves the cache.
 pub const LEAVE: i32 = 0xa0;
-/// Address of the code that calls out for a memory access that missed, and comes back.
-pub const SLOW: i32 = 0xa8;
 /// Address of the code that calls out for an instruction, and comes back.
-pub const CALLOUT: i32 = 0xb0;
-/// Linear bases of FS and GS.
+pub const CALLOUT: i32 = 0xa8;
+/// Address of the code that loads the guest's x87 and vector registers.
+pub const FP_LOAD: i32 = 0xb0;
+/// Linear bases of FS and GS, and the one SWAPGS exchanges.
 pub const FS_BASE: i32 = 0xb8;
 /// See [`FS_BASE`].
 pub const GS_BASE: i32 = 0xc0;
-/// Host RSP of the engine while fragments run.
-pub const HOST_RSP: i32 = 0xc8;
-/// Linear address of the access that missed.
-pub const ADDRESS: i32 = 0xd8;
+/// See [`FS_BASE`].
+pub const KERNEL_GS_BASE: i32 = 0xc8;
 /// The engine's own context pointer.
 pub const ENGINE: i32 = 0xd0;
+/// Linear address of the access that missed.
+pub const ADDRESS: i32 = 0xd8;
+/// RIP of the first byte of the page that executes, in fragments that do not know it ([`crate::Facts::page_rip`]).
+pub const PAGE_RIP: i32 = 0xe0;
+/// RFLAGS without the arithmetic flags.
+pub const SYSFLAGS: i32 = 0xe8;
+/// Which segments [`MODE_SYSCALL`] and [`MODE_SYSRET`] have put in CS and SS since the engine last looked, or 0.
+pub const MODE: i32 = 0xf0;
+/// 1 while the guest's x87 and vector registers are in the host's.
+pub const FP_LOADED: i32 = 0xf4;
+/// Address of the XSAVE area.
+pub const FP_AREA: i32 = 0xf8;
+/// Components of the area.
+pub const FP_MASK: i32 = 0x100;
+/// The host's MXCSR while Rust runs.
+pub const HOST_MXCSR: i32 = 0x104;
+/// IA32_LSTAR.
+pub const LSTAR: i32 = 0x108;
+/// What SYSCALL leaves of [`SYSFLAGS`].
+pub const SYSCALL_KEEP: i32 = 0x110;
+/// What SYSCALL leaves of [`FLAGS`].
+pub const SYSCALL_KEEP_STATUS: i32 = 0x118;
+/// Guest TSC minus host TSC.
+pub const TSC_OFFSET: i32 = 0x120;
+/// IA32_TSC_AUX.
+pub const TSC_AUX: i32 = 0x128;
+/// Temporaries of one guest instruction.
+pub const TEMP: i32 = 0x130;
+/// How many eight-byte temporaries there are.
+pub const TEMPS: usize = 4;
+/// Addresses of the code that looks a jump target up, by variant.
+pub const LOOKUP: i32 = 0x150;
+/// Addresses of the code that fills the TLB for a read or a write, by variant: `REFILL + 16 * variant + 8 * write`.
+pub const REFILL: i32 = 0x168;
+/// The second-level TLB.
+pub const SECOND_TLB: i32 = 0x198;
+/// Context numbers of the lower and the upper half of the address space.
+pub const CONTEXT: i32 = 0x1a0;
+/// Host address of machine memory.
+pub const MEMORY: i32 = 0x1b0;
+/// Where the next displacement of a filled TLB entry is logged, lower and upper half, and where the logs end.
+pub const TLB_LOG: i32 = 0x1b8;
+/// See [`TLB_LOG`].
+pub const TLB_LOG_END: i32 = 0x1c8;
+/// The same for entries of the jump cache.
+pub const JUMP_LOG: i32 = 0x1d8;
+/// See [`JUMP_LOG`].
+pub const JUMP_LOG_END: i32 = 0x1e8;
+/// The second-level jump table.
+pub const SECOND_JUMPS: i32 = 0x1f8;
+/// TLB refills served by the second level, jumps found there: for the statistics.
+pub const COUNT_REFILLS: i32 = 0x200;
+/// See [`COUNT_REFILLS`].
+pub const COUNT_LOOKUPS: i32 = 0x208;
+/// RIP (in its page, or whole) of the last x87 instruction.
+pub const FP_SITE: i32 = 0x210;
 
-/// The jump cache: [`JUMP_ENTRIES`] pairs of guest RIP and host address.
-pub const JUMPS: i32 = 0x1000;
-/// Entries of the jump cache.
+/// [`MODE`]: SYSCALL's segments.
+pub const MODE_SYSCALL: u32 = 1;
+/// [`MODE`]: SYSRET's segments.
+pub const MODE_SYSRET: u32 = 2;
+
+/// Entries of the jump cache of one variant.
 pub const JUMP_ENTRIES: u32 = 4096;
+/// The jump caches: for each variant the guest RIPs, then the host addresses.
+pub const JUMPS: i32 = 0x1000;
+/// Bytes from the RIPs to the host addresses.
+pub const JUMP_HOSTS: i32 = 8 * JUMP_ENTRIES as i32;
+/// Bytes from one variant's jump cache to the next.
+pub const JUMP_STRIDE: i32 = 2 * JUMP_HOSTS;
 /// The software TLB: entries of 32 bytes: read tag, write tag, host page, guest frame.
-pub const TLB: i32 = JUMPS + 16 * JUMP_ENTRIES as i32;
-/// Entries per variant (supervisor, user).
+pub const TLB: i32 = JUMPS + VARIANTS * JUMP_STRIDE;
+/// Entries per variant.
 pub const TLB_ENTRIES: u32 = 1024;
 /// Bytes from one variant's table to the next.
 pub const TLB_STRIDE: i32 = 32 * TLB_ENTRIES as i32;
+/// Entries of each log of filled entries, four bytes each.
+pub const LOG_ENTRIES: u32 = 4096;
+/// The logs: TLB lower, TLB upper, jumps lower, jumps upper.
+pub const LOGS: i32 = TLB + VARIANTS * TLB_STRIDE;
 /// Size of a frame in bytes.
-pub const SIZE: usize = TLB as usize + 2 * TLB_STRIDE as usize;
+pub const SIZE: usize = LOGS as usize + 4 * 4 * LOG_ENTRIES as usize;
+
+/// Rights with which accesses are made: supervisor, supervisor with AC, user.
+pub const VARIANTS: i32 = 3;
 
 /// A tag that no page has.
 pub const NO_TAG: u64 = u64::MAX;
 
-/// The set of a jump target, as the inline lookup computes it.
+/// The number of a jump target in the jump cache, as the inline lookup computes it.
 #[must_use]
 pub const fn jump_set(rip: u64) -> u32 {
-    ((rip ^ rip >> 10) & (JUMP_ENTRIES as u64 - 1)) as u32
+    ((rip ^ rip.rotate_right(10)) & (JUMP_ENTRIES as u64 - 1)) as u32
+}
+
+/// Rows of the second-level jump table: one page's targets are in one row.
+pub const SECOND_ROWS: u64 = 512;
+/// Entries in a row.
+pub const SECOND_COLUMNS: u64 = 64;
+
+/// The first entry of a page's row in the second-level jump table.
+#[must_use]
+pub const fn second_row(rip: u64) -> u64 {
+    ((rip >> 12) ^ (rip >> 21)) & (SECOND_ROWS - 1)
+}
+
+/// The number of a target in its row.
+#[must_use]
+pub const fn second_column(rip: u64) -> u64 {
+    (rip ^ (rip >> 6)) & (SECOND_COLUMNS - 1)
+}
+
+/// The tag in the second-level jump table: RIP, with the context in the bits that a canonical address has to spare.
+#[must_use]
+pub const fn second_tag(rip: u64, context: u64, variant: u64) -> u64 {
+    rip ^ (context << 48 | variant << 60)
 }

@@ -8,4 +8,4 @@ pub mod frame;
 pub mod lower;
 pub mod unit;
 
-pub use lower::{Exit, Facts, Fragment, Site, translate};
+pub use lower::{Exit, Facts, FpLevel, Fragment, Place, Site, SiteKind, Variant, translate};

@@ -29,10 +29,10 @@ fn decode(page: &[u8; 4096], offset: usize, options: u32) -> Option<Instruction>
     (decoder.last_error() == DecoderError::None).then_some(i)
 }
 
-/// Whether control never falls through an instruction, or what follows must be looked up anew.
+/// Whether a unit ends with this instruction. It goes on behind a conditional jump that is not taken.
 #[must_use]
 pub fn ends_unit(i: &Instruction) -> bool {
-    i.flow_control() != FlowControl::Next
+    i.flow_control() != FlowControl::Next && !i.is_jcc_short_or_near()
 }
 
 /// The unit at `offset` of a page of 64-bit code. `limit` bounds its instructions (1 for bisecting). Empty if the first
@@ -89,7 +89,7 @@ pub fn live_at(page: &[u8; 4096], offset: usize, amd: bool) -> u32 {
         live |= read & unknown;
         // An instruction that can fault or call out shows the flags to a handler; only its own state is precise, so that
         // they are dead for the code itself is enough: handlers save and restore what they find.
-        if ends_unit(i) {
+        if i.flow_control() != FlowControl::Next {
             break;
         }
         unknown &= !written;

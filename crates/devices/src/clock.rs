@@ -46,6 +46,10 @@ pub trait Clock: Send + Sync {
     fn tsc_hz(&self) -> u64;
     /// The guest's time-stamp counter now, before per-vCPU offsets.
     fn tsc(&self) -> u64;
+    /// What [`Clock::tsc`] adds to the host's RDTSC while time passes, if it is nothing but that.
+    fn tsc_delta(&self) -> Option<u64> {
+        None
+    }
     /// Guest time at which the counter of [`Clock::tsc`] reaches `tsc` (now or earlier if it has already).
     fn tsc_deadline(&self, tsc: u64) -> Ns;
 }

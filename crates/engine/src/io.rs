@@ -34,6 +34,10 @@ pub trait CpuIo: Send + Sync {
     fn apic_msr_write(&self, vcpu: usize, index: u32, value: u64) -> Result<(), GeneralProtection>;
     /// The clock's time-stamp counter, before the vCPU's offset.
     fn tsc(&self) -> u64;
+    /// What [`CpuIo::tsc`] adds to the host's RDTSC as long as the vCPU runs, if it is nothing but that.
+    fn tsc_delta(&self) -> Option<u64> {
+        None
+    }
     /// Frequency of the time-stamp counter in Hz.
     fn tsc_hz(&self) -> u64;
     /// Guest time in nanoseconds that belongs to [`CpuIo::tsc`] (for kvmclock).

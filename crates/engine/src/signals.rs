@@ -1,7 +1,7 @@
 //! What the outside world says to a vCPU: one word of flags that the engine polls, and a way to wake it.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Bits of the pending word.
@@ -24,9 +24,16 @@ impl Signal {
     pub const INVALIDATE: Self = Self(32);
 }
 
+/// Something that translated code polls, cheaper to look at than the pending word.
+pub trait Alarm: Send + Sync {
+    /// A signal was raised.
+    fn ring(&self);
+}
+
 /// The signals of one vCPU.
 #[derive(Default)]
 pub struct Signals {
+    alarm: OnceLock<Arc<dyn Alarm>>,
     pending: AtomicU32,
     lock: Mutex<()>,
     wake: Condvar,
@@ -44,6 +51,11 @@ impl Signals {
         self.pending.as_ptr() as u64
     }
 
+    /// From now on `alarm` rings with every signal that was not pending. Once only.
+    pub fn set_alarm(&self, alarm: Arc<dyn Alarm>) {
+        let _first = self.alarm.set(alarm);
+    }
+
     /// Whether `signal` is pending.
     #[inline(always)]
     pub fn has(&self, signal: Signal) -> bool {
@@ -53,6 +65,9 @@ impl Signals {
     /// Raises a signal and wakes the vCPU if it sleeps.
     pub fn raise(&self, signal: Signal) {
         if self.pending.fetch_or(signal.0, Ordering::SeqCst) & signal.0 == 0 {
+            if let Some(alarm) = self.alarm.get() {
+                alarm.ring();
+            }
             let _held = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
             self.wake.notify_all();
         }

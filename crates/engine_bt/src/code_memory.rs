@@ -66,6 +66,15 @@ impl CodeMemory {
         }
     }
 
+    /// Puts a jump at `at` that leads to `target`. Fragments are longer than a jump, and none runs now.
+    pub fn redirect(&mut self, at: usize, target: usize) {
+        if at + 5 <= self.used {
+            // SAFETY: within the used part of the mapping.
+            unsafe { self.write.add(at).write(0xe9) };
+            self.link(at + 1, target);
+        }
+    }
+
     /// Host address of the code at an offset.
     pub fn address(&self, at: usize) -> u64 {
         // SAFETY: offsets come from `add`, so they lie in the mapping.

@@ -1,23 +1,31 @@
 //! Entering and leaving translated code.
 //!
 //! `trellis_bt_enter` loads the guest's registers from the frame and jumps; fragments leave through `trellis_bt_leave`, which stores
-//! them. `trellis_bt_slow` and `trellis_bt_callout` are called by fragments: they store the registers, call Rust, and load them again.
-//! The frame is what GS points at (`bt::frame`).
+//! them. `trellis_bt_slow` and `trellis_bt_callout` store the registers, call Rust, and load them again. Guest x87 and vector registers are
+//! stored on the way to Rust if they are in the host's, and loaded again when code wants them (`trellis_bt_fp_load`): Rust and libc may
+//! use every vector register, and guest MXCSR and control words are never in force while Rust runs.
+//!
+//! Two lookups need no Rust, and so no stores: `trellis_bt_refill_*` fill the frame's TLB from the interpreter's, `trellis_bt_lookup_*` the
+//! jump cache from the second-level table (`tables`). The frame is what GS points at (`bt::frame`).
 
 #![expect(clippy::cast_possible_truncation, reason = "offsets in the frame")]
 #![expect(unsafe_code, reason = "assembly that switches between Rust and translated code")]
 
 use std::arch::{asm, global_asm};
 use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use bt::frame;
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use x86_interp::tlb::SETS;
 
 macro_rules! save_registers {
     () => {
         "mov gs:[0], rax\nmov gs:[8], rcx\nmov gs:[16], rdx\nmov gs:[24], rbx\nmov gs:[32], r13\nmov gs:[40], rbp\n\
          mov gs:[48], rsi\nmov gs:[56], rdi\nmov gs:[64], r8\nmov gs:[72], r9\nmov gs:[80], r10\nmov gs:[88], r11\n\
-         mov gs:[96], r12"
+         mov gs:[96], r12\n\
+         cmp dword ptr gs:[{loaded}], 0\nje 9f\ncall trellis_bt_fp_store\n9:"
     };
 }
 macro_rules! load_registers {
@@ -32,7 +40,7 @@ global_asm!(
     ".globl trellis_bt_enter",
     "trellis_bt_enter:",
     "push rbx\npush rbp\npush r12\npush r13\npush r14\npush r15\nsub rsp, 8",
-    "mov r15, rdi",
+    "mov r15, rdi\nmov r14, rsi",
     load_registers!(),
     "jmp r15",
     ".globl trellis_bt_leave",
@@ -60,16 +68,160 @@ global_asm!(
     load_registers!(),
     "add rsp, 8",
     "ret",
+    // All general registers are in the frame. The instruction pointers that XSAVE found are the host's: they are wiped.
+    "trellis_bt_fp_store:",
+    "mov rcx, gs:[{area}]\nmov eax, gs:[{mask}]\nxor edx, edx",
+    "xsave64 [rcx]",
+    "xor edx, edx",
+    "mov [rcx + 8], rdx\nmov [rcx + 16], rdx\nmov [rcx + 6], dx",
+    "mov gs:[{loaded}], edx",
+    "fninit\nldmxcsr gs:[{host_mxcsr}]",
+    "test eax, 4\nje 8f\nvzeroupper\n8:",
+    "ret",
+    // Uses R14, R15 and flags only.
+    ".globl trellis_bt_fp_load",
+    "trellis_bt_fp_load:",
+    "cmp dword ptr gs:[{loaded}], 0\nje 8f\nret\n8:",
+    "push r15\npush rcx\nmov r14, rax\nmov r15, rdx",
+    "mov rcx, gs:[{area}]\nmov eax, gs:[{mask}]\nxor edx, edx",
+    "xrstor64 [rcx]",
+    "mov dword ptr gs:[{loaded}], 1",
+    "mov rax, r14\nmov rdx, r15\npop rcx\npop r15",
+    "ret",
     engine = const frame::ENGINE,
+    loaded = const frame::FP_LOADED,
+    area = const frame::FP_AREA,
+    mask = const frame::FP_MASK,
+    host_mxcsr = const frame::HOST_MXCSR,
     slow = sym slow_entry,
     callout = sym callout_entry,
 );
 
+/// Fills the TLB entry of the address in R14 from the second level; R15 is 0 then, to try again. What is not there, or there already (the
+/// access crosses a page or is misaligned), is for Rust. Called by fragments; flags are free.
+macro_rules! refill {
+    ($name:literal, $variant:literal, $write:literal) => {
+        global_asm!(
+            concat!(".globl ", $name),
+            concat!($name, ":"),
+            "mov gs:[{address}], r14",
+            "push rax\npush rcx",
+            "mov rax, r14\nmov r15, r14\nmov rcx, r14",
+            "shr rax, 12\nshr rcx, 63",
+            "mov rcx, gs:[rcx*8 + {context}]",
+            "and r15, -4096\nor rcx, r15",
+            "mov r14d, eax\nand eax, {sets} - 1\nshl rax, 5",
+            "add rax, gs:[{second}]",
+            "cmp [rax + {base} + {tag}], rcx\njne 7f",
+            "and r14d, {entries} - 1\nshl r14d, 5",
+            "cmp gs:[r14 + {table} + {tag}], r15\nje 7f",
+            "push rdx\npush rbx",
+            "mov rdx, r15\nshr rdx, 63",
+            "mov rbx, gs:[rdx*8 + {log}]",
+            "cmp rbx, gs:[rdx*8 + {log_end}]\njae 6f",
+            "add qword ptr gs:[rdx*8 + {log}], 4",
+            "lea edx, [r14 + {table}]\nmov [rbx], edx",
+            "mov gs:[r14 + {table}], r15",
+            "mov rdx, -1\ncmp [rax + {base} + 8], rcx\ncmove rdx, r15",
+            "mov gs:[r14 + {table} + 8], rdx",
+            "mov rdx, [rax + {base} + 16]\nadd rdx, r15\nadd rdx, gs:[{memory}]",
+            "mov gs:[r14 + {table} + 16], rdx",
+            "mov rdx, [rax + {base} + 24]\nbtr rdx, 63",
+            "mov gs:[r14 + {table} + 24], rdx",
+            "inc qword ptr gs:[{count}]",
+            "pop rbx\npop rdx\npop rcx\npop rax",
+            "xor r15d, r15d",
+            "ret",
+            "6:\npop rbx\npop rdx",
+            "7:\npop rcx\npop rax",
+            "jmp trellis_bt_slow",
+            address = const frame::ADDRESS,
+            context = const frame::CONTEXT,
+            second = const frame::SECOND_TLB,
+            sets = const SETS,
+            base = const $variant * 32 * SETS,
+            tag = const 8 * $write,
+            entries = const frame::TLB_ENTRIES,
+            table = const frame::TLB + $variant * frame::TLB_STRIDE,
+            log = const frame::TLB_LOG,
+            log_end = const frame::TLB_LOG_END,
+            memory = const frame::MEMORY,
+            count = const frame::COUNT_REFILLS,
+        );
+    };
+}
+refill!("trellis_bt_refill_0r", 0, 0);
+refill!("trellis_bt_refill_0w", 0, 1);
+refill!("trellis_bt_refill_1r", 1, 0);
+refill!("trellis_bt_refill_1w", 1, 1);
+refill!("trellis_bt_refill_2r", 2, 0);
+refill!("trellis_bt_refill_2w", 2, 1);
+
+/// Goes on at the guest address in R14 if the second-level table knows it, and tells the jump cache; else leaves with RIP there. Fragments
+/// jump here; flags and R15 are free.
+macro_rules! lookup {
+    ($name:literal, $variant:literal) => {
+        global_asm!(
+            concat!(".globl ", $name),
+            concat!($name, ":"),
+            "cmp dword ptr gs:[{alarm}], 0\njne 6f",
+            "push rax\npush rcx",
+            "mov rcx, r14\nshr rcx, 63",
+            "mov rax, gs:[rcx*8 + {context}]",
+            "or rax, {variant} << 12\nshl rax, 48\nxor rax, r14",
+            "mov rcx, r14\nshr rcx, 12\nmov r15, r14\nshr r15, 21\nxor rcx, r15\nand ecx, {rows} - 1\nshl ecx, 6",
+            "mov r15, r14\nshr r15, 6\nxor r15, r14\nand r15d, 63\nor ecx, r15d",
+            "shl rcx, 4\nadd rcx, gs:[{second}]",
+            "cmp [rcx], rax\njne 7f",
+            "mov r15, [rcx + 8]",
+            "inc qword ptr gs:[{count}]",
+            "mov rcx, r14\nror rcx, 10\nxor ecx, r14d\nand ecx, {entries} - 1",
+            "push rdx",
+            "mov rdx, r14\nshr rdx, 63",
+            "mov rax, gs:[rdx*8 + {log}]",
+            "cmp rax, gs:[rdx*8 + {log_end}]\njae 8f",
+            "add qword ptr gs:[rdx*8 + {log}], 4",
+            "lea edx, [rcx*8 + {table}]\nmov [rax], edx",
+            "mov gs:[rcx*8 + {table} + {hosts}], r15",
+            "mov gs:[rcx*8 + {table}], r14",
+            "8:\npop rdx\npop rcx\npop rax",
+            "jmp r15",
+            "7:\npop rcx\npop rax",
+            "6:\nmov gs:[{rip}], r14",
+            "jmp trellis_bt_leave",
+            alarm = const frame::ALARM,
+            context = const frame::CONTEXT,
+            variant = const $variant,
+            rows = const frame::SECOND_ROWS,
+            second = const frame::SECOND_JUMPS,
+            count = const frame::COUNT_LOOKUPS,
+            entries = const frame::JUMP_ENTRIES,
+            log = const frame::JUMP_LOG,
+            log_end = const frame::JUMP_LOG_END,
+            table = const frame::JUMPS + $variant * frame::JUMP_STRIDE,
+            hosts = const frame::JUMP_HOSTS,
+            rip = const frame::RIP,
+        );
+    };
+}
+lookup!("trellis_bt_lookup_0", 0);
+lookup!("trellis_bt_lookup_1", 1);
+lookup!("trellis_bt_lookup_2", 2);
+
 unsafe extern "C" {
-    fn trellis_bt_enter(code: u64);
+    fn trellis_bt_enter(code: u64, rip: u64);
     fn trellis_bt_leave();
-    fn trellis_bt_slow();
     fn trellis_bt_callout();
+    fn trellis_bt_fp_load();
+    fn trellis_bt_refill_0r();
+    fn trellis_bt_refill_0w();
+    fn trellis_bt_refill_1r();
+    fn trellis_bt_refill_1w();
+    fn trellis_bt_refill_2r();
+    fn trellis_bt_refill_2w();
+    fn trellis_bt_lookup_0();
+    fn trellis_bt_lookup_1();
+    fn trellis_bt_lookup_2();
 }
 
 /// What translated code asks of the engine.
@@ -102,15 +254,41 @@ extern "C" fn callout_entry(hook: *mut Hook<'_>) -> u64 {
     hook.callouts.callout(site)
 }
 
-/// The frame: what translated code reaches through GS.
-#[derive(Clone, Copy)]
-pub struct Frame(NonNull<u8>);
+/// The memory of a frame.
+struct Memory(NonNull<u8>);
 
-// SAFETY: plain memory, used by one thread at a time.
-unsafe impl Send for Frame {}
+// SAFETY: plain memory; other threads reach only the alarm, an atomic.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping; the last owner is gone.
+        let _unmapped = unsafe { munmap(self.0.as_ptr().cast(), frame::SIZE) };
+    }
+}
+
+impl Memory {
+    fn alarm(&self) -> &AtomicU32 {
+        // SAFETY: the field is aligned and lies in the mapping, which lives as long as `self`; everybody but translated code, which
+        // uses single aligned accesses, reaches it through this atomic.
+        unsafe { AtomicU32::from_ptr(self.0.as_ptr().add(frame::ALARM as usize).cast()) }
+    }
+}
+
+impl engine::signals::Alarm for Memory {
+    fn ring(&self) {
+        self.alarm().store(1, Ordering::SeqCst);
+    }
+}
+
+/// The frame: what translated code reaches through GS.
+#[derive(Clone)]
+pub struct Frame(Arc<Memory>);
 
 impl Frame {
-    /// A zeroed frame with the addresses that fragments jump through. It lives until [`Frame::free`].
+    /// A zeroed frame with the addresses that fragments jump through.
     ///
     /// # Errors
     /// When the host has no memory.
@@ -124,57 +302,92 @@ impl Frame {
                 MapFlags::PRIVATE,
             )?
         };
-        let f = Self(NonNull::new(p.cast()).ok_or(rustix::io::Errno::NOMEM)?);
+        let f = Self(Arc::new(Memory(NonNull::new(p.cast()).ok_or(rustix::io::Errno::NOMEM)?)));
+        let refills: [unsafe extern "C" fn(); 6] = [
+            trellis_bt_refill_0r,
+            trellis_bt_refill_0w,
+            trellis_bt_refill_1r,
+            trellis_bt_refill_1w,
+            trellis_bt_refill_2r,
+            trellis_bt_refill_2w,
+        ];
+        for (at, code) in (frame::REFILL..).step_by(8).zip(refills) {
+            f.set(at, code as *const () as u64);
+        }
+        let lookups: [unsafe extern "C" fn(); 3] =
+            [trellis_bt_lookup_0, trellis_bt_lookup_1, trellis_bt_lookup_2];
+        for (at, code) in (frame::LOOKUP..).step_by(8).zip(lookups) {
+            f.set(at, code as *const () as u64);
+        }
         f.set(frame::LEAVE, trellis_bt_leave as *const () as u64);
-        f.set(frame::SLOW, trellis_bt_slow as *const () as u64);
         f.set(frame::CALLOUT, trellis_bt_callout as *const () as u64);
+        f.set(frame::FP_LOAD, trellis_bt_fp_load as *const () as u64);
         Ok(f)
     }
 
-    /// Gives the memory back. Nothing may use the frame any more.
-    pub fn free(self) {
-        // SAFETY: our own mapping.
-        let _unmapped = unsafe { munmap(self.0.as_ptr().cast(), frame::SIZE) };
+    /// What others ring.
+    pub fn alarm(&self) -> Arc<dyn engine::signals::Alarm> {
+        Arc::clone(&self.0) as _
+    }
+
+    /// Switches the alarm off; who calls this looks at the signals afterwards.
+    pub fn silence(&self) {
+        self.0.alarm().store(0, Ordering::SeqCst);
+    }
+
+    /// The host address of a place in the frame.
+    pub fn address(&self, at: i32) -> u64 {
+        debug_assert!((0..=frame::SIZE as i32).contains(&at));
+        // SAFETY: within the mapping, or just behind it.
+        unsafe { self.0.0.as_ptr().add(at as usize) as u64 }
     }
 
     /// Reads a field of eight bytes.
-    pub fn get(self, at: i32) -> u64 {
+    #[inline(always)]
+    pub fn get(&self, at: i32) -> u64 {
         debug_assert!((0..=frame::SIZE as i32 - 8).contains(&at));
         // SAFETY: fields lie within the frame.
-        unsafe { self.0.as_ptr().add(at as usize).cast::<u64>().read() }
+        unsafe { self.0.0.as_ptr().add(at as usize).cast::<u64>().read() }
     }
 
     /// Writes a field of eight bytes.
-    pub fn set(self, at: i32, value: u64) {
+    #[inline(always)]
+    pub fn set(&self, at: i32, value: u64) {
         debug_assert!((0..=frame::SIZE as i32 - 8).contains(&at));
         // SAFETY: as above.
-        unsafe { self.0.as_ptr().add(at as usize).cast::<u64>().write(value) }
+        unsafe { self.0.0.as_ptr().add(at as usize).cast::<u64>().write(value) }
     }
 
     /// Reads a field of four bytes.
-    pub fn get32(self, at: i32) -> u32 {
+    #[inline(always)]
+    pub fn get32(&self, at: i32) -> u32 {
+        debug_assert!((0..=frame::SIZE as i32 - 4).contains(&at));
         // SAFETY: as above.
-        unsafe { self.0.as_ptr().add(at as usize).cast::<u32>().read_unaligned() }
+        unsafe { self.0.0.as_ptr().add(at as usize).cast::<u32>().read() }
     }
 
     /// Writes a field of four bytes.
-    pub fn set32(self, at: i32, value: u32) {
+    #[inline(always)]
+    pub fn set32(&self, at: i32, value: u32) {
+        debug_assert!((0..=frame::SIZE as i32 - 4).contains(&at));
         // SAFETY: as above.
-        unsafe { self.0.as_ptr().add(at as usize).cast::<u32>().write_unaligned(value) }
+        unsafe { self.0.0.as_ptr().add(at as usize).cast::<u32>().write(value) }
     }
 
-    /// Runs translated code until it leaves.
+    /// Runs translated code until it leaves. `rip` is the guest address that the code begins with.
     ///
     /// # Safety
-    /// `code` is the entry of a fragment that `bt` made, in code memory that stays as it is but for links.
-    pub unsafe fn enter(self, code: u64, callouts: &mut dyn Callouts) {
-        let mut hook = Hook { callouts, frame: self.0 };
+    /// `code` is the outer entry of a fragment that `bt` made, in code memory that changes only by links and stale entries; the frame's
+    /// pointers (tables, logs, area) are valid.
+    pub unsafe fn enter(&self, code: u64, rip: u64, callouts: &mut dyn Callouts) {
+        let mut hook = Hook { callouts, frame: self.0.0 };
         self.set(frame::ENGINE, &raw mut hook as u64);
         // SAFETY: GS is unused by Rust and libc on x86-64 Linux; the frame stays mapped while fragments run. The
-        // assembly keeps the C calling convention, and fragments touch only the registers it saves.
+        // assembly keeps the C calling convention, and fragments touch only the registers it saves; vector registers are the caller's
+        // to save in that convention, MXCSR and the x87 control word are restored when fragments are left.
         unsafe {
-            asm!("wrgsbase {0}", in(reg) self.0.as_ptr(), options(nostack, preserves_flags));
-            trellis_bt_enter(code);
+            asm!("wrgsbase {0}", in(reg) self.0.0.as_ptr(), options(nostack, preserves_flags));
+            trellis_bt_enter(code, rip);
         }
     }
 }

@@ -1,41 +1,40 @@
 //! Runs fragments: the dispatcher of the binary translator.
 //!
-//! The way of a vCPU: [`BtVcpu::run`] asks the interpreter what waits between instructions, looks up the fragment at RIP, enters it
+//! The way of a vCPU: [`BtVcpu::run`] asks the interpreter what waits between instructions, looks up the fragment at RIP (`cache`), enters it
 //! (`exec`), and acts on where it left. Cold code, other modes and whatever the translator does not know is interpreted: the
-//! interpreter's `Cpu` is the vCPU; while fragments run its general registers and flags are in host registers and the frame.
+//! interpreter's `Cpu` is the vCPU; while fragments run, part of its state is in host registers and the frame (`state`).
 //!
-//! State: one vCPU only so far. Guest FP and SIMD instructions call out. Fragments carry their page's RIP.
+//! Threads: a vCPU has its own translation cache, tables and frame. Other threads reach it through `engine::Signals` (which ring the frame's
+//! alarm) and `guestmem::Holder`: writes to code that somebody translated are told to every vCPU, which drops its fragments when it next
+//! leaves the cache; a vCPU leaves at a poll, and after every instruction that the interpreter does for it.
 
-#![expect(clippy::cast_possible_truncation, reason = "numbers of sites and links are bounded by code memory")]
-
+mod cache;
+mod callout;
 mod code_memory;
 mod exec;
+mod knobs;
+mod state;
 mod tables;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use bt::{Facts, Site, frame};
-use code_memory::CodeMemory;
+use bt::{SiteKind, frame};
+use cache::{Cache, Environments, Key, New};
 use engine::{ExitStats, Vcpu, VcpuExit};
-use exec::{Callouts, Frame};
-use guestmem::{Gfn, Hva};
+use exec::Frame;
+pub use knobs::Knobs;
+use state::Host;
 use tables::Tables;
 use x86::CpuState;
-use x86::bits::rflags;
+use x86::bits::is_canonical;
 use x86::cpuid::{Gate, Vendor};
-use x86::paging::{Access, AccessKind};
-use x86::state::{Activity, sreg};
-use x86_interp::cpu::CodeSize;
-use x86_interp::flags::LazyFlags;
-use x86_interp::memory::Target;
+use x86_interp::holder::ALL_FRAMES;
 use x86_interp::{Interp, Parts};
 
-/// Bytes of code memory.
-const CODE_BYTES: usize = 64 << 20;
-/// Times that code is interpreted before it is translated.
-const WARM: u16 = 20;
-const HEAT_ENTRIES: usize = 1 << 14;
+/// Places whose heat is remembered, by hash.
+const HEAT_ENTRIES: usize = 1 << 15;
+/// Instructions that the interpreter may do in one go where nothing can be translated.
+const LONG_BLOCK: u64 = 1000;
 
 /// Counters.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,45 +43,24 @@ pub struct BtStats {
     pub fragments: u64,
     /// Guest instructions translated.
     pub translated: u64,
+    /// Host bytes made of them.
+    pub translated_bytes: u64,
+    /// Nanoseconds that took.
+    pub translation_ns: u64,
     /// Entries from the dispatcher.
     pub entries: u64,
     /// Instructions executed by the interpreter for a fragment.
     pub callouts: u64,
-    /// TLB entries filled.
-    pub fills: u64,
+    /// TLB misses that came to Rust.
+    pub misses: u64,
     /// Blocks interpreted.
     pub blocks: u64,
     /// Times everything was forgotten.
     pub flushes: u64,
-    /// Pages whose fragments were dropped because their code changed.
-    pub dropped_pages: u64,
+    /// Frames whose fragments were dropped because their code changed.
+    pub dropped_frames: u64,
     /// Links made.
     pub links: u64,
-}
-
-/// A fragment: where its code is, and the frame it was made from.
-#[derive(Clone, Copy)]
-struct Entry {
-    at: usize,
-    gfn: Gfn,
-}
-
-/// The fragments made from one frame of guest memory, under any address.
-#[derive(Default)]
-struct PageCode {
-    version: u32,
-    keys: Vec<Key>,
-}
-
-/// RIP, and whether it is user code.
-type Key = (u64, bool);
-
-#[derive(Clone, Copy)]
-struct Link {
-    place: usize,
-    target: u64,
-    page_rip: u64,
-    user: bool,
 }
 
 /// A vCPU that runs translated code.
@@ -90,14 +68,13 @@ pub struct BtVcpu {
     interp: Interp,
     frame: Frame,
     tables: Tables,
-    code: CodeMemory,
-    fragments: HashMap<Key, Entry>,
-    pages: HashMap<Gfn, PageCode>,
-    interrupts_seen: u64,
-    sites: Vec<Site>,
-    links: Vec<Link>,
+    cache: Cache,
+    environments: Environments,
+    /// The environment of the jump tables' entries.
+    environment: u8,
     heat: Vec<u16>,
-    unit_limit: usize,
+    knobs: Knobs,
+    host: Host,
     amd: bool,
     /// Counters.
     pub bt: BtStats,
@@ -109,26 +86,33 @@ impl BtVcpu {
     /// # Errors
     /// When the host gives no memory for code.
     pub fn new(parts: Parts) -> rustix::io::Result<Self> {
+        Self::with_knobs(parts, Knobs::from_environment())
+    }
+
+    /// A vCPU in its reset state, under the stress that `knobs` ask for.
+    ///
+    /// # Errors
+    /// When the host gives no memory for code.
+    pub fn with_knobs(parts: Parts, knobs: Knobs) -> rustix::io::Result<Self> {
         let frame = Frame::new()?;
         let signals = Arc::clone(&parts.signals);
         frame.set(frame::SIGNALS, signals.address());
+        signals.set_alarm(frame.alarm());
         let amd = parts.model.vendor() == Vendor::Amd;
         let mut interp = Interp::new(parts);
         interp.cpu().tlb.events = Some(Vec::new());
-        // A stress knob: units of one instruction bisect a wrong translation.
-        let unit_limit = std::env::var("TRELLIS_BT_UNIT").ok().and_then(|s| s.parse().ok());
+        interp.cpu().holder.watch_code();
+        let host = Host::detect();
         Ok(Self {
             interp,
+            tables: Tables::new(frame.clone()),
             frame,
-            tables: Tables::new(frame),
-            code: CodeMemory::new(CODE_BYTES)?,
-            fragments: HashMap::new(),
-            pages: HashMap::new(),
-            interrupts_seen: 0,
-            sites: Vec::new(),
-            links: Vec::new(),
+            cache: Cache::new(knobs.code_bytes)?,
+            environments: Environments::default(),
+            environment: 0,
             heat: vec![0; HEAT_ENTRIES],
-            unit_limit: unit_limit.unwrap_or(bt::unit::MAX_INSTRUCTIONS),
+            host: if knobs.fp { host } else { host.without_fp() },
+            knobs,
             amd,
             bt: BtStats::default(),
         })
@@ -136,45 +120,26 @@ impl BtVcpu {
 
     fn run_loop(&mut self) -> VcpuExit {
         loop {
-            if let Some(exit) = self.interp.attend() {
-                self.absorb();
+            self.frame.silence();
+            let exit = self.interp.attend();
+            self.absorb();
+            if let Some(exit) = exit {
                 return exit;
             }
-            self.absorb();
-            self.notice_dma();
-            if !self.eligible() {
-                self.block();
+            if !state::eligible(self.interp.cpu()) {
+                self.block(LONG_BLOCK);
                 continue;
             }
             match self.find() {
-                Some(at) => self.enter(at),
-                None => self.block(),
+                Some(fragment) => self.enter(fragment),
+                None => self.block(1),
             }
         }
     }
 
-    /// A device that wrote code tells so by an interrupt, so after one all versions are compared.
-    fn notice_dma(&mut self) {
-        let interrupts = self.interp.stats().get(engine::Cause::Interrupt);
-        if interrupts != self.interrupts_seen {
-            self.interrupts_seen = interrupts;
-            self.drop_stale();
-        }
-    }
-
-    /// Whether the code at RIP may be translated: 64-bit, with plain memory accesses.
-    fn eligible(&mut self) -> bool {
-        let cpu = self.interp.cpu();
-        cpu.code_size == CodeSize::Bits64
-            && cpu.variant != 1
-            && !cpu.careful()
-            && !cpu.alignment_checked()
-            && cpu.s.activity == Activity::Running
-    }
-
-    fn block(&mut self) {
+    fn block(&mut self, limit: u64) {
         self.bt.blocks += 1;
-        self.interp.run_block();
+        self.interp.run_block(limit);
         self.absorb();
     }
 
@@ -187,250 +152,187 @@ impl BtVcpu {
         }
     }
 
-    /// Takes over what the interpreter did to translations and code.
+    /// Takes over what the interpreter did to translations and everybody to code. No fragment runs.
     fn absorb(&mut self) {
         self.apply_events();
-        if std::mem::take(&mut self.interp.cpu().code_changed) {
-            self.drop_stale();
+        let cpu = self.interp.cpu();
+        cpu.code_changed = false;
+        let holder = Arc::clone(&cpu.holder);
+        for gfn in holder.take_written() {
+            if gfn == ALL_FRAMES {
+                self.drop_stale();
+            } else if self.cache.drop_frame(gfn) {
+                self.bt.dropped_frames += 1;
+            }
         }
     }
 
-    /// Forgets fragments of pages whose code changed. Links never leave a page, so nothing leads to them any more.
+    /// Forgets the fragments of every frame whose code changed.
     fn drop_stale(&mut self) {
         let mem = Arc::clone(&self.interp.cpu().mem);
-        let stale: Vec<Gfn> = self
-            .pages
-            .iter()
-            .filter(|(gfn, p)| mem.code_version(**gfn) != p.version)
-            .map(|(gfn, _)| *gfn)
-            .collect();
-        for gfn in stale {
-            self.drop_page(gfn);
-        }
-    }
-
-    fn drop_page(&mut self, gfn: Gfn) {
-        self.bt.dropped_pages += 1;
-        for key in self.pages.remove(&gfn).map(|p| p.keys).unwrap_or_default() {
-            if self.fragments.get(&key).is_some_and(|e| e.gfn == gfn) {
-                self.fragments.remove(&key);
+        for gfn in self.cache.frames() {
+            if self.cache.is_stale(gfn, mem.code_version(gfn)) && self.cache.drop_frame(gfn) {
+                self.bt.dropped_frames += 1;
             }
-            self.tables.forget_jumps_in(key.0 & !0xfff);
         }
     }
 
     fn flush_code(&mut self) {
         self.bt.flushes += 1;
-        self.fragments.clear();
-        self.pages.clear();
-        self.sites.clear();
-        self.links.clear();
-        self.code.clear();
+        self.cache.clear();
         self.tables.forget_jumps();
     }
 
-    /// The fragment at RIP, translated if the place is warm.
-    fn find(&mut self) -> Option<usize> {
+    /// What the code at RIP is known by. None: it lies in no RAM, or is not mapped.
+    fn key(&mut self) -> Option<(Key, bt::Facts)> {
         let gfn = self.interp.code_frame()?;
         let cpu = self.interp.cpu();
-        let key = (cpu.rip, cpu.s.cpl == 3);
-        let version = cpu.mem.code_version(gfn);
-        if self.pages.get(&gfn).is_some_and(|p| p.version != version) {
-            self.drop_page(gfn);
+        let facts = state::facts(cpu, self.host);
+        let offset = (cpu.rip & 0xfff) as u16;
+        let env = self.environments.number(facts).unwrap_or_else(|| {
+            self.flush_code();
+            self.environments = Environments::default();
+            self.environments.number(facts).unwrap_or_default()
+        });
+        if env != self.environment {
+            self.environment = env;
+            self.tables.forget_jumps();
         }
-        match self.fragments.get(&key) {
-            Some(e) if e.gfn == gfn => return Some(e.at),
-            // Another page is mapped at this address now; the other one's fragments may come back with it.
-            Some(_) => {
-                self.fragments.remove(&key);
-            }
-            None => {}
-        }
-        let slot = ((key.0 ^ key.0 >> 14) as usize) & (HEAT_ENTRIES - 1);
-        self.heat[slot] = self.heat[slot].saturating_add(1);
-        if self.heat[slot] < WARM {
-            return None;
-        }
-        self.translate(key, gfn)
+        let key = Key { gfn, offset, env, variant: facts.variant, page_rip: facts.page_rip.unwrap_or(0) };
+        Some((key, facts))
     }
 
-    fn translate(&mut self, key: (u64, bool), gfn: Gfn) -> Option<usize> {
-        let (rip, user) = key;
+    /// The fragment at RIP, translated if the place is warm.
+    fn find(&mut self) -> Option<u32> {
+        let (key, facts) = self.key()?;
+        let version = self.interp.cpu().mem.code_version(key.gfn);
+        if self.cache.is_stale(key.gfn, version) {
+            self.cache.drop_frame(key.gfn);
+        }
+        if let Some(fragment) = self.cache.find(&key) {
+            return Some(fragment);
+        }
+        if !self.is_warm(key) {
+            return None;
+        }
+        self.translate(key, facts)
+    }
+
+    /// Counts a visit of a place without translation.
+    fn is_warm(&mut self, key: Key) -> bool {
+        let hash = key.gfn.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40 ^ u64::from(key.offset);
+        #[expect(clippy::cast_possible_truncation, reason = "masked")]
+        let slot = hash as usize & (HEAT_ENTRIES - 1);
+        let Some(heat) = self.heat.get_mut(slot) else { return true };
+        *heat = heat.saturating_add(1);
+        *heat >= self.knobs.warm
+    }
+
+    fn translate(&mut self, key: Key, facts: bt::Facts) -> Option<u32> {
+        let start = std::time::Instant::now();
         let cpu = self.interp.cpu();
-        let offset = (rip & 0xfff) as usize;
-        let version = cpu.mem.code_version(gfn);
-        let hva = cpu.mem.page(gfn)?.hva;
+        let version = cpu.mem.code_version(key.gfn);
+        let hva = cpu.mem.page(key.gfn)?.hva;
         let mut page = [0; 4096];
         cpu.mem.read_machine(hva, &mut page);
-        let unit = bt::unit::form(&page, offset, self.unit_limit, self.amd);
+        let unit = bt::unit::form(&page, usize::from(key.offset), self.knobs.unit, self.amd);
         if unit.instructions.is_empty() {
             return None;
         }
-        let facts = Facts { page_rip: rip & !0xfff, user, amd: self.amd, limit: self.unit_limit };
         let model = Arc::clone(&cpu.model);
         let announced = |i: &_| model.gate(i) == Gate::Announced;
-        let bases = (self.sites.len() as u32, self.links.len() as u32);
-        let fragment = bt::translate(&unit, &page, facts, bases.0, bases.1, &announced);
+        let (sites, links) = self.cache.bases();
+        let fragment = bt::translate(&unit, &page, facts, sites, links, &announced);
         // The bytes are traced only now that it is known which; if they changed meanwhile, another time.
         let cpu = self.interp.cpu();
-        cpu.trace_code(gfn, fragment.lines);
+        cpu.trace_code(key.gfn, fragment.lines);
         let mut again = [0; 4096];
         cpu.mem.read_machine(hva, &mut again);
-        if again != page || cpu.mem.code_version(gfn) != version {
+        let unchanged = again == page && cpu.mem.code_version(key.gfn) == version;
+        self.absorb();
+        if !unchanged {
             return None;
         }
-        let Some(at) = self.code.add(&fragment.code) else {
+        let number = self.cache.insert(&New { key, fragment: &fragment, version });
+        if number.is_none() {
             self.flush_code();
-            return None;
-        };
+        }
         self.bt.fragments += 1;
-        self.bt.translated += fragment.guest_instructions as u64;
-        self.sites.extend(&fragment.sites);
-        let page_rip = facts.page_rip;
-        self.links.extend(fragment.exits.iter().map(|e| Link {
-            place: at + e.place,
-            target: e.target,
-            page_rip,
-            user,
-        }));
-        self.fragments.insert(key, Entry { at, gfn });
-        let page_code = self.pages.entry(gfn).or_insert_with(|| PageCode { version, keys: Vec::new() });
-        page_code.keys.push(key);
-        self.absorb();
-        Some(at)
+        self.bt.translated += fragment.map.len() as u64;
+        self.bt.translated_bytes += fragment.code.len() as u64;
+        self.bt.translation_ns += u64::try_from(start.elapsed().as_nanos()).unwrap_or(0);
+        number
     }
 
-    fn enter(&mut self, at: usize) {
+    fn enter(&mut self, fragment: u32) {
         self.bt.entries += 1;
-        let code = self.code.address(at);
-        let rip = self.interp.cpu().rip;
-        self.tables.set_jump(rip, code);
-        self.fill_frame();
+        let code = self.cache.address(fragment);
+        let cpu = self.interp.cpu();
+        let rip = cpu.rip;
+        let variant = state::variant(cpu);
+        state::fill(cpu, &self.frame);
+        self.tables.set_jump(rip, code, variant);
+        self.tables.make_room();
+        self.tables.code_intact(rip);
         self.frame.set32(frame::EXIT, 0);
-        let frame = self.frame;
+        let frame = self.frame.clone();
         #[expect(unsafe_code, reason = "runs translated code")]
-        // SAFETY: `at` is the entry of a fragment in our code memory, which is only linked while no fragment runs.
+        // SAFETY: `code` is the entry of a fragment in our cache, which changes only while no fragment runs; `state::begin` and the
+        // tables have set the frame's pointers.
         unsafe {
-            frame.enter(code, self)
+            frame.enter(code, rip, self)
         };
-        self.read_frame();
+        self.left();
+    }
+
+    /// Acts on where translated code left.
+    fn left(&mut self) {
+        let cpu = self.interp.cpu();
+        state::read(cpu, &self.frame);
+        cpu.rip = self.frame.get(frame::RIP);
         let exit = self.frame.get32(frame::EXIT);
         if exit != 0 {
-            self.link(exit as usize - 1);
+            self.link(exit - 1);
+        } else if !is_canonical(cpu.rip) {
+            self.refuse_target();
         }
+    }
+
+    /// An indirect jump to an address that is none: the instruction itself faults (SDM 2A JMP), so it is undone and interpreted.
+    fn refuse_target(&mut self) {
+        let Some(site) = self.cache.site(self.frame.get32(frame::SITE)) else { return };
+        let SiteKind::Branch { popped } = site.kind else { return };
+        let rip = self.site_rip(site);
+        let cpu = self.interp.cpu();
+        cpu.gpr[4] = cpu.gpr[4].wrapping_sub(i64::from(popped) as u64);
+        cpu.rip = rip;
+        self.interp.step();
+        self.absorb();
     }
 
     /// Links a direct exit to its target in the same page, if that is translated.
-    fn link(&mut self, number: usize) {
-        let Some(&link) = self.links.get(number) else { return };
-        let cpu = self.interp.cpu();
-        if cpu.rip != link.target || (cpu.s.cpl == 3) != link.user || !self.eligible() {
+    fn link(&mut self, number: u32) {
+        if !self.knobs.chain || !state::eligible(self.interp.cpu()) {
             return;
         }
-        if let Some(target) = self.find()
-            && self
-                .links
-                .get(number)
-                .is_some_and(|l| l.place == link.place && l.page_rip == link.target & !0xfff)
+        let Some(target) = self.cache.target(number) else { return };
+        let Some((key, _)) = self.key() else { return };
+        if key != target {
+            return;
+        }
+        let flushes = self.bt.flushes;
+        if let Some(fragment) = self.find()
+            && flushes == self.bt.flushes
         {
             self.bt.links += 1;
-            self.code.link(link.place, target);
+            self.cache.link(number, fragment);
         }
     }
 
-    // ---- state in and out of the frame --------------------------------------------------------------------------
-
-    fn fill_frame(&mut self) {
-        let cpu = self.interp.cpu();
-        for i in 0..16 {
-            self.frame.set(frame::GPR + 8 * i, cpu.gpr[i as usize]);
-        }
-        let f = cpu.flags.to_rflags();
-        let flags = (f & 0xd5 | 2) << 8 | (f >> 11 & 1);
-        // SITE shares the eight bytes; it is written before each use.
-        self.frame.set(frame::FLAGS, flags);
-        self.frame.set(frame::RIP, cpu.rip);
-        self.frame.set32(frame::POLL_MASK, cpu.poll_mask);
-        self.frame.set(frame::FS_BASE, cpu.s.seg[sreg::FS].base);
-        self.frame.set(frame::GS_BASE, cpu.s.seg[sreg::GS].base);
-    }
-
-    fn read_registers(&mut self) {
-        let cpu = self.interp.cpu();
-        for i in 0..16 {
-            cpu.gpr[i as usize] = self.frame.get(frame::GPR + 8 * i);
-        }
-        let f = u64::from(self.frame.get32(frame::FLAGS));
-        let of = if f & 1 != 0 { rflags::OF } else { 0 };
-        cpu.flags = LazyFlags::from_rflags(f >> 8 & 0xd5 | of);
-    }
-
-    fn read_frame(&mut self) {
-        self.read_registers();
-        self.interp.cpu().rip = self.frame.get(frame::RIP);
-    }
-
-    /// The interpreter does the instruction of a site. True if translated code may go on behind it.
-    fn interpret(&mut self, site: Site) -> bool {
-        self.bt.callouts += 1;
-        self.read_registers();
-        let cpu = self.interp.cpu();
-        cpu.rip = site.rip;
-        let before = (cpu.s.cpl, cpu.variant, cpu.code_size);
-        self.interp.step();
-        let cpu = self.interp.cpu();
-        let same = cpu.rip == site.next
-            && before == (cpu.s.cpl, cpu.variant, cpu.code_size)
-            && !cpu.code_changed
-            && !cpu.careful()
-            && !cpu.poll()
-            && cpu.s.activity == Activity::Running;
-        // Translations may have changed under the fragment's feet; its own code has not.
-        self.apply_events();
-        self.fill_frame();
-        same && self.tables.jumps_intact()
-    }
-}
-
-impl Callouts for BtVcpu {
-    fn slow(&mut self, site: u32) -> u64 {
-        let Some(&site) = self.sites.get(site as usize) else { return 2 };
-        let la = self.frame.get(frame::ADDRESS);
-        if self.fill(la, site) {
-            return 0;
-        }
-        if self.interpret(site) { 1 } else { 2 }
-    }
-
-    fn callout(&mut self, site: u32) -> u64 {
-        let Some(&site) = self.sites.get(site as usize) else { return 1 };
-        u64::from(!self.interpret(site))
-    }
-}
-
-impl BtVcpu {
-    /// Fills the TLB for an access within a page of plain RAM.
-    fn fill(&mut self, la: u64, site: Site) -> bool {
-        let cpu = self.interp.cpu();
-        if la & 0xfff > 4096 - site.size as u64 || !x86::bits::is_canonical(la) {
-            return false;
-        }
-        let kind = if site.write { AccessKind::Write } else { AccessKind::Read };
-        let access = Access { kind, ..cpu.data_access(kind) };
-        let Ok(Target::Ram(hva, gpa)) = cpu.resolve(la, access) else { return false };
-        let gfn = gpa.gfn();
-        if site.write && cpu.mem.is_traced(gfn) {
-            return false;
-        }
-        let page_la = la & !0xfff;
-        let host = cpu.mem.host_base() as u64 + Hva(hva.0 & !0xfff).0;
-        let user = cpu.s.cpl == 3;
-        // The interpreter's entry says whether writes are fine too.
-        let entry = cpu.tlb.entry(la, cpu.variant);
-        let writable = site.write || entry.write_tag == cpu.tlb.fill_tag(la);
-        self.bt.fills += 1;
-        self.tables.fill(page_la, user, writable, host, gfn.0);
-        true
+    /// RIP of a site: sites of user code know only their offset in the page.
+    fn site_rip(&mut self, site: bt::Site) -> u64 {
+        let base = if self.interp.cpu().s.cpl == 3 { self.frame.get(frame::PAGE_RIP) } else { 0 };
+        base.wrapping_add(site.rip)
     }
 }
 
@@ -438,7 +340,9 @@ impl Vcpu for BtVcpu {
     fn run(&mut self, _budget: u64) -> VcpuExit {
         let holder = Arc::clone(&self.interp.cpu().holder);
         holder.enter();
-        self.interp.cpu().serve_invalidations();
+        let cpu = self.interp.cpu();
+        cpu.serve_invalidations();
+        state::begin(cpu, self.host, &self.frame);
         let exit = self.run_loop();
         holder.leave();
         exit
@@ -469,7 +373,9 @@ impl Vcpu for BtVcpu {
 
 impl Drop for BtVcpu {
     fn drop(&mut self) {
-        tracing::debug!(stats = ?self.bt, code_bytes = self.code.used(), "binary translator");
-        self.frame.free();
+        let refills = self.frame.get(frame::COUNT_REFILLS);
+        let lookups = self.frame.get(frame::COUNT_LOOKUPS);
+        let code_bytes = self.cache.code_bytes();
+        tracing::debug!(stats = ?self.bt, refills, lookups, code_bytes, fragments = self.cache.len(), "binary translator");
     }
 }

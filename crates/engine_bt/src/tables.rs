@@ -1,41 +1,99 @@
-//! The software TLB and the jump cache in the frame, as translated code reads them, and how they forget.
+//! The software TLB, the jump cache and the second-level jump table, as translated code reads them, and how they forget.
 //!
-//! Both are logged by half of the address space, so that an address-space switch costs only what was filled since the last.
+//! The frame's TLB and jump cache are flushed by half of the address space: what was filled is logged, so that an address-space switch costs
+//! only what was filled since the last. Behind them stand the interpreter's TLB and the second-level jump table, which carry context
+//! numbers in their tags, so that a process that comes back finds its own again.
+//!
+//! INV-TAB-1: an entry of a half was filled under the half's current context number: every change of that number comes with an event that
+//! empties the half. A context number is not used again before everything was emptied.
 
 #![expect(clippy::cast_possible_truncation, reason = "masked to the number of sets")]
+#![expect(unsafe_code, reason = "reads the logs that assembly writes")]
 
-use bt::frame;
+use bt::{Variant, frame};
 use x86_interp::tlb::TlbEvent;
 
 use crate::exec::Frame;
 
+/// Tag and host address.
+type SecondEntry = [u64; 2];
+
 /// The tables of one frame.
 pub struct Tables {
     frame: Frame,
-    /// Displacements of TLB entries filled, per half.
-    filled: [Vec<i32>; 2],
-    /// Displacements of jump-cache entries set, per half.
-    jumps: [Vec<i32>; 2],
-    intact: bool,
+    second: Box<[SecondEntry]>,
+    /// Hashed pages that have entries in the jump tables.
+    pages: [u64; 64],
+    /// No code of the half was forgotten.
+    intact: [bool; 2],
 }
 
 const fn half(address: u64) -> usize {
     (address >> 63) as usize
 }
 
+const fn page_bit(rip: u64) -> (usize, u64) {
+    let hash = (rip >> 12) ^ (rip >> 24);
+    ((hash >> 6) as usize & 63, 1 << (hash & 63))
+}
+
+/// Which log.
+#[derive(Clone, Copy)]
+enum Log {
+    Tlb = 0,
+    Jumps = 2,
+}
+
 impl Tables {
     /// Empty tables.
     pub fn new(frame: Frame) -> Self {
-        let t = Self { frame, filled: Default::default(), jumps: Default::default(), intact: true };
-        for user in [0, frame::TLB_STRIDE] {
+        let second = vec![[frame::NO_TAG, 0]; (frame::SECOND_ROWS * frame::SECOND_COLUMNS) as usize];
+        let t = Self { frame, second: second.into_boxed_slice(), pages: [0; 64], intact: [true; 2] };
+        for variant in 0..frame::VARIANTS {
             for i in 0..frame::TLB_ENTRIES as i32 {
-                t.clear_entry(frame::TLB + user + 32 * i);
+                t.clear_entry(frame::TLB + variant * frame::TLB_STRIDE + 32 * i);
+            }
+            for i in 0..frame::JUMP_ENTRIES as i32 {
+                t.frame.set(frame::JUMPS + variant * frame::JUMP_STRIDE + 8 * i, frame::NO_TAG);
             }
         }
-        for i in 0..frame::JUMP_ENTRIES as i32 {
-            t.frame.set(frame::JUMPS + 16 * i, frame::NO_TAG);
+        t.frame.set(frame::SECOND_JUMPS, t.second.as_ptr() as u64);
+        for (log, at, end) in [
+            (Log::Tlb, frame::TLB_LOG, frame::TLB_LOG_END),
+            (Log::Jumps, frame::JUMP_LOG, frame::JUMP_LOG_END),
+        ] {
+            for half in 0..2 {
+                t.frame.set(at + 8 * half as i32, t.log_start(log, half));
+                t.frame
+                    .set(end + 8 * half as i32, t.log_start(log, half) + 4 * u64::from(frame::LOG_ENTRIES));
+            }
         }
         t
+    }
+
+    fn log_start(&self, log: Log, half: usize) -> u64 {
+        let number = log as i32 + half as i32;
+        self.frame.address(frame::LOGS + number * 4 * frame::LOG_ENTRIES as i32)
+    }
+
+    const fn log_field(log: Log, half: usize) -> i32 {
+        half as i32 * 8
+            + match log {
+                Log::Tlb => frame::TLB_LOG,
+                Log::Jumps => frame::JUMP_LOG,
+            }
+    }
+
+    /// What was logged, as displacements in the frame.
+    fn logged(&self, log: Log, half: usize) -> &[u32] {
+        let start = self.log_start(log, half);
+        let len = (self.frame.get(Self::log_field(log, half)).saturating_sub(start) / 4) as usize;
+        // SAFETY: the assembly advances the pointer only up to the log's end, having written what lies below; no translated code runs now.
+        unsafe { std::slice::from_raw_parts(start as *const u32, len.min(frame::LOG_ENTRIES as usize)) }
+    }
+
+    fn clear_log(&self, log: Log, half: usize) {
+        self.frame.set(Self::log_field(log, half), self.log_start(log, half));
     }
 
     fn clear_entry(&self, at: i32) {
@@ -43,59 +101,65 @@ impl Tables {
         self.frame.set(at + 8, frame::NO_TAG);
     }
 
-    fn entry(la: u64, user: bool) -> i32 {
-        let set = (la >> 12) as i32 & (frame::TLB_ENTRIES as i32 - 1);
-        frame::TLB + if user { frame::TLB_STRIDE } else { 0 } + 32 * set
-    }
-
-    /// Remembers a translation.
-    pub fn fill(&mut self, page_la: u64, user: bool, writable: bool, host: u64, gfn: u64) {
-        let at = Self::entry(page_la, user);
-        self.frame.set(at, page_la);
-        self.frame.set(at + 8, if writable { page_la } else { frame::NO_TAG });
-        self.frame.set(at + 16, host);
-        self.frame.set(at + 24, gfn);
-        self.filled[half(page_la)].push(at);
-    }
-
-    /// Remembers where the code at `rip` is.
-    pub fn set_jump(&mut self, rip: u64, code: u64) {
-        let at = frame::JUMPS + 16 * frame::jump_set(rip) as i32;
-        if self.frame.get(at) == rip && self.frame.get(at + 8) == code {
-            return;
+    /// Whether a TLB log has no room, so that nothing can be filled.
+    pub fn make_room(&mut self) {
+        for half in 0..2 {
+            if self.logged(Log::Tlb, half).len() >= frame::LOG_ENTRIES as usize {
+                self.forget_tlb(half);
+            }
+            if self.logged(Log::Jumps, half).len() >= frame::LOG_ENTRIES as usize {
+                self.forget_cached_jumps(half);
+            }
         }
-        self.frame.set(at + 8, code);
-        self.frame.set(at, rip);
-        self.jumps[half(rip)].push(at);
+    }
+
+    /// Remembers where the code at `rip` is, under the context of its half.
+    pub fn set_jump(&mut self, rip: u64, code: u64, variant: Variant) {
+        let context = self.frame.get(frame::CONTEXT + 8 * half(rip) as i32);
+        let row = frame::second_row(rip) * frame::SECOND_COLUMNS;
+        let at = (row + frame::second_column(rip)) as usize;
+        if let Some(e) = self.second.get_mut(at) {
+            *e = [frame::second_tag(rip, context, variant as u64), code];
+        }
+        let (word, bit) = page_bit(rip);
+        self.pages[word] |= bit;
     }
 
     /// Forgets all code.
     pub fn forget_jumps(&mut self) {
-        self.forget_jumps_of(0);
-        self.forget_jumps_of(1);
+        self.forget_cached_jumps(0);
+        self.forget_cached_jumps(1);
+        self.second.fill([frame::NO_TAG, 0]);
+        self.pages = [0; 64];
     }
 
-    fn forget_jumps_of(&mut self, half: usize) {
-        self.intact = false;
-        for at in std::mem::take(&mut self.jumps[half]) {
-            self.frame.set(at, frame::NO_TAG);
+    fn forget_cached_jumps(&mut self, half: usize) {
+        self.intact[half] = false;
+        for &at in self.logged(Log::Jumps, half) {
+            self.frame.set(at as i32, frame::NO_TAG);
         }
+        self.clear_log(Log::Jumps, half);
+    }
+
+    fn forget_tlb(&mut self, which: usize) {
+        for &at in self.logged(Log::Tlb, which) {
+            // The slot may hold the other half's entry by now.
+            let tag = self.frame.get(at as i32);
+            if tag == frame::NO_TAG || half(tag) == which {
+                self.clear_entry(at as i32);
+            }
+        }
+        self.clear_log(Log::Tlb, which);
     }
 
     fn forget_half(&mut self, which: usize) {
-        for at in std::mem::take(&mut self.filled[which]) {
-            // The slot may hold the other half's entry by now.
-            let tag = self.frame.get(at);
-            if tag == frame::NO_TAG || half(tag) == which {
-                self.clear_entry(at);
-            }
-        }
-        self.forget_jumps_of(which);
+        self.forget_tlb(which);
+        self.forget_cached_jumps(which);
     }
 
-    /// Whether no code was forgotten since the last time this was asked.
-    pub fn jumps_intact(&mut self) -> bool {
-        std::mem::replace(&mut self.intact, true)
+    /// Whether the mapping of code around `rip` stood since the last time this was asked.
+    pub fn code_intact(&mut self, rip: u64) -> bool {
+        std::mem::replace(&mut self.intact, [true; 2])[half(rip)]
     }
 
     /// Acts on an event of the interpreter's TLB.
@@ -106,9 +170,15 @@ impl Tables {
                 self.forget_half(0);
                 self.forget_half(1);
             }
+            TlbEvent::ContextsAnew => {
+                self.forget_half(0);
+                self.forget_half(1);
+                self.forget_jumps();
+            }
             TlbEvent::Page(la) => {
-                for user in [false, true] {
-                    let at = Self::entry(la, user);
+                for variant in 0..frame::VARIANTS {
+                    let set = (la >> 12) as i32 & (frame::TLB_ENTRIES as i32 - 1);
+                    let at = frame::TLB + variant * frame::TLB_STRIDE + 32 * set;
                     if self.frame.get(at) == la & !0xfff {
                         self.clear_entry(at);
                     }
@@ -119,26 +189,35 @@ impl Tables {
         }
     }
 
-    /// Forgets code in the page at a linear address.
-    pub fn forget_jumps_in(&mut self, page: u64) {
-        let half = half(page);
-        let frame = self.frame;
-        let mut gone = false;
-        self.jumps[half].retain(|&at| {
-            let hit = frame.get(at) & !0xfff == page;
-            if hit {
-                frame.set(at, frame::NO_TAG);
-                gone = true;
+    /// Forgets where code in the page at a linear address is, in every context.
+    fn forget_jumps_in(&mut self, page: u64) {
+        const OFFSETS: u64 = 0x0fff;
+        /// Bits of a tag that are the page's.
+        const PAGE: u64 = 0x0000_ffff_ffff_f000;
+        let (word, bit) = page_bit(page);
+        if self.pages[word] & bit == 0 {
+            return;
+        }
+        let row = (frame::second_row(page) * frame::SECOND_COLUMNS) as usize;
+        for e in self.second.iter_mut().skip(row).take(frame::SECOND_COLUMNS as usize) {
+            if e[0] & PAGE == page & PAGE {
+                e[0] = frame::NO_TAG;
             }
-            !hit
-        });
-        self.intact &= !gone;
+        }
+        self.intact[half(page)] = false;
+        for &at in self.logged(Log::Jumps, half(page)) {
+            if self.frame.get(at as i32) & !OFFSETS == page {
+                self.frame.set(at as i32, frame::NO_TAG);
+            }
+        }
     }
 
     fn write_protect(&mut self, gfn: u64) {
-        for &at in self.filled.iter().flatten() {
-            if self.frame.get(at + 24) == gfn {
-                self.frame.set(at + 8, frame::NO_TAG);
+        for half in 0..2 {
+            for &at in self.logged(Log::Tlb, half) {
+                if self.frame.get(at as i32 + 24) == gfn {
+                    self.frame.set(at as i32 + 8, frame::NO_TAG);
+                }
             }
         }
     }

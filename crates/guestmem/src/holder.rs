@@ -19,6 +19,8 @@ pub trait Holder: Send + Sync {
     /// Returns only when nothing of this holder uses the old translations of `gfns` any more.
     /// May be called from any thread, and while that thread's own vCPU waits for others.
     fn invalidate(&self, gfns: Range<Gfn>, what: Invalidation);
+    /// Code of a frame was written: what was made from it is stale. Does not wait; may be called from any thread.
+    fn code_changed(&self, _gfn: Gfn) {}
     /// A number that tells holders apart.
     fn id(&self) -> u64;
 }
@@ -29,6 +31,14 @@ impl GuestMemory {
         let mut holders = self.holders.write().unwrap_or_else(PoisonError::into_inner);
         holders.retain(|h| h.strong_count() > 0);
         holders.push(holder);
+    }
+
+    /// Tells every holder that code of a frame was written.
+    pub(crate) fn tell_code_changed(&self, gfn: Gfn) {
+        let list = self.holders.read().unwrap_or_else(PoisonError::into_inner);
+        for holder in list.iter().filter_map(Weak::upgrade) {
+            holder.code_changed(gfn);
+        }
     }
 
     /// Tells every holder but the one with id `except` (who has seen to it himself).

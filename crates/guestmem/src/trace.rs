@@ -64,6 +64,7 @@ impl GuestMemory {
         // permission has already made every older decoding stale.
         entry.version.fetch_add(1, Ordering::SeqCst);
         entry.code_lines.store(0, Ordering::SeqCst);
+        self.tell_code_changed(gpa.gfn());
         true
     }
 }

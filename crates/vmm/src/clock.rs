@@ -256,6 +256,12 @@ impl Clock for GuestClock {
         }
     }
 
+    fn tsc_delta(&self) -> Option<u64> {
+        let plain = matches!(self.host, HostCounter::Tsc { hz } if hz == self.tsc_hz);
+        let running = self.mode == ClockMode::Host && self.running.load(Ordering::Relaxed);
+        (plain && running).then(|| self.base.load(Ordering::Relaxed).wrapping_neg())
+    }
+
     fn tsc_deadline(&self, tsc: u64) -> Ns {
         Ns::from_ticks(tsc, self.tsc_hz)
     }

@@ -176,6 +176,10 @@ impl CpuIo for MachineIo {
         self.clock.tsc()
     }
 
+    fn tsc_delta(&self) -> Option<u64> {
+        self.clock.tsc_delta()
+    }
+
     fn tsc_hz(&self) -> u64 {
         self.clock.tsc_hz()
     }

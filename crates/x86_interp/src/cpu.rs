@@ -137,6 +137,8 @@ pub struct Cpu {
     pub code_written: bool,
     /// Some write hit decoded code since another engine last looked.
     pub code_changed: bool,
+    /// Something may have changed [`CpuState::fpu`] since another engine last looked.
+    pub fpu_touched: bool,
     /// The current instruction delivered an interrupt itself, so the single-step trap does not follow it.
     pub trap_suppressed: bool,
     /// Debug conditions of the current instruction (DR6 bits), delivered after it.
@@ -192,6 +194,7 @@ impl Cpu {
         self.rip = state.rip;
         self.start_rip = state.rip;
         self.code_written = false;
+        self.fpu_touched = true;
         self.pending_debug = 0;
         self.set_rflags(state.rflags);
         self.derive_all();

@@ -20,7 +20,15 @@ pub struct VcpuHolder {
     asked: AtomicU64,
     done: AtomicU64,
     in_guest: AtomicBool,
+    /// Frames whose code was written, if somebody wants to know.
+    written: Mutex<Option<Vec<Gfn>>>,
+    any_written: AtomicBool,
 }
+
+/// Frames remembered as written; more are told as one that means all.
+const MAX_WRITTEN: usize = 256;
+/// Stands for every frame.
+pub const ALL_FRAMES: Gfn = Gfn(u64::MAX);
 
 impl VcpuHolder {
     /// The holder of the vCPU with these signals; `id` is unique in its VM.
@@ -32,6 +40,8 @@ impl VcpuHolder {
             asked: AtomicU64::new(0),
             done: AtomicU64::new(0),
             in_guest: AtomicBool::new(false),
+            written: Mutex::new(None),
+            any_written: AtomicBool::new(false),
         }
     }
 
@@ -43,6 +53,20 @@ impl VcpuHolder {
     /// The vCPU uses no translation from here to the next [`VcpuHolder::enter`].
     pub fn leave(&self) {
         self.in_guest.store(false, Ordering::SeqCst);
+    }
+
+    /// From now on frames whose code is written are remembered for [`VcpuHolder::take_written`], and the vCPU is signalled.
+    pub fn watch_code(&self) {
+        *self.written.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
+    }
+
+    /// The frames whose code was written since the last call ([`ALL_FRAMES`]: too many to remember).
+    pub fn take_written(&self) -> Vec<Gfn> {
+        if !self.any_written.swap(false, Ordering::SeqCst) {
+            return Vec::new();
+        }
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        written.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// The requests so far; after acting on them the vCPU calls [`VcpuHolder::done`] with the number returned.
@@ -74,6 +98,19 @@ impl Holder for VcpuHolder {
             }
             std::hint::spin_loop();
         }
+    }
+
+    fn code_changed(&self, gfn: Gfn) {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(list) = written.as_mut() else { return };
+        if list.len() >= MAX_WRITTEN {
+            *list = vec![ALL_FRAMES];
+        } else if !list.contains(&gfn) {
+            list.push(gfn);
+        }
+        drop(written);
+        self.any_written.store(true, Ordering::SeqCst);
+        self.signals.raise(Signal::INVALIDATE);
     }
 
     fn id(&self) -> u64 {

@@ -95,6 +95,7 @@ impl Interp {
             ext: 0,
             code_written: false,
             code_changed: false,
+            fpu_touched: true,
             trap_suppressed: false,
             pending_debug: 0,
             instruction_slab: Vec::new(),

@@ -65,20 +65,37 @@ impl Interp {
         }
     }
 
-    /// Executes instructions up to a jump or so, exceptions delivered: another engine's cold code.
-    pub fn run_block(&mut self) {
-        let end = self.cpu.instructions + 1;
+    /// Executes instructions up to the first jump behind `limit` of them, or some other end, exceptions delivered: another engine's
+    /// cold code.
+    pub fn run_block(&mut self, limit: u64) {
+        let end = self.cpu.instructions + limit;
         let result = if self.cpu.careful() { self.step_carefully() } else { self.run_fast(end) };
         if let Err(exception) = result {
             interrupt::deliver_exception(&mut self.cpu, exception);
         }
     }
 
-    /// The frame of RAM that holds the code at RIP, if that is mapped executable.
+    /// The frame of RAM that holds the code at RIP, if that is mapped executable. Raises nothing.
     pub fn code_frame(&mut self) -> Option<guestmem::Gfn> {
         let la = code_address(&self.cpu);
-        let at = self.code_page(la).ok()??;
-        self.cache.get(at).map(|page| page.key.gfn)
+        let user = self.cpu.s.cpl == 3;
+        if let Some(gfn) = self.cpu.tlb.code_frame(la, user) {
+            return Some(guestmem::Gfn(gfn));
+        }
+        if !x86::bits::is_canonical(la) {
+            return None;
+        }
+        let cr2 = self.cpu.s.cr2;
+        let access = Access { kind: AccessKind::Fetch, user, ac: false };
+        let Ok(t) = self.cpu.walk(la, access) else {
+            self.cpu.s.cr2 = cr2;
+            return None;
+        };
+        let gfn = t.gpa.gfn();
+        self.cpu.mem.page(gfn)?;
+        let global = t.global && self.cpu.s.cr4 & cr4::PGE != 0;
+        self.cpu.tlb.fill_code_frame(la, user, gfn.0, t.page_shift, global);
+        Some(gfn)
     }
 
     /// What happens between instructions: requests, INIT, SIPI, NMI, interrupts (SDM 3A 6.9).

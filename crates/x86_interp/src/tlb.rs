@@ -9,7 +9,8 @@
 
 use x86::addr::PAGE_MASK;
 
-const SETS: usize = 1024;
+/// Entries for each kind of rights.
+pub const SETS: usize = 1024;
 /// Rights with which an access is made, as an index: supervisor, supervisor with AC (SMAP override), user.
 const VARIANTS: usize = 3;
 /// Numbers below 4096 fit a tag's offset bits; 0 marks an empty entry.
@@ -17,7 +18,7 @@ const LAST_CONTEXT: u64 = 4095;
 
 /// One translation.
 #[derive(Clone, Copy, Default)]
-#[repr(align(32))]
+#[repr(C, align(32))]
 pub struct Entry {
     /// Tag for reads, or 0.
     pub read_tag: u64,
@@ -59,7 +60,9 @@ pub enum TlbEvent {
     FlushLower,
     /// Forget everything.
     FlushAll,
-    /// Forget the page at this linear address.
+    /// Forget everything, in every context: numbers of contexts are given out anew.
+    ContextsAnew,
+    /// Forget the page at this linear address, in every context.
     Page(u64),
     /// Forget the right to write this frame.
     WriteProtect(u64),
@@ -71,11 +74,14 @@ pub struct Tlb {
     pub events: Option<Vec<TlbEvent>>,
     entries: Box<[Entry]>,
     fetch: Box<[FetchEntry]>,
+    frames: Box<[FetchEntry]>,
     /// Context numbers of the lower and the upper half, or 0 ("nothing matches") while accesses must be slow.
     pub context: [u64; 2],
     current: [u64; 2],
     next: u64,
     forced_slow: bool,
+    /// Frames (by number, 64 a word) for which an entry with the right to write may exist.
+    writable: Vec<u64>,
     /// A page that is not global was filled in the upper half.
     upper_has_local: bool,
     /// Hashed GiBs from which a large page was filled, per half.
@@ -97,10 +103,12 @@ impl Default for Tlb {
             events: None,
             entries,
             fetch: vec![FetchEntry::default(); FETCH_SETS * FETCH_VARIANTS].into_boxed_slice(),
+            frames: vec![FetchEntry::default(); FETCH_SETS * 2].into_boxed_slice(),
             context: [1, 2],
             current: [1, 2],
             next: 3,
             forced_slow: false,
+            writable: Vec::new(),
             upper_has_local: false,
             large: [0; 2],
             pcids: Vec::new(),
@@ -137,12 +145,54 @@ impl Tlb {
         self.entries.get(Self::slot(la, variant)).copied().unwrap_or_default()
     }
 
+    /// Where the entries lie: [`SETS`] for each kind of rights. For engines that look translations up in code of their own.
+    pub fn address(&self) -> u64 {
+        self.entries.as_ptr() as u64
+    }
+
+    /// The frame that holds the code at `la`, if that is remembered.
+    pub fn code_frame(&self, la: u64, user: bool) -> Option<u64> {
+        let e = self.frames.get(Self::fetch_slot(la, usize::from(user)))?;
+        (e.tag == self.fill_tag(la)).then_some(e.page as u64)
+    }
+
+    /// Remembers the frame that holds the code at `la`.
+    pub fn fill_code_frame(&mut self, la: u64, user: bool, gfn: u64, page_shift: u32, global: bool) {
+        self.note_filled(la, page_shift, global);
+        let tag = self.fill_tag(la);
+        if let Some(e) = self.frames.get_mut(Self::fetch_slot(la, usize::from(user))) {
+            *e = FetchEntry { tag, page: usize::try_from(gfn).unwrap_or(usize::MAX) };
+        }
+    }
+
     /// Remembers a translation: `page_shift` and `global` as the walk found them.
     pub fn fill(&mut self, la: u64, variant: usize, entry: Entry, page_shift: u32, global: bool) {
         self.note_filled(la, page_shift, global);
+        if entry.write_tag != 0 {
+            self.note_writable(entry.gfn);
+        }
         if let Some(slot) = self.entries.get_mut(Self::slot(la, variant)) {
             *slot = entry;
         }
+    }
+
+    fn note_writable(&mut self, gfn: u64) {
+        let word = (gfn / 64) as usize;
+        if word >= self.writable.len() {
+            self.writable.resize(word + 1, 0);
+        }
+        if let Some(w) = self.writable.get_mut(word) {
+            *w |= 1 << (gfn % 64);
+        }
+    }
+
+    /// Whether an entry with the right to write a frame may exist; from now on none does.
+    fn take_writable(&mut self, gfn: u64) -> bool {
+        let Some(w) = self.writable.get_mut((gfn / 64) as usize) else { return false };
+        let bit = 1 << (gfn % 64);
+        let was = *w & bit != 0;
+        *w &= !bit;
+        was
     }
 
     fn note_filled(&mut self, la: u64, page_shift: u32, global: bool) {
@@ -170,7 +220,7 @@ impl Tlb {
         if let Some(events) = &mut self.events {
             if events.len() >= MAX_EVENTS {
                 events.clear();
-                events.push(TlbEvent::FlushAll);
+                events.push(TlbEvent::ContextsAnew);
             }
             events.push(event);
         }
@@ -187,7 +237,7 @@ impl Tlb {
             self.forget_code();
             self.next = 1;
             self.pcids.clear();
-            self.tell(TlbEvent::FlushAll);
+            self.tell(TlbEvent::ContextsAnew);
             // Both halves need new numbers: the old ones may be given out again.
             let both = [self.next, self.next + 1];
             self.next += 2;
@@ -296,6 +346,13 @@ impl Tlb {
                 *e = FetchEntry::default();
             }
         }
+        for user in 0..2 {
+            if let Some(e) = self.frames.get_mut(Self::fetch_slot(la, user))
+                && e.tag == tag
+            {
+                *e = FetchEntry::default();
+            }
+        }
         for variant in 0..VARIANTS {
             if let Some(e) = self.entries.get_mut(Self::slot(la, variant))
                 && (e.read_tag == tag || e.write_tag == tag)
@@ -329,12 +386,16 @@ impl Tlb {
     /// Forgets all translations of code (the decode cache was emptied).
     pub fn forget_code(&mut self) {
         self.fetch.fill(FetchEntry::default());
+        self.frames.fill(FetchEntry::default());
     }
 
     /// Takes away the right to write (or every right, if `all`) to guest frames, under every context. A reverse map would
     /// cost each fill; the table is small, so it is searched.
     pub fn revoke(&mut self, gfns: &std::ops::Range<u64>, all: bool) {
         let one = gfns.end.wrapping_sub(gfns.start) == 1 && !all;
+        if one && !self.take_writable(gfns.start) {
+            return;
+        }
         self.tell(if one { TlbEvent::WriteProtect(gfns.start) } else { TlbEvent::FlushAll });
         for e in self.entries.iter_mut().filter(|e| gfns.contains(&(e.gfn & !TRACED))) {
             if e.write_tag != 0 {

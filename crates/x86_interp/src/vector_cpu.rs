@@ -37,6 +37,7 @@ impl VectorCpu for Cpu {
     }
 
     fn fpu(&mut self) -> &mut FpuArea {
+        self.fpu_touched = true;
         &mut self.s.fpu
     }
 

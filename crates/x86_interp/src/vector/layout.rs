@@ -271,3 +271,37 @@ pub(super) fn normalize_x87(area: &mut FpuArea) {
     let summary = if x87_pending(area) { 0x8080 } else { 0 };
     put(area, at::FSW, &(fsw & !0x8080 | summary).to_le_bytes());
 }
+
+/// The components that this host has and the area keeps, but for PKRU: the guest's is in force only for the guest's own checks.
+#[must_use]
+pub fn host_components() -> u64 {
+    let has_xsave = __cpuid(1).ecx >> 27 & 1 != 0;
+    if has_xsave { layout().supported & !(1 << component::PKRU) } else { 0 }
+}
+
+/// Makes an area that was filled by hand ready for XRSTOR: the header (SDM 1 13.4.2) names the components that differ from their initial
+/// state, so that the host's registers do not count as used for nothing.
+pub fn prepare_restore(area: &mut FpuArea) {
+    let l = layout();
+    let mut used = 3u64;
+    for i in [component::AVX, component::OPMASK, component::ZMM_HI256, component::HI16_ZMM] {
+        let c = l.components[i];
+        if c.offset != 0 && area.0[c.offset..c.offset + c.size].iter().any(|&b| b != 0) {
+            used |= 1 << i;
+        }
+    }
+    put(area, at::HEADER, &used.to_le_bytes());
+    area.0[at::HEADER + 8..at::EXTENDED].fill(0);
+    let clean = mxcsr(area) & l.mxcsr_mask;
+    put(area, at::MXCSR, &clean.to_le_bytes());
+}
+
+/// Whether all exceptions are masked and none waits: x87 and SIMD instructions then raise nothing but faults of memory and mode.
+#[must_use]
+pub fn exceptions_masked(area: &FpuArea) -> bool {
+    const MISALIGNED_MODE: u32 = 1 << 17;
+    let m = mxcsr(area);
+    let fcw = u16_at(area, at::FCW);
+    let waiting = u16_at(area, at::FSW) & 0x80 != 0;
+    m & 0x1f80 == 0x1f80 && m & MISALIGNED_MODE == 0 && fcw & 0x3f == 0x3f && !waiting
+}

@@ -40,6 +40,7 @@ use x86::state::FpuArea;
 
 use address::Address;
 use check::Class;
+pub use layout::{exceptions_masked, host_components, prepare_restore};
 pub use native::warm_up;
 pub use xsave::xgetbv1;
 

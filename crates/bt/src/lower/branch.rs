@@ -1,0 +1,287 @@
+//! Control flow: direct jumps are linked by the engine within the page; other targets are looked up inline.
+//!
+//! INV-BT-2: every cycle of fragments polls. A jump that goes back, to another page, or anywhere by register or memory leaves the cache if
+//! the alarm is set, before it is taken.
+
+use iced_x86::{Code, FlowControl, Instruction, OpKind};
+
+use x86::decode::condition;
+
+use super::{Exit, Lowering, SiteKind, target_live};
+use crate::emit::{Asm, Fixup, Op, S0, S1, SP, cc};
+use crate::frame;
+use crate::unit::STATUS;
+
+/// Where an exit's stub is jumped at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Entry {
+    /// A link to be: the engine patches this jump.
+    Link,
+    /// A poll: leaves, and is never patched.
+    Poll,
+}
+
+/// A way out of the fragment whose stub stands behind it.
+pub(super) struct PendingExit {
+    jump: Fixup,
+    target: u64,
+    entry: Entry,
+    variant: super::Variant,
+}
+
+impl Lowering<'_> {
+    /// A control transfer other than a conditional jump. False: not done here.
+    pub(super) fn terminator(&mut self, i: &Instruction, live_after: u32) -> bool {
+        if !self.reachable(i.near_branch_target()) {
+            return false;
+        }
+        match i.flow_control() {
+            FlowControl::UnconditionalBranch if i.is_jmp_short_or_near() => {
+                self.leave_to(i.near_branch_target(), live_after);
+            }
+            FlowControl::Call if i.is_call_near() => self.call(i),
+            FlowControl::IndirectBranch if i.is_jmp_near_indirect() => return self.jump_indirect(i),
+            FlowControl::IndirectCall if i.is_call_near_indirect() => return self.call_indirect(i),
+            FlowControl::Return if matches!(i.code(), Code::Retnq | Code::Retnq_imm16) => self.ret(i),
+            _ => return self.system_transfer(i),
+        }
+        true
+    }
+
+    /// Whether a jump from the current instruction may close a loop.
+    fn is_backward(&self, offset: u64) -> bool {
+        offset <= self.current || offset >= 4096
+    }
+
+    fn exit(&mut self, jump: Fixup, target: u64, entry: Entry) {
+        let variant = self.variant;
+        self.pending.push(PendingExit { jump, target, entry, variant });
+    }
+
+    /// A jump (to be bound) that is taken when the alarm is set. Clobbers flags.
+    pub(super) fn poll(&mut self) -> Fixup {
+        self.asm.cmp_gs32_imm8(frame::ALARM, 0);
+        self.asm.jcc(cc::NE)
+    }
+
+    /// Leaves before the current instruction if the alarm is set. Clobbers flags: they are in the frame or dead.
+    pub(super) fn poll_here(&mut self) {
+        self.poll_at(self.current);
+    }
+
+    /// Leaves with RIP at `offset` if the alarm is set. Clobbers flags.
+    pub(super) fn poll_at(&mut self, offset: u64) {
+        let poll = self.poll();
+        self.exit(poll, offset, Entry::Poll);
+    }
+
+    /// Goes on at a known place of the page's address range (an offset; it may lie outside of the page).
+    pub(super) fn leave_to(&mut self, offset: u64, live: u32) {
+        self.spill(live);
+        if offset >= 4096 {
+            return self.leave_page(offset);
+        }
+        if self.is_backward(offset) {
+            let poll = self.poll();
+            self.exit(poll, offset, Entry::Poll);
+        }
+        let jump = self.asm.jmp();
+        self.exit(jump, offset, Entry::Link);
+    }
+
+    /// Goes on in another page, by the jump cache.
+    fn leave_page(&mut self, offset: u64) {
+        let Some(page_rip) = self.facts.page_rip else {
+            self.rip_to(S0, offset);
+            return self.leave_indirect(None);
+        };
+        let target = page_rip.wrapping_add(offset);
+        let rips = frame::JUMPS + self.variant as i32 * frame::JUMP_STRIDE;
+        let at = rips + 8 * frame::jump_set(target) as i32;
+        let poll = self.poll();
+        self.asm.mov_imm(S0, target);
+        self.asm.cmp_gs(at, S0);
+        let other = self.asm.jcc(cc::NE);
+        self.asm.jmp_gs(at + frame::JUMP_HOSTS);
+        self.asm.bind(poll);
+        self.asm.mov_imm(S0, target);
+        self.asm.bind(other);
+        self.lookup(None);
+    }
+
+    /// A conditional jump; the straight line goes on where it is not taken.
+    pub(super) fn conditional(&mut self, i: &Instruction) {
+        if !self.in_host {
+            self.asm.restore_flags(frame::FLAGS, S0);
+            self.in_host = true;
+        }
+        let target = i.near_branch_target();
+        let live = target_live(target, self.page, self.facts);
+        let code = condition(i);
+        if live == 0 && !self.is_backward(target) {
+            let jump = self.asm.jcc(code);
+            return self.exit(jump, target, Entry::Link);
+        }
+        let not_taken = self.asm.jcc(code ^ 1);
+        if self.is_backward(target) && target < 4096 {
+            self.spill(live);
+            // The loop's own way: one compare, and one jump that the engine links.
+            self.asm.cmp_gs32_imm8(frame::ALARM, 0);
+            let jump = self.asm.jcc(cc::E);
+            self.exit(jump, target, Entry::Link);
+            let poll = self.asm.jmp();
+            self.exit(poll, target, Entry::Poll);
+        } else {
+            self.leave_to(target, live);
+        }
+        self.asm.bind(not_taken);
+        self.in_host = true;
+    }
+
+    fn call(&mut self, i: &Instruction) {
+        self.spill(STATUS);
+        let first = self.push_return(i);
+        self.leave_to(i.near_branch_target(), 0);
+        debug_assert!(first <= self.misses.len());
+    }
+
+    /// Pushes the return address; guest flags are in the frame. The number of its miss.
+    fn push_return(&mut self, i: &Instruction) -> usize {
+        let retry = self.asm.here();
+        self.asm.lea(S0, SP, None, -8);
+        let miss = self.check(8, true, retry);
+        let known = self.facts.page_rip.map(|p| p.wrapping_add(i.next_ip()));
+        self.asm.lea(S0, S0, Some((S1, 0)), 0);
+        match known.and_then(|rip| i32::try_from(rip as i64).ok()) {
+            Some(rip) => self.asm.store_imm_at(S0, 0, rip),
+            None => {
+                self.rip_to(S1, i.next_ip());
+                self.asm.store_at(S0, 0, S1);
+            }
+        }
+        self.asm.lea(SP, SP, None, -8);
+        miss
+    }
+
+    fn call_indirect(&mut self, i: &Instruction) -> bool {
+        let mark = (self.asm.here(), self.misses.len(), self.sites.len());
+        self.spill(STATUS);
+        if !self.target_to(i, frame::TEMP) {
+            self.asm.code.truncate(mark.0);
+            self.misses.truncate(mark.1);
+            self.sites.truncate(mark.2);
+            return false;
+        }
+        self.push_return(i);
+        self.asm.load(S0, frame::TEMP);
+        self.leave_indirect(Some(-8));
+        true
+    }
+
+    fn jump_indirect(&mut self, i: &Instruction) -> bool {
+        let mark = (self.asm.here(), self.misses.len(), self.sites.len());
+        self.spill(STATUS);
+        if !self.target_to(i, frame::TEMP) {
+            self.asm.code.truncate(mark.0);
+            self.misses.truncate(mark.1);
+            self.sites.truncate(mark.2);
+            return false;
+        }
+        if i.op0_kind() == OpKind::Register {
+            self.register_to(S0, i.op0_register());
+        } else {
+            self.asm.load(S0, frame::TEMP);
+        }
+        self.leave_indirect(Some(0));
+        true
+    }
+
+    /// An indirect target into a temporary (for a jump by register: nothing).
+    fn target_to(&mut self, i: &Instruction, temp: i32) -> bool {
+        if i.op0_kind() == OpKind::Register {
+            if i.op0_register().size() != 8 {
+                return false;
+            }
+            if i.is_call_near_indirect() {
+                self.register_to(S0, i.op0_register());
+                self.asm.store(temp, S0);
+            }
+            return true;
+        }
+        if i.memory_size().size() != 8 || self.operand(i, 0, 8, false, false).is_none() {
+            return false;
+        }
+        self.asm.load_sum(S0, S0, S1);
+        self.asm.store(temp, S0);
+        true
+    }
+
+    fn ret(&mut self, i: &Instruction) {
+        self.spill(STATUS);
+        let more = if i.code() == Code::Retnq_imm16 { i32::from(i.immediate16()) } else { 0 };
+        if more > i32::from(i8::MAX) - 8 {
+            self.callout();
+            self.asm.jmp_gs(frame::LEAVE);
+            return;
+        }
+        let retry = self.asm.here();
+        self.asm.mov(S0, SP);
+        self.check(8, false, retry);
+        self.asm.load_sum(S0, S0, S1);
+        self.asm.lea(SP, SP, None, 8 + more);
+        self.leave_indirect(Some(8 + more as i8));
+    }
+
+    /// Goes on at the guest address in [`S0`]: inline lookup, after a poll. `popped`: what the instruction added to RSP, if it is one
+    /// that faults itself when the address is not canonical.
+    pub(super) fn leave_indirect(&mut self, popped: Option<i8>) {
+        let poll = self.poll();
+        let rips = frame::JUMPS + self.variant as i32 * frame::JUMP_STRIDE;
+        self.asm.rotate_to(S1, S0, 10);
+        self.asm.op32(Op::Xor, S1, S0);
+        self.asm.and32(S1, frame::JUMP_ENTRIES - 1);
+        self.asm.cmp_index8(S1, rips, S0);
+        let other = self.asm.jcc(cc::NE);
+        self.asm.jmp_index8(S1, rips + frame::JUMP_HOSTS);
+        self.asm.bind(other);
+        self.asm.bind(poll);
+        self.lookup(popped);
+    }
+
+    /// Looks the address in [`S0`] up in the second-level table, or leaves.
+    fn lookup(&mut self, popped: Option<i8>) {
+        let site = popped.map_or(u32::MAX, |popped| self.site(SiteKind::Branch { popped }));
+        self.asm.store_imm32(frame::SITE, site);
+        self.asm.jmp_gs(frame::LOOKUP + 8 * self.variant as i32);
+    }
+
+    /// The stubs of all exits: where the engine links a jump to, or leaves with RIP at the target.
+    pub(super) fn finish_exits(&mut self) {
+        let mut stubs: Vec<(u64, super::Variant, usize)> = Vec::new();
+        let pending = std::mem::take(&mut self.pending);
+        for p in pending.iter().filter(|p| p.entry == Entry::Link) {
+            self.asm.bind(p.jump);
+            let place = Asm::place(p.jump) as u32;
+            self.exits.push(Exit { place, target: p.target as u16, variant: p.variant });
+            self.asm.store_imm32(frame::EXIT, self.exit_base + self.exits.len() as u32);
+            stubs.push((p.target, p.variant, self.asm.here()));
+            self.leave_at(p.target);
+        }
+        for p in pending.iter().filter(|p| p.entry == Entry::Poll) {
+            match stubs.iter().find(|(target, variant, _)| *target == p.target && *variant == p.variant) {
+                Some(&(_, _, at)) => self.asm.bind_to(p.jump, at),
+                None => {
+                    self.asm.bind(p.jump);
+                    stubs.push((p.target, p.variant, self.asm.here()));
+                    self.leave_at(p.target);
+                }
+            }
+        }
+    }
+
+    fn leave_at(&mut self, offset: u64) {
+        self.rip_to(S0, offset);
+        self.asm.store(frame::RIP, S0);
+        self.asm.jmp_gs(frame::LEAVE);
+    }
+}

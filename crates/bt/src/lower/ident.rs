@@ -1,0 +1,299 @@
+//! Integer instructions that are themselves again.
+
+use iced_x86::{ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, Register};
+
+use super::Lowering;
+use super::registers::{Borrowed, frame_slot, host_number, in_frame, rename, writes_memory};
+use crate::emit::{Op, S0, S1};
+use crate::frame;
+use crate::unit::{self, STATUS};
+
+/// Instructions that may be executed as they are, their operands renamed.
+pub(super) fn is_ident(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    let plain = matches!(
+        i.mnemonic(),
+        M::Mov
+            | M::Movzx
+            | M::Movsx
+            | M::Movsxd
+            | M::Lea
+            | M::Add
+            | M::Or
+            | M::Adc
+            | M::Sbb
+            | M::And
+            | M::Sub
+            | M::Xor
+            | M::Cmp
+            | M::Test
+            | M::Inc
+            | M::Dec
+            | M::Neg
+            | M::Not
+            | M::Shl
+            | M::Sal
+            | M::Shr
+            | M::Sar
+            | M::Rol
+            | M::Ror
+            | M::Rcl
+            | M::Rcr
+            | M::Shld
+            | M::Shrd
+            | M::Imul
+            | M::Mul
+            | M::Bswap
+            | M::Cbw
+            | M::Cwde
+            | M::Cdqe
+            | M::Cwd
+            | M::Cdq
+            | M::Cqo
+            | M::Xchg
+            | M::Xadd
+            | M::Cmpxchg
+            | M::Cmpxchg8b
+            | M::Cmpxchg16b
+            | M::Bt
+            | M::Bts
+            | M::Btr
+            | M::Btc
+            | M::Bsf
+            | M::Bsr
+            | M::Movbe
+            | M::Movnti
+            | M::Clc
+            | M::Stc
+            | M::Cmc
+            | M::Lahf
+            | M::Sahf
+    );
+    let extended = matches!(
+        i.mnemonic(),
+        M::Popcnt
+            | M::Lzcnt
+            | M::Tzcnt
+            | M::Crc32
+            | M::Andn
+            | M::Bextr
+            | M::Blsi
+            | M::Blsmsk
+            | M::Blsr
+            | M::Bzhi
+            | M::Mulx
+            | M::Pdep
+            | M::Pext
+            | M::Rorx
+            | M::Sarx
+            | M::Shlx
+            | M::Shrx
+            | M::Adcx
+            | M::Adox
+    );
+    let fence = matches!(i.mnemonic(), M::Pause | M::Lfence | M::Mfence | M::Sfence);
+    let conditional = i.condition_code() != ConditionCode::None && i.flow_control() == FlowControl::Next;
+    let gprs_only = (0..i.op_count()).all(|n| i.op_kind(n) != OpKind::Register || i.op_register(n).is_gpr());
+    (plain || extended || fence || conditional) && gprs_only
+}
+
+impl Lowering<'_> {
+    pub(super) fn ident(&mut self, i: &Instruction, live_before: u32, reads: bool) -> bool {
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        let (_, written) = unit::flag_effects(i);
+        let touches = i.rflags_modified() & STATUS != 0;
+        // Flags that the instruction keeps must be in the host's when it writes others.
+        let needs = reads
+            || touches && live_before & !written != 0
+            || touches && written != STATUS && live_before != 0;
+        if i.mnemonic() == Mnemonic::Lea {
+            return self.lea(i);
+        }
+        if memory {
+            let bits = matches!(i.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
+            if bits && i.op1_kind() == OpKind::Register {
+                return !needs && self.bit_string(i, live_before);
+            }
+            return self.ident_memory(i, live_before, needs, touches);
+        }
+        if needs && !self.in_host {
+            self.asm.restore_flags(frame::FLAGS, S0);
+            self.in_host = true;
+        }
+        if i.mnemonic() == Mnemonic::Mov && self.frame_move(i) {
+            return true;
+        }
+        let Some((renamed, used)) = rename(i, &[S0, S1], &mut self.info) else { return false };
+        self.load_borrowed(&used);
+        if !self.asm.instruction(&renamed) {
+            return false;
+        }
+        self.store_borrowed(&used);
+        if touches {
+            self.in_host = true;
+        }
+        true
+    }
+
+    /// MOV of 64 bits between a register and one of the frame.
+    fn frame_move(&mut self, i: &Instruction) -> bool {
+        if i.op0_kind() != OpKind::Register
+            || i.op1_kind() != OpKind::Register
+            || i.op0_register().size() != 8
+        {
+            return false;
+        }
+        let (to, from) = (i.op0_register(), i.op1_register());
+        match (in_frame(to), in_frame(from)) {
+            (true, false) => self.asm.store(frame_slot(to), host_number(from)),
+            (false, true) => self.asm.load(host_number(to), frame_slot(from)),
+            _ => return false,
+        }
+        true
+    }
+
+    fn lea(&mut self, i: &Instruction) -> bool {
+        if i.op0_register().size() == 2 || !self.address(i) {
+            return false;
+        }
+        let to = i.op0_register();
+        if to.size() == 4 {
+            self.asm.zero_extend(S0);
+        }
+        if in_frame(to) {
+            self.asm.store(frame_slot(to), S0);
+        } else {
+            self.asm.mov(host_number(to), S0);
+        }
+        true
+    }
+
+    fn ident_memory(&mut self, i: &Instruction, live_before: u32, needs: bool, touches: bool) -> bool {
+        let size = i.memory_size().size();
+        if size == 0 || size > 16 {
+            return false;
+        }
+        let write = writes_memory(i, &mut self.info);
+        let aligned = i.mnemonic() == Mnemonic::Cmpxchg16b;
+        let Some(first) = self.operand(i, live_before, size, write, aligned) else { return false };
+        self.with_operand(i, needs, touches, first)
+    }
+
+    /// Address and check of a memory operand; host address in `S0 + S1`. The number of the miss.
+    pub(super) fn operand(
+        &mut self,
+        i: &Instruction,
+        live_before: u32,
+        size: usize,
+        write: bool,
+        aligned: bool,
+    ) -> Option<usize> {
+        self.spill(live_before);
+        let retry = self.asm.here();
+        if !self.address(i) {
+            return None;
+        }
+        Some(self.check_aligned(size, write, retry, aligned))
+    }
+
+    /// The instruction itself, on the operand at `S0 + S1`. `needs`: with the guest's flags.
+    pub(super) fn with_operand(&mut self, i: &Instruction, needs: bool, touches: bool, first: usize) -> bool {
+        let Some((mut renamed, used)) = rename(i, &[S1], &mut self.info) else { return false };
+        renamed.set_memory_base(Register::R14);
+        renamed.set_memory_index_scale(1);
+        renamed.set_segment_prefix(Register::None);
+        renamed.set_memory_displacement64(0);
+        renamed.set_memory_displ_size(0);
+        if used.is_empty() && !needs {
+            renamed.set_memory_index(Register::R15);
+        } else {
+            self.asm.lea(S0, S0, Some((S1, 0)), 0);
+            renamed.set_memory_index(Register::None);
+        }
+        if needs {
+            self.asm.restore_flags(frame::FLAGS, S1);
+        }
+        self.load_borrowed(&used);
+        if !self.asm.instruction(&renamed) {
+            return false;
+        }
+        self.store_borrowed(&used);
+        if touches || needs {
+            self.in_host = true;
+        }
+        let flags_in_host = self.in_host;
+        self.complete(first, flags_in_host);
+        true
+    }
+
+    /// BT and its kin with a register as bit offset: the offset reaches beyond the operand (SDM 2A 3.1.1.9).
+    fn bit_string(&mut self, i: &Instruction, live_before: u32) -> bool {
+        let size = i.memory_size().size();
+        let offset = i.op1_register();
+        if !matches!(size, 4 | 8) {
+            return false;
+        }
+        self.spill(live_before);
+        let retry = self.asm.here();
+        if !self.address(i) {
+            return false;
+        }
+        self.bit_offset(offset, size);
+        // Bytes: (offset >> log2(bits)) * size.
+        self.asm.sar(S1, if size == 8 { 6 } else { 5 });
+        self.asm.lea(S0, S0, Some((S1, size.trailing_zeros() as u8)), 0);
+        let write = i.mnemonic() != Mnemonic::Bt;
+        let first = self.check(size, write, retry);
+        self.asm.lea(S0, S0, Some((S1, 0)), 0);
+        self.bit_offset(offset, size);
+        self.asm.and32(S1, size as u32 * 8 - 1);
+        let mut masked = *i;
+        masked.set_op1_register(if size == 8 { Register::R15 } else { Register::R15D });
+        masked.set_memory_base(Register::R14);
+        masked.set_memory_index(Register::None);
+        masked.set_memory_index_scale(1);
+        masked.set_segment_prefix(Register::None);
+        masked.set_memory_displacement64(0);
+        masked.set_memory_displ_size(0);
+        if !self.asm.instruction(&masked) {
+            return false;
+        }
+        self.in_host = true;
+        self.complete(first, true);
+        true
+    }
+
+    /// The signed bit offset into [`S1`].
+    fn bit_offset(&mut self, r: Register, size: usize) {
+        if in_frame(r) {
+            self.asm.load(S1, frame_slot(r));
+        } else {
+            self.asm.mov(S1, host_number(r));
+        }
+        if size == 4 {
+            // movsxd r15, r15d
+            self.asm.bytes(&[0x4d, 0x63, 0xff]);
+        }
+    }
+
+    pub(super) fn load_borrowed(&mut self, used: &[Borrowed]) {
+        for b in used.iter().filter(|b| b.load) {
+            self.asm.gs(Op::Mov, b.host, frame_slot(b.guest));
+        }
+    }
+
+    pub(super) fn store_borrowed(&mut self, used: &[Borrowed]) {
+        for b in used.iter().filter(|b| b.store) {
+            self.asm.store(frame_slot(b.guest), b.host);
+        }
+    }
+
+    /// A guest register's value into a host register.
+    pub(super) fn register_to(&mut self, to: u8, r: Register) {
+        if in_frame(r) {
+            self.asm.load(to, frame_slot(r));
+        } else {
+            self.asm.mov(to, host_number(r));
+        }
+    }
+}

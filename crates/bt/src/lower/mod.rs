@@ -1,0 +1,424 @@
+//! From a unit to a fragment. Nearly every instruction is itself again (IDENT) with its registers renamed ([`registers`]) and its memory
+//! operand behind an inline TLB lookup ([`memory`], scheme S). What kernels do often is emulated in the fragment ([`system`]); what is
+//! not known here calls out.
+//!
+//! Layout of a fragment: the outer entry (in code that does not know its RIP; S0 holds it), the inner entry, the straight line, then what is
+//! seldom executed: misses, exits, and the stale exit to which the engine patches the entries when the code has changed.
+
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "register numbers, offsets in a page and counts are small"
+)]
+
+mod branch;
+mod divide;
+mod ident;
+mod memory;
+mod registers;
+mod stack;
+mod string;
+mod system;
+mod vector;
+
+use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, Mnemonic};
+
+use crate::emit::{Asm, S0};
+use crate::frame;
+use crate::unit::{self, STATUS, Unit};
+
+use branch::PendingExit;
+use memory::Miss;
+
+/// Rights with which code accesses memory: which of the TLBs, and of the jump caches, it asks.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Variant {
+    /// Level 0.
+    Supervisor = 0,
+    /// Level 0 with RFLAGS.AC set under SMAP: user pages too.
+    SupervisorAc = 1,
+    /// Level 3.
+    User = 2,
+}
+
+/// Which x87 and vector instructions may be executed as they are. Ordered: each includes those before.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum FpLevel {
+    /// None: they fault now, or exceptions are unmasked.
+    None,
+    /// x87 and MMX.
+    X87,
+    /// Legacy SSE.
+    Sse,
+    /// VEX.
+    Avx,
+    /// EVEX and opmasks.
+    Avx512,
+}
+
+/// What the code of a fragment may rely on: part of its key.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Facts {
+    /// RIP of the page's first byte, if the code may contain it. Else the frame says ([`frame::PAGE_RIP`]), so that the same page at another
+    /// address needs no other translation.
+    pub page_rip: Option<u64>,
+    /// Rights at the first instruction.
+    pub variant: Variant,
+    /// x87 and vector instructions.
+    pub fp: FpLevel,
+    /// AMD's decoding of operand-size prefixes on branches.
+    pub amd: bool,
+    /// EFER.SCE: SYSCALL and SYSRET exist.
+    pub syscall: bool,
+    /// CR4.SMAP: AC matters at level 0.
+    pub smap: bool,
+    /// CR4.FSGSBASE.
+    pub fsgsbase: bool,
+    /// RDTSC may be executed, and the guest's counter is the host's plus an offset.
+    pub rdtsc: bool,
+    /// The host has BMI2.
+    pub bmi2: bool,
+}
+
+/// Why a site calls the engine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SiteKind {
+    /// A memory access missed: size in bytes, and whether it writes.
+    Access {
+        /// Bytes.
+        size: u8,
+        /// It writes.
+        write: bool,
+    },
+    /// The interpreter does the instruction.
+    Callout,
+    /// An indirect jump whose target was not found; RSP was moved by so much.
+    Branch {
+        /// Bytes added to RSP.
+        popped: i8,
+    },
+}
+
+/// A place that calls out.
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    /// RIP of the guest instruction, or its offset in the page if [`Facts::page_rip`] is None.
+    pub rip: u64,
+    /// Length of the instruction.
+    pub len: u8,
+    /// Why.
+    pub kind: SiteKind,
+}
+
+/// A direct jump to another fragment of the page, not yet linked.
+#[derive(Clone, Copy, Debug)]
+pub struct Exit {
+    /// Offset of the jump's 32-bit displacement.
+    pub place: u32,
+    /// Offset of the target in the page.
+    pub target: u16,
+    /// Rights there.
+    pub variant: Variant,
+}
+
+/// Where a guest instruction's code begins.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    /// Offset of the guest instruction in its page.
+    pub guest: u16,
+    /// Offset of its host code in the fragment.
+    pub host: u32,
+}
+
+/// Translated code.
+pub struct Fragment {
+    /// Position-independent host code; the outer entry is its first byte.
+    pub code: Vec<u8>,
+    /// Offset of the inner entry, for jumps within the page.
+    pub inner: usize,
+    /// Offset of the code that leaves with RIP at this fragment's first instruction, from the inner entry.
+    pub stale_inner: usize,
+    /// The same from the outer entry.
+    pub stale_outer: usize,
+    /// Its exits.
+    pub exits: Vec<Exit>,
+    /// Its sites.
+    pub sites: Vec<Site>,
+    /// The guest-to-host map: every guest instruction with the host code that begins it.
+    pub map: Vec<Place>,
+    /// How many guest instructions always call out.
+    pub callouts: usize,
+    /// The page's 64-byte lines that the fragment depends on.
+    pub lines: u64,
+}
+
+struct Lowering<'a> {
+    asm: Asm,
+    facts: Facts,
+    page: &'a [u8; 4096],
+    info: InstructionInfoFactory,
+    /// Rights at the current instruction.
+    variant: Variant,
+    /// Guest flags are in the host's; else they are in the frame (or dead).
+    in_host: bool,
+    /// Guest x87 and vector registers are in the host's.
+    fp_loaded: bool,
+    misses: Vec<Miss>,
+    exits: Vec<Exit>,
+    pending: Vec<PendingExit>,
+    sites: Vec<Site>,
+    site_base: u32,
+    exit_base: u32,
+    callouts: usize,
+    map: Vec<Place>,
+    /// In so many instructions the code polls, because IF may have become set: 2 behind STI, 1 in its shadow and behind POPF.
+    poll_in: u8,
+    /// The instruction is the unit's last.
+    last: bool,
+    /// Offset of the instruction that is being translated.
+    current: u64,
+    /// And of the one behind it.
+    next: u64,
+}
+
+/// Translates `unit`. Sites and exits are numbered from the bases, which the engine keeps. `announced` says which instructions
+/// the CPU model has.
+#[must_use]
+pub fn translate(
+    unit: &Unit,
+    page: &[u8; 4096],
+    facts: Facts,
+    site_base: u32,
+    exit_base: u32,
+    announced: &dyn Fn(&Instruction) -> bool,
+) -> Fragment {
+    let mut l = Lowering {
+        asm: Asm::new(facts.bmi2),
+        facts,
+        page,
+        info: InstructionInfoFactory::new(),
+        variant: facts.variant,
+        in_host: false,
+        fp_loaded: false,
+        misses: Vec::new(),
+        exits: Vec::new(),
+        pending: Vec::new(),
+        sites: Vec::new(),
+        site_base,
+        exit_base,
+        callouts: 0,
+        map: Vec::with_capacity(unit.instructions.len()),
+        poll_in: 0,
+        last: false,
+        current: 0,
+        next: 0,
+    };
+    let start = unit.instructions.first().map_or(0, Instruction::ip);
+    if facts.page_rip.is_none() {
+        l.asm.lea(crate::emit::S1, S0, None, -(start as i32));
+        l.asm.store(frame::PAGE_RIP, crate::emit::S1);
+    }
+    let inner = l.asm.here();
+    let live = liveness(unit, page, facts);
+    let mut open = true;
+    for (i, &live_after) in unit.instructions.iter().zip(&live[1..]) {
+        l.map.push(Place { guest: i.ip() as u16, host: l.asm.here() as u32 });
+        l.last = i.next_ip() == unit.end as u64;
+        open = l.instruction(i, live_after, announced(i));
+    }
+    if open {
+        l.poll_after_shadow(unit.end as u64, live.last().copied().unwrap_or(STATUS));
+        l.leave_to(unit.end as u64, live.last().copied().unwrap_or(STATUS));
+    }
+    l.finish_misses();
+    l.finish_exits();
+    let stale_inner = l.asm.here();
+    l.rip_to(S0, start);
+    let stale_outer = l.asm.here();
+    l.asm.store(frame::RIP, S0);
+    l.asm.jmp_gs(frame::LEAVE);
+    Fragment {
+        code: l.asm.code,
+        inner,
+        stale_inner,
+        stale_outer,
+        exits: l.exits,
+        sites: l.sites,
+        map: l.map,
+        callouts: l.callouts,
+        lines: lines_of(unit),
+    }
+}
+
+/// The lines that a unit lies in, and those that were looked at for live flags where it may be left.
+fn lines_of(unit: &Unit) -> u64 {
+    let start = unit.instructions.first().map_or(0, Instruction::ip);
+    let mut mask = lines(start, unit.end as u64);
+    let mut look = |at: u64| {
+        if at < 4096 {
+            mask |= lines(at, (at + unit::PEEK_BYTES).min(4096));
+        }
+    };
+    look(unit.end as u64);
+    for i in &unit.instructions {
+        if i.is_jcc_short_or_near() || i.is_jmp_short_or_near() {
+            look(i.near_branch_target());
+        }
+    }
+    mask
+}
+
+/// The lines from offset `start` to `end` (exclusive, above `start`).
+const fn lines(start: u64, end: u64) -> u64 {
+    let last = if end == 0 { 0 } else { (end - 1) / 64 };
+    (u64::MAX << ((start / 64) & 63)) & (u64::MAX >> (63 - (last & 63)))
+}
+
+/// Live flags before each instruction, and after the last.
+fn liveness(unit: &Unit, page: &[u8; 4096], facts: Facts) -> Vec<u32> {
+    let count = unit.instructions.len();
+    let mut live = vec![0; count + 1];
+    let last = unit.instructions.last();
+    live[count] = match last {
+        Some(i) if i.is_jmp_short_or_near() => target_live(i.near_branch_target(), page, facts),
+        Some(i) if unit::ends_unit(i) => STATUS,
+        _ => target_live(unit.end as u64, page, facts),
+    };
+    for (n, i) in unit.instructions.iter().enumerate().rev() {
+        let (read, written) = unit::flag_effects(i);
+        let mut after = live[n + 1];
+        if i.is_jcc_short_or_near() {
+            after |= target_live(i.near_branch_target(), page, facts);
+        }
+        live[n] = after & !written | read;
+    }
+    live
+}
+
+fn target_live(offset: u64, page: &[u8; 4096], facts: Facts) -> u32 {
+    match usize::try_from(offset) {
+        Ok(o) if o < 4096 => unit::live_at(page, o, facts.amd),
+        _ => STATUS,
+    }
+}
+
+impl Lowering<'_> {
+    /// The RIP of an offset in the page (it may lie outside) into a register; flags stay.
+    fn rip_to(&mut self, register: u8, offset: u64) {
+        if let Some(page_rip) = self.facts.page_rip {
+            self.asm.mov_imm(register, page_rip.wrapping_add(offset));
+            return;
+        }
+        self.asm.load(register, frame::PAGE_RIP);
+        // Offsets of direct jumps fit: 32 bits of displacement and an offset in the page. Others end in a wrong RIP's low
+        // bits only if they do not, and then the jump itself was lowered as a callout (see `reachable`).
+        self.asm.lea(register, register, None, offset as i32);
+    }
+
+    /// Whether [`Lowering::rip_to`] can name an offset.
+    fn reachable(&self, offset: u64) -> bool {
+        self.facts.page_rip.is_some() || i32::try_from(offset as i64).is_ok()
+    }
+
+    fn site(&mut self, kind: SiteKind) -> u32 {
+        let rip = self.facts.page_rip.unwrap_or(0).wrapping_add(self.current);
+        let len = (self.next - self.current) as u8;
+        self.sites.push(Site { rip, len, kind });
+        self.site_base + self.sites.len() as u32 - 1
+    }
+
+    /// Translates one instruction. False: control does not fall through it.
+    fn instruction(&mut self, i: &Instruction, live_after: u32, announced: bool) -> bool {
+        self.current = i.ip();
+        self.next = i.next_ip();
+        let (read, written) = unit::flag_effects(i);
+        let live_before = live_after & !written | read;
+        self.poll_after_shadow(self.current, live_before);
+        if i.flow_control() != FlowControl::Next {
+            if i.is_jcc_short_or_near() && self.reachable(i.near_branch_target()) {
+                self.conditional(i);
+                return true;
+            }
+            if !self.terminator(i, live_after) {
+                self.callout();
+                self.asm.jmp_gs(frame::LEAVE);
+            }
+            return false;
+        }
+        if is_nop(i) {
+            return true;
+        }
+        let done = announced && self.lower(i, live_before, read != 0);
+        if !done {
+            self.callout();
+        }
+        true
+    }
+
+    fn lower(&mut self, i: &Instruction, live_before: u32, reads: bool) -> bool {
+        let mark = (self.asm.here(), self.misses.len(), self.sites.len(), self.in_host, self.fp_loaded);
+        let variant = self.variant;
+        let ok = if i.has_rep_prefix() || i.has_repne_prefix() || i.is_string_instruction() {
+            self.string(i, live_before)
+        } else {
+            match i.mnemonic() {
+                Mnemonic::Push => self.push(i, live_before),
+                Mnemonic::Pop => self.pop(i, live_before),
+                Mnemonic::Leave => self.leave_frame(i, live_before),
+                Mnemonic::Div | Mnemonic::Idiv => self.divide(i, live_before),
+                _ if ident::is_ident(i) => self.ident(i, live_before, reads),
+                _ if self.system(i, live_before) => true,
+                _ => self.vector(i, live_before, reads),
+            }
+        };
+        if !ok {
+            self.asm.code.truncate(mark.0);
+            self.misses.truncate(mark.1);
+            self.sites.truncate(mark.2);
+            self.in_host = mark.3;
+            self.fp_loaded = mark.4;
+            self.variant = variant;
+        }
+        ok
+    }
+
+    // ---- flags --------------------------------------------------------------------------------------------------
+
+    /// Before code that clobbers the host's flags: saves the guest's if they are there and live.
+    fn spill(&mut self, live: u32) {
+        if self.in_host && live != 0 {
+            self.asm.spill_flags(frame::FLAGS);
+        }
+        self.in_host = false;
+    }
+
+    // ---- callouts --------------------------------------------------------------------------------------------------------
+
+    fn callout(&mut self) {
+        self.callouts += 1;
+        self.spill(STATUS);
+        let site = self.site(SiteKind::Callout);
+        self.asm.store_imm32(frame::SITE, site);
+        self.asm.call_gs(frame::CALLOUT);
+        self.asm.test(crate::emit::S1);
+        let go_on = self.asm.jcc(crate::emit::cc::E);
+        self.asm.jmp_gs(frame::LEAVE);
+        self.asm.bind(go_on);
+        self.in_host = false;
+        self.fp_loaded = false;
+    }
+}
+
+fn is_nop(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        i.mnemonic(),
+        M::Nop
+            | M::Endbr64
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchnta
+            | M::Prefetchw
+            | M::Prefetch
+    )
+}

@@ -1,0 +1,103 @@
+//! Guest registers to host registers.
+
+use iced_x86::{Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
+
+use crate::emit::SP;
+use crate::frame;
+
+/// A guest register of the frame that an instruction uses, in a scratch register meanwhile.
+#[derive(Clone, Copy)]
+pub(super) struct Borrowed {
+    pub guest: Register,
+    pub host: u8,
+    pub load: bool,
+    pub store: bool,
+}
+
+/// Guest registers that live in the frame.
+pub(super) fn in_frame(r: Register) -> bool {
+    matches!(r.full_register(), Register::R13 | Register::R14 | Register::R15)
+}
+
+pub(super) fn frame_slot(r: Register) -> i32 {
+    frame::GPR + 8 * r.full_register().number() as i32
+}
+
+/// The host register number of a guest register that is not in the frame.
+pub(super) fn host_number(r: Register) -> u8 {
+    match r.full_register() {
+        Register::RSP => SP,
+        full => full.number() as u8,
+    }
+}
+
+/// Register `number` in the size of `like`.
+fn sized(number: u8, like: Register) -> Register {
+    let base = match like.size() {
+        8 => Register::RAX,
+        4 => Register::EAX,
+        2 => Register::AX,
+        _ => {
+            // AL…BL are followed by AH…BH, then SPL…R15L.
+            return if number < 4 {
+                Register::AL + u32::from(number)
+            } else {
+                Register::SPL + u32::from(number - 4)
+            };
+        }
+    };
+    base + u32::from(number)
+}
+
+/// The instruction with its general register operands renamed, and the frame registers with the scratch registers that stand for
+/// them. None if there are not enough of those, or a register cannot be renamed.
+pub(super) fn rename(
+    i: &Instruction,
+    scratch: &[u8],
+    info: &mut InstructionInfoFactory,
+) -> Option<(Instruction, Vec<Borrowed>)> {
+    let mut renamed = *i;
+    let mut used: Vec<Borrowed> = Vec::new();
+    for n in 0..i.op_count() {
+        if i.op_kind(n) != OpKind::Register || !i.op_register(n).is_gpr() {
+            continue;
+        }
+        let r = i.op_register(n);
+        let number = if in_frame(r) {
+            let guest = r.full_register();
+            match used.iter().find(|b| b.guest == guest) {
+                Some(b) => b.host,
+                None => {
+                    let host = *scratch.get(used.len())?;
+                    used.push(Borrowed { guest, host, load: false, store: false });
+                    host
+                }
+            }
+        } else if r.full_register() == Register::RSP && r != Register::AH {
+            SP
+        } else {
+            continue;
+        };
+        renamed.set_op_register(n, sized(number, r));
+    }
+    if !used.is_empty() {
+        for u in info.info(i).used_registers() {
+            let guest = u.register().full_register();
+            if let Some(b) = used.iter_mut().find(|b| b.guest == guest) {
+                let write = is_write(u.access());
+                b.store |= write;
+                // A write of 32 or 64 bits leaves nothing of the old value.
+                b.load |= u.access() != OpAccess::Write || u.register().size() < 4;
+            }
+        }
+    }
+    Some((renamed, used))
+}
+
+pub(super) const fn is_write(access: OpAccess) -> bool {
+    matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
+}
+
+pub(super) fn writes_memory(i: &Instruction, info: &mut InstructionInfoFactory) -> bool {
+    info.info(i).used_memory().iter().any(|m| is_write(m.access()))
+}

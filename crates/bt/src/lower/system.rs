@@ -1,0 +1,264 @@
+//! In-TC emulation: the system instructions that kernels execute often, as a few host instructions on the frame.
+//!
+//! RFLAGS without the arithmetic flags is [`frame::SYSFLAGS`]. INV-BT-4: where IF becomes set, the alarm is set if a signal waits; where IF
+//! becomes clear, the code polls first. So an interrupt that waited for IF is seen at the next poll, and a window between STI and CLI
+//! is not missed. The segments of SYSCALL and SYSRET are left to be loaded when somebody looks ([`frame::MODE`]).
+
+use iced_x86::{Code, Instruction, Mnemonic};
+
+use super::registers::{frame_slot, host_number, in_frame};
+use super::stack::Value;
+use super::{Lowering, Variant};
+use crate::emit::{Op, R11, RAX, RCX, RDX, S0, S1, SP, cc};
+use crate::frame;
+use crate::unit::STATUS;
+
+const IF: u32 = 1 << 9;
+const AC: u32 = 1 << 18;
+const ID: u32 = 1 << 21;
+const FIXED: u32 = 2;
+/// TF, DF, IOPL, NT, RF, VM, AC, VIF, VIP, ID: POPF leaves a change of these to the interpreter.
+const SELDOM: u32 = 0x003f_7500;
+/// TF, DF, RF, AC: code that runs with these set is not what SYSCALL's target was translated for.
+const ODD: u32 = 0x0005_0500;
+/// LAHF's flags.
+const LOW_STATUS: u32 = 0xd5;
+
+impl Lowering<'_> {
+    /// An instruction that falls through. False: not done here.
+    pub(super) fn system(&mut self, i: &Instruction, live_before: u32) -> bool {
+        let supervisor = self.variant != Variant::User;
+        match i.mnemonic() {
+            Mnemonic::Cld => {}
+            Mnemonic::Cli if supervisor => {
+                self.spill(live_before);
+                if self.poll_in != 1 {
+                    self.poll_here();
+                }
+                self.asm.change_bits32(true, frame::SYSFLAGS, !IF);
+            }
+            Mnemonic::Sti if supervisor && !self.last => {
+                self.poll_in = 2;
+                self.spill(live_before);
+                self.asm.change_bits32(false, frame::SYSFLAGS, IF);
+                self.alarm_if_pending();
+            }
+            Mnemonic::Stac | Mnemonic::Clac if supervisor => self.access_control(i, live_before),
+            Mnemonic::Pushfq => {
+                self.spill(STATUS);
+                self.compose_flags();
+                self.asm.store(frame::TEMP, S1);
+                let retry = self.asm.here();
+                self.push_value(Value::Frame(frame::TEMP), 0, retry);
+            }
+            Mnemonic::Popfq => self.pop_flags(supervisor),
+            Mnemonic::Swapgs if supervisor => {
+                self.asm.load(S0, frame::GS_BASE);
+                self.asm.load(S1, frame::KERNEL_GS_BASE);
+                self.asm.store(frame::GS_BASE, S1);
+                self.asm.store(frame::KERNEL_GS_BASE, S0);
+            }
+            Mnemonic::Rdfsbase | Mnemonic::Rdgsbase if self.facts.fsgsbase => self.read_base(i),
+            Mnemonic::Wrfsbase | Mnemonic::Wrgsbase if self.facts.fsgsbase => self.write_base(i, live_before),
+            Mnemonic::Rdtsc | Mnemonic::Rdtscp if self.facts.rdtsc => {
+                self.time_stamp(i.mnemonic() == Mnemonic::Rdtscp, live_before);
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    /// A transfer to another level. False: not done here.
+    pub(super) fn system_transfer(&mut self, i: &Instruction) -> bool {
+        let supervisor = self.variant != Variant::User;
+        match i.code() {
+            Code::Syscall if self.facts.syscall && !supervisor => self.syscall(i),
+            Code::Sysretq if self.facts.syscall && supervisor => self.sysret(),
+            _ => return false,
+        }
+        true
+    }
+
+    fn access_control(&mut self, i: &Instruction, live_before: u32) {
+        self.spill(live_before);
+        let set = i.mnemonic() == Mnemonic::Stac;
+        self.asm.change_bits32(!set, frame::SYSFLAGS, if set { AC } else { !AC });
+        if self.facts.smap {
+            self.variant = if set { Variant::SupervisorAc } else { Variant::Supervisor };
+        }
+    }
+
+    /// Behind an instruction that may have set IF, when its shadow is over: leaves at `offset` if the alarm is set.
+    pub(super) fn poll_after_shadow(&mut self, offset: u64, live: u32) {
+        if self.poll_in == 1 {
+            self.spill(live);
+            self.poll_at(offset);
+        }
+        self.poll_in = self.poll_in.saturating_sub(1);
+    }
+
+    /// Sets the alarm if a signal waits. Clobbers flags and [`S0`].
+    fn alarm_if_pending(&mut self) {
+        self.asm.load(S0, frame::SIGNALS);
+        self.asm.cmp_deref32_zero(S0);
+        let none = self.asm.jcc(cc::E);
+        self.asm.store_imm32(frame::ALARM, 1);
+        self.asm.bind(none);
+    }
+
+    /// RFLAGS into [`S1`], from the frame. Uses [`S0`].
+    fn compose_flags(&mut self) {
+        self.asm.load16(S0, frame::FLAGS);
+        self.asm.op32(Op::Mov, S1, S0);
+        self.asm.shr(S1, 8);
+        self.asm.and32(S1, LOW_STATUS);
+        self.asm.and32(S0, 1);
+        self.asm.shl(S0, 11);
+        self.asm.op(Op::Or, S1, S0);
+        self.asm.gs(Op::Or, S1, frame::SYSFLAGS);
+    }
+
+    /// The arithmetic flags of an RFLAGS image in `from` into the frame. Uses [`S0`] and [`S1`]; `from` may be [`S0`].
+    fn decompose_flags(&mut self, from: u8) {
+        self.asm.op32(Op::Mov, S1, from);
+        self.asm.shr(S1, 11);
+        self.asm.and32(S1, 1);
+        if from != S0 {
+            self.asm.op32(Op::Mov, S0, from);
+        }
+        self.asm.and32(S0, LOW_STATUS);
+        self.asm.shl(S0, 8);
+        self.asm.op32(Op::Or, S0, S1);
+        self.asm.store16(frame::FLAGS, S0);
+    }
+
+    fn pop_flags(&mut self, supervisor: bool) {
+        let first = self.misses.len();
+        self.in_host = false;
+        if supervisor {
+            self.poll_here();
+        }
+        let retry = self.asm.here();
+        self.asm.mov(S0, SP);
+        self.check(8, false, retry);
+        self.asm.load_sum(S0, S0, S1);
+        self.asm.mov(S1, S0);
+        self.asm.gs(Op::Xor, S1, frame::SYSFLAGS);
+        let left_alone = if supervisor { SELDOM } else { SELDOM | IF };
+        self.asm.test_imm(S1, left_alone as i32);
+        let seldom = self.asm.jcc(cc::NE);
+        self.interpret_if(seldom);
+        if supervisor {
+            // Only IF may differ: the difference is exchanged.
+            self.asm.and32(S1, IF);
+            self.asm.gs(Op::Xor, S1, frame::SYSFLAGS);
+            self.asm.store(frame::SYSFLAGS, S1);
+        }
+        self.decompose_flags(S0);
+        self.asm.lea(SP, SP, None, 8);
+        if supervisor {
+            self.asm.test_bits32(frame::SYSFLAGS, IF);
+            let masked = self.asm.jcc(cc::E);
+            self.alarm_if_pending();
+            self.asm.bind(masked);
+            self.poll_in = 1;
+        }
+        self.complete(first, false);
+    }
+
+    fn base_slot(i: &Instruction) -> i32 {
+        match i.mnemonic() {
+            Mnemonic::Rdfsbase | Mnemonic::Wrfsbase => frame::FS_BASE,
+            _ => frame::GS_BASE,
+        }
+    }
+
+    fn read_base(&mut self, i: &Instruction) {
+        let r = i.op0_register();
+        let host = if in_frame(r) { S0 } else { host_number(r) };
+        if r.size() == 8 {
+            self.asm.load(host, Self::base_slot(i));
+        } else {
+            self.asm.load32(host, Self::base_slot(i));
+        }
+        if in_frame(r) {
+            self.asm.store(frame_slot(r), S0);
+        }
+    }
+
+    fn write_base(&mut self, i: &Instruction, live_before: u32) {
+        let first = self.misses.len();
+        self.spill(live_before);
+        self.register_to(S0, i.op0_register());
+        if i.op0_register().size() == 8 {
+            // Canonical?
+            self.asm.mov(S1, S0);
+            self.asm.shl(S1, 16);
+            self.asm.sar(S1, 16);
+            self.asm.op(Op::Cmp, S1, S0);
+            let other = self.asm.jcc(cc::NE);
+            self.interpret_if(other);
+        } else {
+            self.asm.zero_extend(S0);
+        }
+        self.asm.store(Self::base_slot(i), S0);
+        self.complete(first, false);
+    }
+
+    fn time_stamp(&mut self, with_aux: bool, live_before: u32) {
+        self.spill(live_before);
+        self.asm.bytes(if with_aux { &[0x0f, 0x01, 0xf9] } else { &[0x0f, 0x31] });
+        self.asm.shl(RDX, 32);
+        self.asm.op(Op::Or, RAX, RDX);
+        self.asm.gs(Op::Add, RAX, frame::TSC_OFFSET);
+        self.asm.mov(RDX, RAX);
+        self.asm.shr(RDX, 32);
+        self.asm.zero_extend(RAX);
+        if with_aux {
+            self.asm.load32(RCX, frame::TSC_AUX);
+        }
+    }
+
+    /// SYSCALL from 64-bit code at level 3 (SDM 2B).
+    fn syscall(&mut self, i: &Instruction) {
+        self.spill(STATUS);
+        self.rip_to(RCX, i.next_ip());
+        self.compose_flags();
+        self.asm.mov(R11, S1);
+        self.asm.load(S0, frame::SYSCALL_KEEP);
+        self.asm.and_to(frame::SYSFLAGS, S0);
+        self.asm.load32(S0, frame::SYSCALL_KEEP_STATUS);
+        self.asm.and_to16(frame::FLAGS, S0);
+        self.asm.store_imm32(frame::MODE, frame::MODE_SYSCALL);
+        self.asm.load(S0, frame::LSTAR);
+        self.asm.test_bits32(frame::SYSFLAGS, ODD);
+        let odd = self.asm.jcc(cc::NE);
+        self.variant = Variant::Supervisor;
+        self.leave_indirect(None);
+        self.asm.bind(odd);
+        self.asm.store(frame::RIP, S0);
+        self.asm.jmp_gs(frame::LEAVE);
+    }
+
+    /// SYSRET to 64-bit code (SDM 2B). Whatever is unusual is interpreted.
+    fn sysret(&mut self) {
+        self.in_host = false;
+        self.asm.mov(S0, RCX);
+        self.asm.shr(S0, 47);
+        let high = self.asm.jcc(cc::NE);
+        self.interpret_if(high);
+        self.asm.test_imm(R11, !((STATUS | FIXED | IF | ID) as i32));
+        let odd = self.asm.jcc(cc::NE);
+        self.interpret_if(odd);
+        self.asm.op32(Op::Mov, S0, R11);
+        self.asm.and32(S0, IF | ID);
+        self.asm.group1_32(1, S0, FIXED);
+        self.asm.store(frame::SYSFLAGS, S0);
+        self.decompose_flags(R11);
+        self.asm.store_imm32(frame::MODE, frame::MODE_SYSRET);
+        self.alarm_if_pending();
+        self.asm.mov(S0, RCX);
+        self.variant = Variant::User;
+        self.leave_indirect(None);
+    }
+}

@@ -1,0 +1,217 @@
+//! x87, MMX, SSE, AVX and AVX-512: the guest's registers are the host's while [`frame::FP_LOADED`] says so, and instructions are themselves again.
+//!
+//! This holds only while all exceptions are masked ([`super::FpLevel`]), so nothing here can trap on the host: alignment is checked inline, control words
+//! are looked at before they are loaded.
+
+use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind};
+
+use super::registers::{rename, writes_memory};
+use super::{FpLevel, Lowering};
+use crate::emit::{S0, S1, cc};
+use crate::frame;
+use crate::unit::{self, STATUS};
+
+/// The six exception masks in the x87 control word, and those in MXCSR (SDM 1 8.1.5, 10.2.3).
+const FCW_MASKS: u32 = 0x3f;
+const MXCSR_MASKS: u32 = 0x1f80;
+/// Bits of MXCSR that may be loaded without a fault on every host, and without AMD's misaligned mode.
+const MXCSR_PLAIN: u32 = 0xffff;
+
+/// What an instruction needs, if it may be executed as it is.
+fn level(i: &Instruction) -> Option<FpLevel> {
+    use CpuidFeature as F;
+    use Mnemonic as M;
+    let state = matches!(
+        i.mnemonic(),
+        M::Maskmovq
+            | M::Maskmovdqu
+            | M::Vmaskmovdqu
+            | M::Fldenv
+            | M::Fnstenv
+            | M::Frstor
+            | M::Fnsave
+            | M::Fldcw
+            | M::Ldmxcsr
+            | M::Vldmxcsr
+            | M::Fxsave
+            | M::Fxsave64
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Fdisi
+            | M::Fndisi
+            | M::Feni
+            | M::Fneni
+            | M::Fsetpm
+            | M::Fnsetpm
+    );
+    if state || i.is_vsib() {
+        return None;
+    }
+    let mut all: Option<FpLevel> = None;
+    for f in i.cpuid_features() {
+        let this = match f {
+            F::FPU | F::FPU287 | F::FPU387 | F::MMX | F::CMOV => FpLevel::X87,
+            F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 => FpLevel::Sse,
+            F::AES | F::PCLMULQDQ | F::SHA | F::GFNI => FpLevel::Sse,
+            F::AVX | F::AVX2 | F::FMA | F::F16C | F::VAES | F::VPCLMULQDQ | F::AVX_VNNI => FpLevel::Avx,
+            F::AVX512F | F::AVX512VL | F::AVX512BW | F::AVX512DQ | F::AVX512CD | F::AVX512_IFMA => {
+                FpLevel::Avx512
+            }
+            F::AVX512_VBMI | F::AVX512_VBMI2 | F::AVX512_VNNI | F::AVX512_BITALG => FpLevel::Avx512,
+            F::AVX512_VPOPCNTDQ | F::AVX512_BF16 => FpLevel::Avx512,
+            _ => return None,
+        };
+        all = all.max(Some(this));
+    }
+    let by_encoding = match i.encoding() {
+        EncodingKind::Legacy => FpLevel::X87,
+        EncodingKind::VEX => FpLevel::Avx,
+        EncodingKind::EVEX => FpLevel::Avx512,
+        _ => return None,
+    };
+    all.map(|l| l.max(by_encoding))
+}
+
+/// Whether the memory operand must be aligned to its size (SDM 1 table 14-22).
+fn must_align(i: &Instruction, size: usize) -> bool {
+    use Mnemonic as M;
+    if i.encoding() == EncodingKind::Legacy {
+        let any = matches!(
+            i.mnemonic(),
+            M::Movups
+                | M::Movupd
+                | M::Movdqu
+                | M::Lddqu
+                | M::Pcmpestri
+                | M::Pcmpestrm
+                | M::Pcmpistri
+                | M::Pcmpistrm
+        );
+        return size == 16 && !any;
+    }
+    matches!(
+        i.mnemonic(),
+        M::Vmovaps
+            | M::Vmovapd
+            | M::Vmovdqa
+            | M::Vmovdqa32
+            | M::Vmovdqa64
+            | M::Vmovntps
+            | M::Vmovntpd
+            | M::Vmovntdq
+            | M::Vmovntdqa
+    )
+}
+
+impl Lowering<'_> {
+    pub(super) fn vector(&mut self, i: &Instruction, live_before: u32, reads: bool) -> bool {
+        match i.mnemonic() {
+            Mnemonic::Fldcw => return self.load_control(i, live_before, FpLevel::X87),
+            Mnemonic::Ldmxcsr => return self.load_control(i, live_before, FpLevel::Sse),
+            _ => {}
+        }
+        if level(i).is_none_or(|l| l > self.facts.fp) {
+            return false;
+        }
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        if (0..i.op_count()).any(|n| !plain_operand(i, n)) {
+            return false;
+        }
+        let (_, written) = unit::flag_effects(i);
+        let touches = i.rflags_modified() & STATUS != 0;
+        let needs = reads || touches && live_before & !written != 0;
+        if !self.fp_loaded {
+            self.spill(live_before);
+            self.load_fp();
+        }
+        if memory {
+            return self.vector_memory(i, live_before, needs, touches);
+        }
+        if needs && !self.in_host {
+            self.asm.restore_flags(frame::FLAGS, S0);
+            self.in_host = true;
+        }
+        let Some((renamed, used)) = rename(i, &[S0, S1], &mut self.info) else { return false };
+        self.load_borrowed(&used);
+        if !self.asm.instruction(&renamed) {
+            return false;
+        }
+        self.store_borrowed(&used);
+        self.in_host |= touches;
+        true
+    }
+
+    fn vector_memory(&mut self, i: &Instruction, live_before: u32, needs: bool, touches: bool) -> bool {
+        let memory = i.memory_size();
+        let size = if memory.is_broadcast() { memory.element_size() } else { memory.size() };
+        if !(1..=64).contains(&size) {
+            return false;
+        }
+        let write = writes_memory(i, &mut self.info);
+        let aligned = must_align(i, size);
+        let Some(first) = self.operand(i, live_before, size, write, aligned) else { return false };
+        self.with_operand(i, needs, touches, first)
+    }
+
+    /// Sees to it that the guest's registers are in the host's. Guest flags are in the frame or dead.
+    fn load_fp(&mut self) {
+        self.asm.cmp_gs32_imm8(frame::FP_LOADED, 0);
+        let loaded = self.asm.jcc(cc::NE);
+        self.asm.call_gs(frame::FP_LOAD);
+        self.asm.bind(loaded);
+        self.fp_loaded = true;
+    }
+
+    /// FLDCW and LDMXCSR: only values that mask all exceptions are loaded here.
+    fn load_control(&mut self, i: &Instruction, live_before: u32, needs: FpLevel) -> bool {
+        if self.facts.fp < needs {
+            return false;
+        }
+        let first = self.misses.len();
+        self.spill(live_before);
+        if !self.fp_loaded {
+            self.load_fp();
+        }
+        let x87 = needs == FpLevel::X87;
+        if self.operand(i, 0, if x87 { 2 } else { 4 }, false, false).is_none() {
+            return false;
+        }
+        self.asm.load_sized(if x87 { 2 } else { 4 }, S0, S0, S1);
+        self.asm.store(frame::TEMP, S0);
+        let masks = if x87 { FCW_MASKS } else { MXCSR_MASKS };
+        if !x87 {
+            self.asm.test_imm(S0, !(MXCSR_PLAIN as i32));
+            let reserved = self.asm.jcc(cc::NE);
+            self.interpret_if(reserved);
+        }
+        self.asm.and32(S0, masks);
+        self.asm.group1_32(7, S0, masks);
+        let unmasked = self.asm.jcc(cc::NE);
+        self.interpret_if(unmasked);
+        if x87 {
+            self.asm.control_gs(&[0xd9], 5, frame::TEMP);
+        } else {
+            self.asm.control_gs(&[0x0f, 0xae], 2, frame::TEMP);
+        }
+        self.complete(first, false);
+        true
+    }
+}
+
+/// Operands other than implicit memory.
+fn plain_operand(i: &Instruction, n: u32) -> bool {
+    matches!(
+        i.op_kind(n),
+        OpKind::Register
+            | OpKind::Memory
+            | OpKind::Immediate8
+            | OpKind::Immediate8_2nd
+            | OpKind::Immediate16
+            | OpKind::Immediate32
+            | OpKind::Immediate64
+            | OpKind::Immediate8to16
+            | OpKind::Immediate8to32
+            | OpKind::Immediate8to64
+            | OpKind::Immediate32to64
+    )
+}

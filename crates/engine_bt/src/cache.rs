@@ -1,0 +1,215 @@
+//! The translation cache: code memory, the index of fragments, links.
+//!
+//! A fragment is known by the frame that its guest code lies in, the offset there, and what it was translated for; never by an address space.
+//! Fragments of a page are linked to each other directly; nothing outside holds a pointer that is not checked by guest address, or that
+//! does not reach the fragment by its entries. So a page's fragments are dropped by patching their entries to the code that leaves (INV-TC-1):
+//! whoever comes, by a link or by a table, finds the way out.
+
+#![expect(clippy::cast_possible_truncation, reason = "numbers are bounded by the size of code memory")]
+
+use bt::{Facts, Fragment, Site, Variant};
+use guestmem::Gfn;
+use rustc_hash::FxHashMap;
+
+use crate::code_memory::CodeMemory;
+
+/// What a fragment is known by.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Key {
+    /// The frame of the first byte.
+    pub gfn: Gfn,
+    /// Offset of the first byte in the frame.
+    pub offset: u16,
+    /// What it may rely on.
+    pub env: u8,
+    /// Rights.
+    pub variant: Variant,
+    /// RIP of the page's first byte if the code contains it, else 0.
+    pub page_rip: u64,
+}
+
+/// A fragment in code memory.
+#[derive(Clone, Copy)]
+struct Entry {
+    key: Key,
+    at: u32,
+    inner: u32,
+    stale_inner: u32,
+    stale_outer: u32,
+}
+
+/// The fragments made from one frame of guest memory.
+#[derive(Default)]
+struct PageCode {
+    version: u32,
+    fragments: Vec<u32>,
+}
+
+/// A direct jump that may be linked.
+#[derive(Clone, Copy)]
+struct Link {
+    place: u32,
+    from: u32,
+    target: u16,
+    variant: Variant,
+}
+
+/// The translation cache of a vCPU.
+pub struct Cache {
+    code: CodeMemory,
+    index: FxHashMap<Key, u32>,
+    entries: Vec<Entry>,
+    pages: FxHashMap<Gfn, PageCode>,
+    sites: Vec<Site>,
+    links: Vec<Link>,
+}
+
+/// Guest code that is to be inserted.
+pub struct New<'a> {
+    /// What it is known by.
+    pub key: Key,
+    /// The translation.
+    pub fragment: &'a Fragment,
+    /// The version of the page that it was made from.
+    pub version: u32,
+}
+
+impl Cache {
+    /// An empty cache with so many bytes of code memory.
+    ///
+    /// # Errors
+    /// When the host gives no memory for code.
+    pub fn new(code_bytes: usize) -> rustix::io::Result<Self> {
+        Ok(Self {
+            code: CodeMemory::new(code_bytes)?,
+            index: FxHashMap::default(),
+            entries: Vec::new(),
+            pages: FxHashMap::default(),
+            sites: Vec::new(),
+            links: Vec::new(),
+        })
+    }
+
+    /// Bytes of code memory in use.
+    pub const fn code_bytes(&self) -> usize {
+        self.code.used()
+    }
+
+    /// Numbers for the next fragment's sites and exits.
+    pub fn bases(&self) -> (u32, u32) {
+        (self.sites.len() as u32, self.links.len() as u32)
+    }
+
+    /// A site by its number.
+    pub fn site(&self, number: u32) -> Option<Site> {
+        self.sites.get(number as usize).copied()
+    }
+
+    /// The fragment's number, if there is one.
+    #[inline(always)]
+    pub fn find(&self, key: &Key) -> Option<u32> {
+        self.index.get(key).copied()
+    }
+
+    /// Host address of a fragment's outer entry.
+    pub fn address(&self, fragment: u32) -> u64 {
+        self.entries.get(fragment as usize).map_or(0, |e| self.code.address(e.at as usize))
+    }
+
+    /// Adds a fragment; its number, or None if code memory is full.
+    pub fn insert(&mut self, new: &New<'_>) -> Option<u32> {
+        let f = new.fragment;
+        let at = self.code.add(&f.code)? as u32;
+        let number = self.entries.len() as u32;
+        self.entries.push(Entry {
+            key: new.key,
+            at,
+            inner: at + f.inner as u32,
+            stale_inner: at + f.stale_inner as u32,
+            stale_outer: at + f.stale_outer as u32,
+        });
+        self.sites.extend(&f.sites);
+        self.links.extend(f.exits.iter().map(|e| Link {
+            place: at + e.place,
+            from: number,
+            target: e.target,
+            variant: e.variant,
+        }));
+        self.index.insert(new.key, number);
+        let page = self.pages.entry(new.key.gfn).or_default();
+        page.version = new.version;
+        page.fragments.push(number);
+        Some(number)
+    }
+
+    /// What an exit leads to.
+    pub fn target(&self, link: u32) -> Option<Key> {
+        let link = self.links.get(link as usize)?;
+        let from = self.entries.get(link.from as usize)?.key;
+        Some(Key { offset: link.target, variant: link.variant, ..from })
+    }
+
+    /// Links an exit to a fragment of the same page.
+    pub fn link(&mut self, link: u32, fragment: u32) {
+        if let (Some(l), Some(e)) = (self.links.get(link as usize), self.entries.get(fragment as usize)) {
+            self.code.link(l.place as usize, e.inner as usize);
+        }
+    }
+
+    /// Whether fragments of a frame exist that were made from another version of its code.
+    pub fn is_stale(&self, gfn: Gfn, version: u32) -> bool {
+        self.pages.get(&gfn).is_some_and(|p| p.version != version)
+    }
+
+    /// Frames with fragments.
+    pub fn frames(&self) -> Vec<Gfn> {
+        self.pages.keys().copied().collect()
+    }
+
+    /// Forgets the fragments of a frame. True if there were any.
+    pub fn drop_frame(&mut self, gfn: Gfn) -> bool {
+        let Some(page) = self.pages.remove(&gfn) else { return false };
+        for number in page.fragments {
+            let Some(&e) = self.entries.get(number as usize) else { continue };
+            if self.index.get(&e.key) == Some(&number) {
+                self.index.remove(&e.key);
+            }
+            self.code.redirect(e.inner as usize, e.stale_inner as usize);
+            if e.at != e.inner {
+                self.code.redirect(e.at as usize, e.stale_outer as usize);
+            }
+        }
+        true
+    }
+
+    /// Forgets everything. No code of it runs.
+    pub fn clear(&mut self) {
+        self.index.clear();
+        self.entries.clear();
+        self.pages.clear();
+        self.sites.clear();
+        self.links.clear();
+        self.code.clear();
+    }
+
+    /// How many fragments the memory holds, dropped ones included.
+    pub const fn len(&self) -> usize {
+        self.entries.len()
+    }
+}
+
+/// What translations rely on besides the page, as a small number: equal facts have equal numbers.
+#[derive(Default)]
+pub struct Environments(Vec<Facts>);
+
+impl Environments {
+    /// The number of these facts (the page and the variant set aside). None: there are too many, forget all fragments.
+    pub fn number(&mut self, facts: Facts) -> Option<u8> {
+        let facts = Facts { page_rip: None, variant: Variant::Supervisor, ..facts };
+        if let Some(n) = self.0.iter().position(|f| *f == facts) {
+            return u8::try_from(n).ok();
+        }
+        self.0.push(facts);
+        u8::try_from(self.0.len() - 1).ok()
+    }
+}

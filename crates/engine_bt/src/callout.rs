@@ -1,0 +1,106 @@
+//! What translated code asks of Rust in the middle of a fragment: to fill the TLB, and to interpret an instruction.
+
+use bt::{Site, SiteKind, frame};
+use guestmem::Hva;
+use x86::bits::is_canonical;
+use x86::paging::{Access, AccessKind};
+use x86::state::Activity;
+use x86_interp::memory::Target;
+
+use crate::exec::Callouts;
+use crate::{BtVcpu, state};
+
+/// The mode that a fragment was translated for, as far as an instruction may change it.
+#[derive(PartialEq, Eq)]
+struct Mode {
+    cpl: u8,
+    variant: usize,
+    code_size: x86_interp::cpu::CodeSize,
+    control: [u64; 4],
+}
+
+impl BtVcpu {
+    fn mode(&mut self) -> Mode {
+        let cpu = self.interp.cpu();
+        Mode {
+            cpl: cpu.s.cpl,
+            variant: cpu.variant,
+            code_size: cpu.code_size,
+            control: [cpu.s.cr0, cpu.s.cr4, cpu.s.msr.efer, cpu.s.xcr0],
+        }
+    }
+
+    /// The interpreter does the instruction of a site; the frame is up to date before and after. True if translated code may go on behind it.
+    fn interpret(&mut self, site: Site) -> bool {
+        self.bt.callouts += 1;
+        let rip = self.site_rip(site);
+        self.interp.cpu().rip = rip;
+        let before = self.mode();
+        let fp = x86_interp::vector::exceptions_masked(&self.interp.cpu().s.fpu);
+        self.interp.step();
+        let after = self.mode();
+        let cpu = self.interp.cpu();
+        let same = cpu.rip == rip.wrapping_add(u64::from(site.len))
+            && before == after
+            && fp == x86_interp::vector::exceptions_masked(&cpu.s.fpu)
+            && !cpu.code_changed
+            && state::eligible(cpu)
+            && !cpu.poll()
+            && cpu.s.activity == Activity::Running;
+        // Translations may have changed under the fragment's feet; its own code has not.
+        self.apply_events();
+        state::fill(self.interp.cpu(), &self.frame);
+        same && self.tables.code_intact(rip)
+    }
+
+    /// Has the second-level TLB know an access within a page of plain RAM. False: there is nothing for translated code to find.
+    fn fill(&mut self, la: u64, size: usize, write: bool) -> bool {
+        let cpu = self.interp.cpu();
+        if la & 0xfff > 4096 - size as u64 || !is_canonical(la) {
+            return false;
+        }
+        let kind = if write { AccessKind::Write } else { AccessKind::Read };
+        let access = Access { kind, ..cpu.data_access(kind) };
+        let Ok(Target::Ram(Hva(_), _)) = cpu.resolve(la, access) else { return false };
+        let entry = cpu.tlb.entry(la, cpu.variant);
+        let tag = cpu.tlb.tag(la);
+        if write { entry.write_tag == tag } else { entry.read_tag == tag }
+    }
+
+    /// Whether the frame's TLB already had the page: the access then missed for another reason.
+    fn is_known(&self, la: u64, variant: usize, write: bool) -> bool {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_possible_wrap,
+            reason = "masked to the number of sets"
+        )]
+        let at = frame::TLB
+            + variant as i32 * frame::TLB_STRIDE
+            + 32 * ((la >> 12) as i32 & (frame::TLB_ENTRIES as i32 - 1))
+            + if write { 8 } else { 0 };
+        self.frame.get(at) == la & !0xfff
+    }
+}
+
+impl Callouts for BtVcpu {
+    fn slow(&mut self, site: u32) -> u64 {
+        let Some(site) = self.cache.site(site) else { return 2 };
+        let SiteKind::Access { size, write } = site.kind else { return 2 };
+        self.bt.misses += 1;
+        state::read(self.interp.cpu(), &self.frame);
+        let la = self.frame.get(frame::ADDRESS);
+        let variant = self.interp.cpu().variant;
+        if !self.is_known(la, variant, write) && self.fill(la, usize::from(size), write) {
+            self.apply_events();
+            self.tables.make_room();
+            return 0;
+        }
+        if self.interpret(site) { 1 } else { 2 }
+    }
+
+    fn callout(&mut self, site: u32) -> u64 {
+        let Some(site) = self.cache.site(site) else { return 1 };
+        state::read(self.interp.cpu(), &self.frame);
+        u64::from(!self.interpret(site))
+    }
+}

@@ -1,0 +1,163 @@
+//! Guest state between the interpreter's `Cpu` and the frame. While fragments run, the frame (and the host's registers) hold what they
+//! change: general registers, RFLAGS, the bases of FS and GS, and which of SYSCALL's or SYSRET's segments are in force.
+
+use bt::{Facts, FpLevel, Variant, frame};
+use x86::bits::{cr0, cr4, efer, rflags};
+use x86::cpuid::Vendor;
+use x86::state::{Activity, sreg};
+use x86_interp::cpu::{CodeSize, Cpu};
+use x86_interp::flags::LazyFlags;
+use x86_interp::system::syscall;
+use x86_interp::vector;
+
+use crate::exec::Frame;
+
+/// What the host offers to translated code.
+#[derive(Clone, Copy)]
+pub struct Host {
+    components: u64,
+    bmi2: bool,
+}
+
+impl Host {
+    /// This host.
+    pub fn detect() -> Self {
+        Self { components: vector::host_components(), bmi2: std::is_x86_feature_detected!("bmi2") }
+    }
+
+    /// Without x87 and vector instructions in fragments.
+    pub const fn without_fp(self) -> Self {
+        Self { components: 0, ..self }
+    }
+}
+
+/// Whether the code at RIP may be translated: 64-bit, at level 0 or 3, with plain memory accesses.
+pub fn eligible(cpu: &Cpu) -> bool {
+    cpu.code_size == CodeSize::Bits64
+        && matches!(cpu.s.cpl, 0 | 3)
+        && !cpu.careful()
+        && !cpu.alignment_checked()
+        && !cpu.system_flag(rflags::DF)
+        && cpu.s.activity == Activity::Running
+}
+
+/// Rights of the code at RIP.
+pub const fn variant(cpu: &Cpu) -> Variant {
+    match cpu.variant {
+        0 => Variant::Supervisor,
+        1 => Variant::SupervisorAc,
+        _ => Variant::User,
+    }
+}
+
+fn fp_level(cpu: &Cpu, host: Host) -> FpLevel {
+    const AVX: u64 = 6;
+    const AVX512: u64 = 0xe6;
+    let s = &cpu.s;
+    if host.components & 3 != 3 || s.cr0 & (cr0::EM | cr0::TS) != 0 || !vector::exceptions_masked(&s.fpu) {
+        return FpLevel::None;
+    }
+    if s.cr4 & cr4::OSFXSR == 0 {
+        return FpLevel::X87;
+    }
+    let enabled = if s.cr4 & cr4::OSXSAVE != 0 { s.xcr0 & host.components } else { 0 };
+    if enabled & AVX512 == AVX512 {
+        FpLevel::Avx512
+    } else if enabled & AVX == AVX {
+        FpLevel::Avx
+    } else {
+        FpLevel::Sse
+    }
+}
+
+/// What translations of the code at RIP may rely on.
+pub fn facts(cpu: &Cpu, host: Host) -> Facts {
+    let variant = variant(cpu);
+    let user = variant == Variant::User;
+    // Only kernel code knows its address: user pages are mapped at many.
+    let page_rip = (!user).then_some(cpu.rip & !0xfff);
+    Facts {
+        page_rip,
+        variant,
+        fp: fp_level(cpu, host),
+        amd: cpu.model.vendor() == Vendor::Amd,
+        syscall: cpu.s.msr.efer & efer::SCE != 0,
+        smap: cpu.s.cr4 & cr4::SMAP != 0,
+        fsgsbase: cpu.s.cr4 & cr4::FSGSBASE != 0,
+        rdtsc: cpu.s.cr4 & cr4::TSD == 0 && cpu.io.tsc_delta().is_some(),
+        bmi2: host.bmi2,
+    }
+}
+
+/// Before fragments run, for as long as the vCPU is in the guest.
+pub fn begin(cpu: &Cpu, host: Host, frame: &Frame) {
+    frame.set(frame::SECOND_TLB, cpu.tlb.address());
+    frame.set(frame::MEMORY, cpu.mem.host_base() as u64);
+    #[expect(clippy::cast_possible_truncation, reason = "components have numbers below 8")]
+    frame.set32(frame::FP_MASK, host.components as u32);
+    frame.set32(frame::HOST_MXCSR, 0x1f80);
+    frame.set32(frame::FP_LOADED, 0);
+    frame.set32(frame::MODE, 0);
+}
+
+/// The `Cpu` into the frame.
+pub fn fill(cpu: &mut Cpu, frame: &Frame) {
+    for (at, value) in (frame::GPR..).step_by(8).zip(&cpu.gpr[..16]) {
+        frame.set(at, *value);
+    }
+    let f = cpu.flags.to_rflags();
+    #[expect(clippy::cast_possible_truncation, reason = "flags in 16 bits")]
+    frame.set32(frame::FLAGS, ((f & 0xd5 | 2) << 8 | (f >> 11 & 1)) as u32);
+    frame.set(frame::SYSFLAGS, cpu.system_flags);
+    frame.set(frame::RIP, cpu.rip);
+    frame.set(frame::FS_BASE, cpu.s.seg[sreg::FS].base);
+    frame.set(frame::GS_BASE, cpu.s.seg[sreg::GS].base);
+    frame.set(frame::CONTEXT, cpu.tlb.context[0]);
+    frame.set(frame::CONTEXT + 8, cpu.tlb.context[1]);
+    let m = &cpu.s.msr;
+    frame.set(frame::KERNEL_GS_BASE, m.kernel_gs_base);
+    frame.set(frame::LSTAR, m.lstar);
+    frame.set(frame::SYSCALL_KEEP, !m.sfmask | rflags::FIXED);
+    let masked = m.sfmask;
+    let keep = !((masked & 0xd5) << 8 | (masked >> 11 & 1));
+    frame.set(frame::SYSCALL_KEEP_STATUS, keep);
+    frame.set(frame::TSC_OFFSET, cpu.io.tsc_delta().unwrap_or(0).wrapping_add(m.tsc_offset));
+    frame.set(frame::TSC_AUX, m.tsc_aux);
+    frame.set(
+        frame::FP_AREA,
+        std::ptr::from_ref::<x86::state::FpuArea>(&cpu.s.fpu).expose_provenance() as u64,
+    );
+    if std::mem::take(&mut cpu.fpu_touched) {
+        vector::prepare_restore(&mut cpu.s.fpu);
+    }
+}
+
+/// The frame into the `Cpu`, RIP excepted.
+pub fn read(cpu: &mut Cpu, frame: &Frame) {
+    for (at, value) in (frame::GPR..).step_by(8).zip(&mut cpu.gpr[..16]) {
+        *value = frame.get(at);
+    }
+    let f = u64::from(frame.get32(frame::FLAGS));
+    let of = if f & 1 != 0 { rflags::OF } else { 0 };
+    cpu.flags = LazyFlags::from_rflags(f >> 8 & 0xd5 | of);
+    cpu.s.msr.kernel_gs_base = frame.get(frame::KERNEL_GS_BASE);
+    for (segment, at) in [(sreg::FS, frame::FS_BASE), (sreg::GS, frame::GS_BASE)] {
+        let base = frame.get(at);
+        cpu.s.seg[segment].base = base;
+        cpu.seg_base[segment] = base;
+    }
+    let mode = frame.get32(frame::MODE);
+    let system_flags = frame.get(frame::SYSFLAGS);
+    if mode == 0 && system_flags == cpu.system_flags {
+        return;
+    }
+    cpu.system_flags = system_flags;
+    cpu.s.rflags = system_flags;
+    match mode {
+        frame::MODE_SYSCALL => syscall::enter_flat(cpu),
+        frame::MODE_SYSRET => syscall::return_flat(cpu),
+        _ => cpu.derive_variant(),
+    }
+    frame.set32(frame::MODE, 0);
+    cpu.derive_poll_mask();
+}
