@@ -1,7 +1,8 @@
 //! Access lowering, scheme S: a software TLB lookup in front of every memory operand.
 //!
 //! The one place that knows how a guest address becomes a host address. One compare covers the tag and the crossing of a page (or, for
-//! operands that must be aligned, the alignment). A miss leaves the straight line; the engine fills the entry, and the instruction starts again at
+//! operands that must be aligned, the alignment). INV-MEM-1: an access that missed tries again by itself, never together with another of its
+//! instruction, so that two pages that want the same entry cannot drive each other out for ever. A miss leaves the straight line; the engine fills the entry, and the instruction starts again at
 //! its address computation, or the interpreter does it.
 
 use iced_x86::{Instruction, Mnemonic, Register};

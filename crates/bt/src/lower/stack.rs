@@ -17,23 +17,20 @@ impl Lowering<'_> {
                 let r = i.op0_register();
                 let value =
                     if in_frame(r) { Value::Frame(frame_slot(r)) } else { Value::Host(host_number(r)) };
-                let retry = self.asm.here();
-                self.push_value(value, live_before, retry);
+                self.push_value(value, live_before);
             }
             Code::Pushq_imm32 | Code::Pushq_imm8 => {
-                let retry = self.asm.here();
-                self.push_value(Value::Immediate(i.immediate(0) as i32), live_before, retry);
+                self.push_value(Value::Immediate(i.immediate(0) as i32), live_before);
             }
             Code::Push_rm64 if i.op0_kind() == OpKind::Memory => {
                 let first = self.misses.len();
                 self.spill(live_before);
-                let retry = self.asm.here();
                 if self.operand(i, 0, 8, false, false).is_none() {
                     return false;
                 }
                 self.asm.load_sum(S0, S0, S1);
                 self.asm.store(frame::TEMP, S0);
-                self.push_value(Value::Frame(frame::TEMP), 0, retry);
+                self.push_value(Value::Frame(frame::TEMP), 0);
                 self.complete(first, false);
             }
             _ => return false,
@@ -41,11 +38,10 @@ impl Lowering<'_> {
         true
     }
 
-    /// Pushes a value; a miss starts again at `retry` (or here, if flags are spilled first).
-    pub(super) fn push_value(&mut self, value: Value, live_before: u32, retry: usize) {
-        let before = self.asm.here();
+    /// Pushes a value. What the frame holds of it stays there until the push is done.
+    pub(super) fn push_value(&mut self, value: Value, live_before: u32) {
         self.spill(live_before);
-        let retry = if retry == before { self.asm.here() } else { retry };
+        let retry = self.asm.here();
         self.asm.lea(S0, SP, None, -8);
         let miss = self.check(8, true, retry);
         match value {

@@ -76,6 +76,8 @@ impl Lowering<'_> {
         self.check(size, false, retry);
         self.asm.load_sized(size, S0, S0, S1);
         self.asm.store(SOURCE, S0);
+        // Each access tries again by itself: the two pages may want the same TLB entry.
+        let retry = self.asm.here();
         self.asm.mov(S0, RDI);
         self.check(size, true, retry);
         self.asm.lea(S0, S0, Some((S1, 0)), 0);
@@ -111,8 +113,10 @@ impl Lowering<'_> {
             self.asm.lea(S0, S0, Some((S1, 0)), 0);
             self.asm.store(SOURCE, S0);
         }
+        // Each access tries again by itself: the two pages may want the same TLB entry.
+        let retry = self.asm.here();
         self.asm.mov(S0, RDI);
-        self.check(size, true, turn);
+        self.check(size, true, retry);
         self.asm.lea(S0, S0, Some((S1, 0)), 0);
         self.asm.store(frame::TEMP + 24, S0);
         self.room(copy);

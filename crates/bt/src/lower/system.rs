@@ -48,8 +48,7 @@ impl Lowering<'_> {
                 self.spill(STATUS);
                 self.compose_flags();
                 self.asm.store(frame::TEMP, S1);
-                let retry = self.asm.here();
-                self.push_value(Value::Frame(frame::TEMP), 0, retry);
+                self.push_value(Value::Frame(frame::TEMP), 0);
             }
             Mnemonic::Popfq => self.pop_flags(supervisor),
             Mnemonic::Swapgs if supervisor => {
