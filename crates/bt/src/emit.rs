@@ -471,6 +471,13 @@ impl Asm {
         self.mov(RAX, S0);
     }
 
+    /// Frame → host flags. Uses no register.
+    pub fn restore_flags_on_stack(&mut self, disp: i32) {
+        self.bytes(&[0x50]);
+        self.load16(RAX, disp);
+        self.bytes(&[0x04, 0x7f, 0x9e, 0x58]);
+    }
+
     /// Frame → host flags. Uses `scratch`.
     pub fn restore_flags(&mut self, disp: i32, scratch: u8) {
         self.mov(scratch, RAX);

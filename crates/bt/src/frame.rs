@@ -94,6 +94,9 @@ pub const COUNT_LOOKUPS: i32 = 0x208;
 /// RIP (in its page, or whole) of the last x87 instruction.
 pub const FP_SITE: i32 = 0x210;
 
+/// Selectors of ES, CS, SS, DS, FS, GS, four bytes each; those of CS and SS only while [`MODE`] is 0.
+pub const SELECTORS: i32 = 0x218;
+
 /// [`MODE`]: SYSCALL's segments.
 pub const MODE_SYSCALL: u32 = 1;
 /// [`MODE`]: SYSRET's segments.

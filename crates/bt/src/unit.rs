@@ -53,6 +53,33 @@ pub fn form(page: &[u8; 4096], offset: usize, limit: usize, amd: bool) -> Unit {
     unit
 }
 
+/// The longest instruction (SDM 2A 2.3.11).
+pub const MAX_LEN: usize = 15;
+
+/// Whether an instruction at this offset may reach into the next page. Jumps to such a place are never linked: what is there depends
+/// on two pages.
+#[must_use]
+pub const fn may_cross(offset: u64) -> bool {
+    offset < 4096 && offset + MAX_LEN as u64 > 4096
+}
+
+/// The unit of the one instruction at `offset` that reaches into the next page, whose first bytes are `next`. Empty if there is none.
+#[must_use]
+pub fn form_crossing(page: &[u8; 4096], next: &[u8; MAX_LEN], offset: usize, amd: bool) -> Unit {
+    let options = if amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
+    let mut unit = Unit { instructions: Vec::new(), end: offset };
+    let mut bytes = page.get(offset..).unwrap_or_default().to_vec();
+    bytes.extend_from_slice(next);
+    bytes.truncate(MAX_LEN);
+    let mut decoder = Decoder::with_ip(64, &bytes, offset as u64, options);
+    let i = decoder.decode();
+    if decoder.last_error() == DecoderError::None && offset + i.len() > 4096 {
+        unit.end += i.len();
+        unit.instructions.push(i);
+    }
+    unit
+}
+
 /// Flags that an instruction reads, and that it overwrites whatever happens.
 #[must_use]
 pub fn flag_effects(i: &Instruction) -> (u32, u32) {

@@ -26,7 +26,12 @@ pub struct Key {
     pub variant: Variant,
     /// RIP of the page's first byte if the code contains it, else 0.
     pub page_rip: u64,
+    /// The frame of the next page, if the first instruction reaches into it, else [`NO_FRAME`].
+    pub second: Gfn,
 }
+
+/// No frame has this number.
+pub const NO_FRAME: Gfn = Gfn(u64::MAX);
 
 /// A fragment in code memory.
 #[derive(Clone, Copy)]
@@ -72,6 +77,8 @@ pub struct New<'a> {
     pub fragment: &'a Fragment,
     /// The version of the page that it was made from.
     pub version: u32,
+    /// And of the second, if it reaches there.
+    pub second_version: u32,
 }
 
 impl Cache {
@@ -136,9 +143,12 @@ impl Cache {
             variant: e.variant,
         }));
         self.index.insert(new.key, number);
-        let page = self.pages.entry(new.key.gfn).or_default();
-        page.version = new.version;
-        page.fragments.push(number);
+        let second = (new.key.second != NO_FRAME).then_some((new.key.second, new.second_version));
+        for (gfn, version) in [(new.key.gfn, new.version)].into_iter().chain(second) {
+            let page = self.pages.entry(gfn).or_default();
+            page.version = version;
+            page.fragments.push(number);
+        }
         Some(number)
     }
 

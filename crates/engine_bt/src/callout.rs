@@ -33,6 +33,7 @@ impl BtVcpu {
     /// The interpreter does the instruction of a site; the frame is up to date before and after. True if translated code may go on behind it.
     fn interpret(&mut self, site: Site) -> bool {
         self.bt.callouts += 1;
+        *self.callouts.entry(site.code).or_default() += 1;
         let rip = self.site_rip(site);
         self.interp.cpu().rip = rip;
         let before = self.mode();

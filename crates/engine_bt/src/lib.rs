@@ -19,9 +19,10 @@ mod tables;
 use std::sync::Arc;
 
 use bt::{SiteKind, frame};
-use cache::{Cache, Environments, Key, New};
+use cache::{Cache, Environments, Key, NO_FRAME, New};
 use engine::{ExitStats, Vcpu, VcpuExit};
 use exec::Frame;
+use guestmem::Gfn;
 pub use knobs::Knobs;
 use state::Host;
 use tables::Tables;
@@ -63,6 +64,12 @@ pub struct BtStats {
     pub links: u64,
 }
 
+/// Whether two pages are equal in these 64-byte lines.
+fn lines_equal(a: &[u8; 4096], b: &[u8; 4096], lines: u64) -> bool {
+    let (a, b) = (a.as_chunks::<64>().0, b.as_chunks::<64>().0);
+    (0..64).filter(|n| lines >> n & 1 != 0).all(|n: usize| a[n] == b[n])
+}
+
 /// A vCPU that runs translated code.
 pub struct BtVcpu {
     interp: Interp,
@@ -76,6 +83,8 @@ pub struct BtVcpu {
     knobs: Knobs,
     host: Host,
     amd: bool,
+    /// Callouts by instruction.
+    callouts: rustc_hash::FxHashMap<iced_x86::Code, u64>,
     /// Counters.
     pub bt: BtStats,
 }
@@ -114,6 +123,7 @@ impl BtVcpu {
             host: if knobs.fp { host } else { host.without_fp() },
             knobs,
             amd,
+            callouts: rustc_hash::FxHashMap::default(),
             bt: BtStats::default(),
         })
     }
@@ -198,7 +208,8 @@ impl BtVcpu {
             self.environment = env;
             self.tables.forget_jumps();
         }
-        let key = Key { gfn, offset, env, variant: facts.variant, page_rip: facts.page_rip.unwrap_or(0) };
+        let page_rip = facts.page_rip.unwrap_or(0);
+        let key = Key { gfn, offset, env, variant: facts.variant, page_rip, second: NO_FRAME };
         Some((key, facts))
     }
 
@@ -209,13 +220,29 @@ impl BtVcpu {
         if self.cache.is_stale(key.gfn, version) {
             self.cache.drop_frame(key.gfn);
         }
-        if let Some(fragment) = self.cache.find(&key) {
+        if let Some(fragment) = self.cache.find(&key).or_else(|| self.find_crossing(key)) {
             return Some(fragment);
         }
         if !self.is_warm(key) {
             return None;
         }
         self.translate(key, facts)
+    }
+
+    /// The frame behind the page at RIP, if an instruction may reach into it.
+    fn second_frame(&mut self, offset: u16) -> Option<Gfn> {
+        let next = (self.interp.cpu().rip & !0xfff).wrapping_add(0x1000);
+        if bt::unit::may_cross(u64::from(offset)) { self.interp.code_frame_at(next) } else { None }
+    }
+
+    /// The fragment of the instruction at RIP that reaches into the next page.
+    fn find_crossing(&mut self, key: Key) -> Option<u32> {
+        let second = self.second_frame(key.offset)?;
+        let version = self.interp.cpu().mem.code_version(second);
+        if self.cache.is_stale(second, version) {
+            self.cache.drop_frame(second);
+        }
+        self.cache.find(&Key { second, ..key })
     }
 
     /// Counts a visit of a place without translation.
@@ -228,32 +255,49 @@ impl BtVcpu {
         *heat >= self.knobs.warm
     }
 
+    /// The bytes of a frame, and their version before they were read.
+    fn read_frame(&mut self, gfn: Gfn) -> Option<(Box<[u8; 4096]>, u32)> {
+        let cpu = self.interp.cpu();
+        let version = cpu.mem.code_version(gfn);
+        let hva = cpu.mem.page(gfn)?.hva;
+        let mut page = Box::new([0; 4096]);
+        cpu.mem.read_machine(hva, &mut page[..]);
+        Some((page, version))
+    }
+
     fn translate(&mut self, key: Key, facts: bt::Facts) -> Option<u32> {
         let start = std::time::Instant::now();
-        let cpu = self.interp.cpu();
-        let version = cpu.mem.code_version(key.gfn);
-        let hva = cpu.mem.page(key.gfn)?.hva;
-        let mut page = [0; 4096];
-        cpu.mem.read_machine(hva, &mut page);
-        let unit = bt::unit::form(&page, usize::from(key.offset), self.knobs.unit, self.amd);
+        let (page, version) = self.read_frame(key.gfn)?;
+        let offset = usize::from(key.offset);
+        let unit = bt::unit::form(&page, offset, self.knobs.unit, self.amd);
+        let (unit, key, next) = if unit.instructions.is_empty() {
+            let second = self.second_frame(key.offset)?;
+            let (next, second_version) = self.read_frame(second)?;
+            let mut head = [0; bt::unit::MAX_LEN];
+            head.copy_from_slice(&next[..bt::unit::MAX_LEN]);
+            let unit = bt::unit::form_crossing(&page, &head, offset, self.amd);
+            (unit, Key { second, ..key }, Some((next, second_version)))
+        } else {
+            (unit, key, None)
+        };
         if unit.instructions.is_empty() {
             return None;
         }
-        let model = Arc::clone(&cpu.model);
+        let model = Arc::clone(&self.interp.cpu().model);
         let announced = |i: &_| model.gate(i) == Gate::Announced;
         let (sites, links) = self.cache.bases();
         let fragment = bt::translate(&unit, &page, facts, sites, links, &announced);
         // The bytes are traced only now that it is known which; if they changed meanwhile, another time.
-        let cpu = self.interp.cpu();
-        cpu.trace_code(key.gfn, fragment.lines);
-        let mut again = [0; 4096];
-        cpu.mem.read_machine(hva, &mut again);
-        let unchanged = again == page && cpu.mem.code_version(key.gfn) == version;
+        let mut unchanged = self.trace(key.gfn, fragment.lines, &page, version);
+        let second_version = next.map_or(0, |(next, version)| {
+            unchanged &= self.trace(key.second, 1, &next, version);
+            version
+        });
         self.absorb();
         if !unchanged {
             return None;
         }
-        let number = self.cache.insert(&New { key, fragment: &fragment, version });
+        let number = self.cache.insert(&New { key, fragment: &fragment, version, second_version });
         if number.is_none() {
             self.flush_code();
         }
@@ -262,6 +306,12 @@ impl BtVcpu {
         self.bt.translated_bytes += fragment.code.len() as u64;
         self.bt.translation_ns += u64::try_from(start.elapsed().as_nanos()).unwrap_or(0);
         number
+    }
+
+    /// Traces lines of a frame; true if its bytes are still those given.
+    fn trace(&mut self, gfn: Gfn, lines: u64, bytes: &[u8; 4096], version: u32) -> bool {
+        self.interp.cpu().trace_code(gfn, lines);
+        self.read_frame(gfn).is_some_and(|(now, v)| v == version && lines_equal(&now, bytes, lines))
     }
 
     fn enter(&mut self, fragment: u32) {
@@ -376,6 +426,10 @@ impl Drop for BtVcpu {
         let refills = self.frame.get(frame::COUNT_REFILLS);
         let lookups = self.frame.get(frame::COUNT_LOOKUPS);
         let code_bytes = self.cache.code_bytes();
+        let mut callouts: Vec<_> = self.callouts.iter().collect();
+        callouts.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
+        callouts.truncate(40);
+        tracing::debug!(?callouts, "callouts");
         tracing::debug!(stats = ?self.bt, refills, lookups, code_bytes, fragments = self.cache.len(), "binary translator");
     }
 }

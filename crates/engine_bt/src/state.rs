@@ -112,6 +112,9 @@ pub fn fill(cpu: &mut Cpu, frame: &Frame) {
     frame.set(frame::RIP, cpu.rip);
     frame.set(frame::FS_BASE, cpu.s.seg[sreg::FS].base);
     frame.set(frame::GS_BASE, cpu.s.seg[sreg::GS].base);
+    for (at, segment) in (frame::SELECTORS..).step_by(4).zip(&cpu.s.seg) {
+        frame.set32(at, u32::from(segment.selector));
+    }
     frame.set(frame::CONTEXT, cpu.tlb.context[0]);
     frame.set(frame::CONTEXT + 8, cpu.tlb.context[1]);
     let m = &cpu.s.msr;

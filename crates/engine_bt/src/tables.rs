@@ -189,8 +189,14 @@ impl Tables {
         }
     }
 
-    /// Forgets where code in the page at a linear address is, in every context.
+    /// Forgets where code in the page at a linear address is, in every context; and in the page before, whose last instruction may reach
+    /// into it.
     fn forget_jumps_in(&mut self, page: u64) {
+        self.forget_jumps_of_page(page);
+        self.forget_jumps_of_page(page.wrapping_sub(0x1000));
+    }
+
+    fn forget_jumps_of_page(&mut self, page: u64) {
         const OFFSETS: u64 = 0x0fff;
         /// Bits of a tag that are the page's.
         const PAGE: u64 = 0x0000_ffff_ffff_f000;

@@ -77,7 +77,11 @@ impl Interp {
 
     /// The frame of RAM that holds the code at RIP, if that is mapped executable. Raises nothing.
     pub fn code_frame(&mut self) -> Option<guestmem::Gfn> {
-        let la = code_address(&self.cpu);
+        self.code_frame_at(code_address(&self.cpu))
+    }
+
+    /// The frame of RAM that holds the code at a linear address, if that is mapped executable. Raises nothing.
+    pub fn code_frame_at(&mut self, la: u64) -> Option<guestmem::Gfn> {
         let user = self.cpu.s.cpl == 3;
         if let Some(gfn) = self.cpu.tlb.code_frame(la, user) {
             return Some(guestmem::Gfn(gfn));

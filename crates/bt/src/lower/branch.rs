@@ -10,7 +10,7 @@ use x86::decode::condition;
 use super::{Exit, Lowering, SiteKind, target_live};
 use crate::emit::{Asm, Fixup, Op, S0, S1, SP, cc};
 use crate::frame;
-use crate::unit::STATUS;
+use crate::unit::{self, STATUS};
 
 /// Where an exit's stub is jumped at.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -78,7 +78,7 @@ impl Lowering<'_> {
     /// Goes on at a known place of the page's address range (an offset; it may lie outside of the page).
     pub(super) fn leave_to(&mut self, offset: u64, live: u32) {
         self.spill(live);
-        if offset >= 4096 {
+        if offset >= 4096 || unit::may_cross(offset) {
             return self.leave_page(offset);
         }
         if self.is_backward(offset) {
@@ -118,12 +118,12 @@ impl Lowering<'_> {
         let target = i.near_branch_target();
         let live = target_live(target, self.page, self.facts);
         let code = condition(i);
-        if live == 0 && !self.is_backward(target) {
+        if live == 0 && !self.is_backward(target) && !unit::may_cross(target) {
             let jump = self.asm.jcc(code);
             return self.exit(jump, target, Entry::Link);
         }
         let not_taken = self.asm.jcc(code ^ 1);
-        if self.is_backward(target) && target < 4096 {
+        if self.is_backward(target) && target < 4096 && !unit::may_cross(target) {
             self.spill(live);
             // The loop's own way: one compare, and one jump that the engine links.
             self.asm.cmp_gs32_imm8(frame::ALARM, 0);

@@ -112,7 +112,7 @@ impl Lowering<'_> {
         if memory {
             let bits = matches!(i.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
             if bits && i.op1_kind() == OpKind::Register {
-                return !needs && self.bit_string(i, live_before);
+                return self.bit_string(i, live_before, needs);
             }
             return self.ident_memory(i, live_before, needs, touches);
         }
@@ -227,7 +227,7 @@ impl Lowering<'_> {
     }
 
     /// BT and its kin with a register as bit offset: the offset reaches beyond the operand (SDM 2A 3.1.1.9).
-    fn bit_string(&mut self, i: &Instruction, live_before: u32) -> bool {
+    fn bit_string(&mut self, i: &Instruction, live_before: u32, needs: bool) -> bool {
         let size = i.memory_size().size();
         let offset = i.op1_register();
         if !matches!(size, 4 | 8) {
@@ -247,6 +247,9 @@ impl Lowering<'_> {
         self.asm.lea(S0, S0, Some((S1, 0)), 0);
         self.bit_offset(offset, size);
         self.asm.and32(S1, size as u32 * 8 - 1);
+        if needs {
+            self.asm.restore_flags_on_stack(frame::FLAGS);
+        }
         let mut masked = *i;
         masked.set_op1_register(if size == 8 { Register::R15 } else { Register::R15D });
         masked.set_memory_base(Register::R14);

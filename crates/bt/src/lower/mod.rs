@@ -20,7 +20,7 @@ mod string;
 mod system;
 mod vector;
 
-use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, Mnemonic};
+use iced_x86::{Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic};
 
 use crate::emit::{Asm, S0};
 use crate::frame;
@@ -105,6 +105,8 @@ pub struct Site {
     pub rip: u64,
     /// Length of the instruction.
     pub len: u8,
+    /// The instruction, for the statistics.
+    pub code: Code,
     /// Why.
     pub kind: SiteKind,
 }
@@ -174,6 +176,7 @@ struct Lowering<'a> {
     poll_in: u8,
     /// The instruction is the unit's last.
     last: bool,
+    code: Code,
     /// Offset of the instruction that is being translated.
     current: u64,
     /// And of the one behind it.
@@ -209,6 +212,7 @@ pub fn translate(
         map: Vec::with_capacity(unit.instructions.len()),
         poll_in: 0,
         last: false,
+        code: Code::INVALID,
         current: 0,
         next: 0,
     };
@@ -252,7 +256,7 @@ pub fn translate(
 /// The lines that a unit lies in, and those that were looked at for live flags where it may be left.
 fn lines_of(unit: &Unit) -> u64 {
     let start = unit.instructions.first().map_or(0, Instruction::ip);
-    let mut mask = lines(start, unit.end as u64);
+    let mut mask = lines(start, (unit.end as u64).min(4096));
     let mut look = |at: u64| {
         if at < 4096 {
             mask |= lines(at, (at + unit::PEEK_BYTES).min(4096));
@@ -322,7 +326,7 @@ impl Lowering<'_> {
     fn site(&mut self, kind: SiteKind) -> u32 {
         let rip = self.facts.page_rip.unwrap_or(0).wrapping_add(self.current);
         let len = (self.next - self.current) as u8;
-        self.sites.push(Site { rip, len, kind });
+        self.sites.push(Site { rip, len, code: self.code, kind });
         self.site_base + self.sites.len() as u32 - 1
     }
 
@@ -330,6 +334,7 @@ impl Lowering<'_> {
     fn instruction(&mut self, i: &Instruction, live_after: u32, announced: bool) -> bool {
         self.current = i.ip();
         self.next = i.next_ip();
+        self.code = i.code();
         let (read, written) = unit::flag_effects(i);
         let live_before = live_after & !written | read;
         self.poll_after_shadow(self.current, live_before);

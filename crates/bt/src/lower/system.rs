@@ -21,6 +21,8 @@ const FIXED: u32 = 2;
 const SELDOM: u32 = 0x003f_7500;
 /// TF, DF, RF, AC: code that runs with these set is not what SYSCALL's target was translated for.
 const ODD: u32 = 0x0005_0500;
+/// CF, PF, AF, ZF, SF, OF in RFLAGS.
+const ARITHMETIC: u32 = 0x8d5;
 /// LAHF's flags.
 const LOW_STATUS: u32 = 0xd5;
 
@@ -57,6 +59,7 @@ impl Lowering<'_> {
                 self.asm.store(frame::GS_BASE, S1);
                 self.asm.store(frame::KERNEL_GS_BASE, S0);
             }
+            Mnemonic::Mov => return self.read_selector(i),
             Mnemonic::Rdfsbase | Mnemonic::Rdgsbase if self.facts.fsgsbase => self.read_base(i),
             Mnemonic::Wrfsbase | Mnemonic::Wrgsbase if self.facts.fsgsbase => self.write_base(i, live_before),
             Mnemonic::Rdtsc | Mnemonic::Rdtscp if self.facts.rdtsc => {
@@ -165,6 +168,28 @@ impl Lowering<'_> {
         self.complete(first, false);
     }
 
+    /// MOV from a segment register other than CS and SS to a register of 32 or 64 bits.
+    fn read_selector(&mut self, i: &Instruction) -> bool {
+        use iced_x86::Register as R;
+        let number = match i.op1_register() {
+            R::ES => 0,
+            R::DS => 3,
+            R::FS => 4,
+            R::GS => 5,
+            _ => return false,
+        };
+        if i.op0_kind() != iced_x86::OpKind::Register || i.op0_register().size() < 4 {
+            return false;
+        }
+        let r = i.op0_register();
+        let host = if in_frame(r) { S0 } else { host_number(r) };
+        self.asm.load32(host, frame::SELECTORS + 4 * number);
+        if in_frame(r) {
+            self.asm.store(frame_slot(r), S0);
+        }
+        true
+    }
+
     fn base_slot(i: &Instruction) -> i32 {
         match i.mnemonic() {
             Mnemonic::Rdfsbase | Mnemonic::Wrfsbase => frame::FS_BASE,
@@ -246,7 +271,7 @@ impl Lowering<'_> {
         self.asm.shr(S0, 47);
         let high = self.asm.jcc(cc::NE);
         self.interpret_if(high);
-        self.asm.test_imm(R11, !((STATUS | FIXED | IF | ID) as i32));
+        self.asm.test_imm(R11, !((ARITHMETIC | FIXED | IF | ID) as i32));
         let odd = self.asm.jcc(cc::NE);
         self.interpret_if(odd);
         self.asm.op32(Op::Mov, S0, R11);
