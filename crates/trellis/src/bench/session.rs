@@ -86,6 +86,8 @@ pub struct Session {
     timeout: Duration,
     /// From the start of the process to its first answer.
     pub boot: Duration,
+    /// What the program said about itself before that.
+    pub notes: Vec<String>,
 }
 
 impl Session {
@@ -114,21 +116,24 @@ impl Session {
         }
         let commands = child.stdin.take();
         let (interrupted, messages) = (Arc::clone(interrupted), Vec::new());
+        let (boot, notes) = (Duration::ZERO, Vec::new());
         let mut session =
-            Self { child, commands, events, serial, messages, interrupted, timeout, boot: Duration::ZERO };
+            Self { child, commands, events, serial, messages, interrupted, timeout, boot, notes };
         let deadline = start + timeout;
         while session.line(deadline)? != "READY" {}
         session.boot = start.elapsed();
+        let noted = session.messages.iter().filter_map(|line| line.strip_prefix("NOTE "));
+        session.notes = noted.map(str::to_owned).collect();
         Ok(session)
     }
 
-    /// Runs `count` iterations of the benchmark `name`.
+    /// Runs `count` iterations of the benchmark `name`, which if it is a real program is given `size_percent` to do.
     ///
     /// # Errors
     /// The session is of no more use.
-    pub fn measure(&mut self, name: &str, count: u64) -> Result<Answer, SessionError> {
+    pub fn measure(&mut self, name: &str, count: u64, size_percent: u32) -> Result<Answer, SessionError> {
         let deadline = Instant::now() + self.timeout;
-        self.send(&format!("run {name} {count}\n"))?;
+        self.send(&format!("run {name} {count} {size_percent}\n"))?;
         let (mut start, mut end) = (None, None);
         loop {
             match self.next(deadline)? {
@@ -345,10 +350,16 @@ mod tests {
     }
 
     #[test]
+    fn notes_before_the_first_answer_are_kept() {
+        let session = start("echo NOTE no root >&2; echo other >&2; echo READY >&2; exec sleep 60", 20_000);
+        assert_eq!(session.unwrap().notes, ["no root"]);
+    }
+
+    #[test]
     fn program_that_hangs_times_out() {
         assert!(matches!(start("exec sleep 60", 300), Err(SessionError::TimedOut(..))));
         let mut session = start("echo READY >&2; exec sleep 60", 1000).unwrap();
-        assert!(matches!(session.measure("sum", 1), Err(SessionError::TimedOut(..))));
+        assert!(matches!(session.measure("sum", 1, 100), Err(SessionError::TimedOut(..))));
     }
 
     #[test]

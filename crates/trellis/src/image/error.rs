@@ -63,6 +63,14 @@ pub enum ImageError {
         /// What was looked for.
         what: &'static str,
     },
+    /// The packages that were fetched lack a file.
+    #[error("no package that was fetched holds {what} {file}; this distribution may keep it elsewhere")]
+    NoFile {
+        /// The file's name.
+        file: String,
+        /// What it should be.
+        what: &'static str,
+    },
     /// There is no place to keep images.
     #[error("no place to keep images: neither XDG_CACHE_HOME nor HOME is set; set one of them")]
     NoCacheDirectory,
