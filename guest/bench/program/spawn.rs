@@ -18,6 +18,10 @@ const INPUT: &CStr = c"work/empty";
 /// What programs print.
 pub const OUTPUT: &CStr = c"work/out";
 
+/// prctl(2): the signal that comes when the parent ends.
+const PR_SET_PDEATHSIG: usize = 1;
+const SIGKILL: usize = 9;
+
 static IN_ROOT: AtomicBool = AtomicBool::new(false);
 static BY_LOADER: AtomicBool = AtomicBool::new(false);
 /// The status of the first program that failed.
@@ -70,6 +74,8 @@ pub fn run_to(command: &[&CStr], output: &CStr) {
     let environment = [c"LC_ALL=C".as_ptr() as usize, c"PATH=bin".as_ptr() as usize, 0];
     let pid = sys::fork();
     if pid == 0 {
+        // It is not to outlive a session that is given up.
+        sys::call3(sys::SYS_PRCTL, PR_SET_PDEATHSIG, SIGKILL, 0);
         redirect(INPUT, 0, sys::O_RDONLY);
         redirect(output, 1, sys::O_WRONLY | sys::O_CREAT | sys::O_TRUNC);
         sys::call3(sys::SYS_EXECVE, argv[0], argv.as_ptr() as usize, environment.as_ptr() as usize);

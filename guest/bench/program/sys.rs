@@ -23,6 +23,7 @@ pub const SYS_CHDIR: usize = 80;
 pub const SYS_MKDIR: usize = 83;
 pub const SYS_UNLINK: usize = 87;
 pub const SYS_GETPPID: usize = 110;
+pub const SYS_PRCTL: usize = 157;
 pub const SYS_CHROOT: usize = 161;
 pub const SYS_IOPERM: usize = 173;
 pub const SYS_REBOOT: usize = 169;

@@ -67,7 +67,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<(String, ExitCode)> {
 fn add_programs(plan: &mut Plan, place: &mut guest::Place) {
     let natively = plan.modes.iter().any(|mode| !mode.needs_kernel());
     let added = image::programs::ensure(image::Progress::new)
-        .map_err(anyhow::Error::from)
+        .map_err(|error| anyhow::anyhow!(error.cause()))
         .and_then(|programs| place.add_programs(&programs, natively));
     if let Err(error) = added {
         eprintln!("trellis: {}", plan.leave_out_real(&format!("{error:#}")));

@@ -66,7 +66,7 @@ pub enum SessionError {
     #[error("it does not start: {0}")]
     NotStarted(String),
     /// Something that is no answer.
-    #[error("it answered '{0}'")]
+    #[error("it answered: {0}")]
     Nonsense(String),
     /// The user wants to stop.
     #[error("interrupted")]
@@ -140,8 +140,10 @@ impl Session {
                 Event::Start(at) => start = Some(at),
                 Event::End(at) => end = Some(at),
                 Event::Line(line) => {
-                    if let Some(answer) = parse_answer(&line, name, start.zip(end)) {
-                        return answer;
+                    match parse_answer(&line, name, start.zip(end)) {
+                        Some(Err(SessionError::Nonsense(line))) => return Err(self.nonsense(&line)),
+                        Some(answer) => return answer,
+                        None => {}
                     }
                     self.messages.push(line);
                 }
@@ -196,6 +198,12 @@ impl Session {
         }
         let status = self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
         SessionError::Ended(self.last_words().unwrap_or(status))
+    }
+
+    /// An answer that is none, with what was said before it: a program of a real one's may have said why it failed.
+    fn nonsense(&self, line: &str) -> SessionError {
+        let said = self.last_words().map_or_else(String::new, |words| format!("; its last words: {words}"));
+        SessionError::Nonsense(format!("{line}{said}"))
     }
 
     /// The last line that was no answer, or the last of the serial line.
@@ -353,6 +361,13 @@ mod tests {
     fn notes_before_the_first_answer_are_kept() {
         let session = start("echo NOTE no root >&2; echo other >&2; echo READY >&2; exec sleep 60", 20_000);
         assert_eq!(session.unwrap().notes, ["no root"]);
+    }
+
+    #[test]
+    fn failure_comes_with_the_words_of_the_program_that_failed() {
+        let script = "echo READY >&2; read run; echo 'cc1: error: no space' >&2; echo 'ERR a: failed' >&2; exec sleep 60";
+        let error = start(script, 20_000).unwrap().measure("a", 1, 100).unwrap_err();
+        assert_eq!(error.to_string(), "it answered: ERR a: failed; its last words: cc1: error: no space");
     }
 
     #[test]

@@ -76,6 +76,23 @@ pub enum ImageError {
     NoCacheDirectory,
 }
 
+impl ImageError {
+    /// The message without its advice, where that is about a kernel: other files than kernels are fetched, too.
+    #[must_use]
+    pub fn cause(&self) -> String {
+        match self {
+            Self::NoProgram { program } => {
+                format!("{program} is not installed here, so packages cannot be fetched")
+            }
+            Self::NoNetwork { detail } => format!("the package sources cannot be reached ({detail})"),
+            Self::NoPackage { wanted, arch, detail } => {
+                format!("no package source has {wanted} for {arch}{detail}")
+            }
+            other => other.to_string(),
+        }
+    }
+}
+
 /// What to do about the commonest host errors.
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {

@@ -193,8 +193,8 @@ fn build(
             continue;
         }
         let content = read_first(tree, &name, &places)?;
-        let needed = elf::needed(&content)
-            .ok_or_else(|| ImageError::NoFile { file: name, what: "as an ELF64 file" })?;
+        let needed =
+            elf::needed(&content).ok_or(ImageError::NoFile { file: name, what: "as an ELF64 file" })?;
         files.insert(path.clone(), write_file(built, &path, &content)?);
         for library in needed.into_iter().filter(|library| library != LOADER_NAME) {
             let places = library_places(tree, &library);
