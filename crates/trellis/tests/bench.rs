@@ -72,6 +72,82 @@ fn results_do_not_depend_on_the_count() {
     }
 }
 
+/// The program started in `root`, given `commands`; what it answers.
+fn in_root(root: &std::path::Path, commands: &str) -> Output {
+    let program = root.join("bench");
+    std::fs::write(&program, guest_bench::PROGRAM).expect("the root can be written");
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o700))
+        .expect("the root can be written");
+    let script = format!("printf '{commands}' | {} root {}", program.display(), root.display());
+    Command::new("/bin/sh").args(["-c", &script]).output().expect("there is a shell")
+}
+
+#[test]
+fn root_without_programs_is_a_skip() {
+    let root = tempfile::tempdir().unwrap();
+    let answer = text(&in_root(root.path(), "run gzip 1\\n").stderr);
+    assert!(answer.contains("SKIP gzip the real programs are not in this root"), "{answer}");
+}
+
+#[test]
+fn real_program_that_fails_is_an_error_and_no_time() {
+    let root = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(root.path().join("usr/bin")).unwrap();
+    std::os::unix::fs::symlink("usr/bin", root.path().join("bin")).unwrap();
+    // The benchmark program itself, whose status with one word is 7; the others are not there, which is 127.
+    for name in ["cc1", "ls"] {
+        std::fs::write(root.path().join("usr/bin").join(name), guest_bench::PROGRAM).unwrap();
+    }
+    let answer = text(&in_root(root.path(), "run exec-pie 1\\nrun gunzip 1\\n").stderr);
+    assert!(answer.contains("ERR exec-pie: a program of its work ended with wait status"), "{answer}");
+    assert!(answer.contains("ERR gunzip: a program of its preparation ended with wait status"), "{answer}");
+    assert!(!answer.contains("DONE"), "{answer}");
+}
+
+#[test]
+fn real_programs_that_cannot_be_fetched_are_left_out_with_one_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let without_apt = |only: &str| {
+        Command::new(env!("CARGO_BIN_EXE_trellis"))
+            .args(["bench", "--modes", "native", "--quick", "--runs", "1", "--only", only])
+            .env("PATH", directory.path())
+            .env("XDG_CACHE_HOME", directory.path())
+            .output()
+            .unwrap()
+    };
+    let output = without_apt("sum,gzip,cc1-o2");
+    let (table, errors) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{errors}");
+    let line = "real programs are left out: apt-get is not installed here, so packages cannot be fetched";
+    assert_eq!(table.lines().filter(|other| *other == line).count(), 1, "{table}");
+    assert_eq!(errors.matches(line).count(), 1, "{errors}");
+    assert!(table.lines().any(|line| line.starts_with("sum ")) && !table.contains("gzip "), "{table}");
+    assert!(!without_apt("gzip").status.success(), "nothing was measured");
+}
+
+#[test]
+#[ignore = "fetches packages"]
+fn real_programs_compute_the_same_whatever_the_count() {
+    let names: Vec<&str> = trellis::bench::catalog::BENCHMARKS
+        .iter()
+        .filter(|benchmark| benchmark.is_real())
+        .map(|benchmark| benchmark.name)
+        .collect();
+    let programs = trellis::image::programs::ensure(trellis::image::Progress::hidden).unwrap();
+    let root = trellis::bench::root::ProgramRoot::lay(&programs, true, false).unwrap();
+    let directory = root.directory.as_ref().unwrap();
+    for name in names {
+        let answer = in_root(directory, &format!("run {name} 1 25\\nrun {name} 3 25\\n"));
+        let answer = text(&answer.stderr);
+        let checks: Vec<&str> = answer
+            .lines()
+            .filter(|line| line.contains("DONE"))
+            .filter_map(|line| line.rsplit(' ').next())
+            .collect();
+        assert!(checks.len() == 2 && checks[0] == checks[1], "{answer}");
+    }
+}
+
 #[test]
 fn unknown_names_are_one_line_that_lists_what_there_is() {
     for (arguments, expected) in [

@@ -9,12 +9,15 @@ mod kernel;
 mod memory;
 mod output;
 mod process;
+mod real;
+mod real_data;
 mod runtime;
 mod smc;
+mod spawn;
 mod sys;
 mod text;
 
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// One benchmark.
 pub struct Bench {
@@ -35,6 +38,10 @@ pub struct Ctx {
     pub mem: Mem,
     pub fds: [i32; 4],
     pub pid: isize,
+    /// Operations of one iteration where [`Bench::ops`] does not know.
+    pub ops: u64,
+    /// Digests what the work left behind, after the second mark; the digest of `run` does not count then.
+    pub digest: Option<fn(&mut Ctx) -> u64>,
 }
 
 /// A piece of mapped memory, unmapped on drop.
@@ -90,6 +97,13 @@ pub fn own_path() -> usize {
     PATH.load(Ordering::Relaxed)
 }
 
+/// How much real programs are given to do, in percent.
+static SIZE: AtomicU64 = AtomicU64::new(100);
+
+pub fn size_percent() -> u64 {
+    SIZE.load(Ordering::Relaxed)
+}
+
 const SUITES: &[&[Bench]] = &[
     cpu::BENCHES,
     kernel::BENCHES,
@@ -98,6 +112,7 @@ const SUITES: &[&[Bench]] = &[
     float::BENCHES,
     smc::BENCHES,
     text::BENCHES,
+    real::BENCHES,
 ];
 
 fn find(name: &str) -> Option<&'static Bench> {
@@ -109,8 +124,16 @@ extern "C" fn start(stack: *const usize) -> ! {
     // SAFETY: System V ABI: argc, then argc pointers to strings, then NULL.
     let (argc, path, word) = unsafe { (*stack, *stack.add(1), *stack.add(2)) };
     PATH.store(path, Ordering::Relaxed);
-    if argc > 1 {
+    if argc == 2 {
         process::child(word as *const u8);
+    }
+    if argc > 2 {
+        // `root DIRECTORY`. SAFETY: as above.
+        let directory = unsafe { *stack.add(3) };
+        if !spawn::enter_root(directory) {
+            sys::write_all(2, b"there is no such root\n");
+            sys::exit(1);
+        }
     }
     let init = sys::call3(sys::SYS_GETPID, 0, 0, 0) == 1;
     if init {
@@ -119,6 +142,7 @@ extern "C" fn start(stack: *const usize) -> ! {
             sys::write_all(1, b"bench: no permission for the debug port\n");
             quit(true);
         }
+        spawn::be_in_root();
     }
     output::line(format_args!("READY"));
     serve();
@@ -151,11 +175,18 @@ fn serve() {
         let line = core::str::from_utf8(&bytes[..len]).unwrap_or("");
         len = 0;
         let mut words = line.split_ascii_whitespace();
-        match (words.next(), words.next(), words.next()) {
+        let (command, name, count, size) = (words.next(), words.next(), words.next(), words.next());
+        let size = size.map_or(Ok(100), str::parse);
+        match (command, name, count) {
             (Some("quit"), ..) => return,
             (Some("list"), ..) => list(),
-            (Some("run"), Some(name), Some(count)) => match (find(name), count.parse()) {
-                (Some(bench), Ok(count)) => run(&mut current, bench, count),
+            (Some("run"), Some(name), Some(count)) => match (find(name), count.parse(), size) {
+                (Some(bench), Ok(count), Ok(size @ 1..=100)) => {
+                    if size != SIZE.swap(size, Ordering::Relaxed) {
+                        end(&mut current);
+                    }
+                    run(&mut current, bench, count);
+                }
                 _ => output::line(format_args!("ERR no benchmark or no number")),
             },
             (None, ..) => {}
@@ -171,21 +202,46 @@ fn list() {
     output::line(format_args!("END"));
 }
 
+/// Undoes the setup of the last benchmark.
+fn end(current: &mut Option<(&'static Bench, Ctx)>) {
+    if let Some((old, mut ctx)) = current.take() {
+        (old.teardown)(&mut ctx);
+    }
+}
+
 fn run(current: &mut Option<(&'static Bench, Ctx)>, bench: &'static Bench, count: u64) {
     if current.as_ref().is_none_or(|(now, _)| now.name != bench.name) {
-        if let Some((old, mut ctx)) = current.take() {
-            (old.teardown)(&mut ctx);
-        }
+        end(current);
         match (bench.setup)() {
             Ok(ctx) => *current = Some((bench, ctx)),
             Err(reason) => return output::line(format_args!("SKIP {} {reason}", bench.name)),
         }
     }
+    if report_failure(bench, "its preparation") {
+        return end(current);
+    }
     let Some((_, ctx)) = current else { return };
     output::byte(1);
     let start = sys::now_ns();
     let check = (bench.run)(ctx, count);
-    let end = sys::now_ns();
+    let finish = sys::now_ns();
     output::byte(2);
-    output::line(format_args!("DONE {} {} {} {check:x}", bench.name, bench.ops * count, end - start));
+    if report_failure(bench, "its work") {
+        return;
+    }
+    let check = ctx.digest.map_or(check, |digest| digest(ctx));
+    let ops = count * if ctx.ops == 0 { bench.ops } else { ctx.ops };
+    output::line(format_args!("DONE {} {ops} {} {check:x}", bench.name, finish - start));
+}
+
+/// Says if a program failed; then there is no time.
+fn report_failure(bench: &Bench, when: &str) -> bool {
+    let failure = spawn::take_failure();
+    if let Some(status) = failure {
+        output::line(format_args!(
+            "ERR {}: a program of {when} ended with wait status {status:#x}",
+            bench.name
+        ));
+    }
+    failure.is_some()
 }

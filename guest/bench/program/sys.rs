@@ -1,6 +1,7 @@
 //! Linux system calls (`arch/x86/entry/syscalls/syscall_64.tbl`), and memory from `mmap`.
 
 use core::arch::asm;
+use core::ffi::CStr;
 
 pub const SYS_READ: usize = 0;
 pub const SYS_WRITE: usize = 1;
@@ -12,18 +13,30 @@ pub const SYS_MUNMAP: usize = 11;
 pub const SYS_RT_SIGACTION: usize = 13;
 pub const SYS_PIPE: usize = 22;
 pub const SYS_DUP2: usize = 33;
+pub const SYS_ACCESS: usize = 21;
 pub const SYS_GETPID: usize = 39;
 pub const SYS_FORK: usize = 57;
 pub const SYS_EXECVE: usize = 59;
 pub const SYS_EXIT: usize = 60;
 pub const SYS_WAIT4: usize = 61;
+pub const SYS_CHDIR: usize = 80;
+pub const SYS_MKDIR: usize = 83;
 pub const SYS_UNLINK: usize = 87;
 pub const SYS_GETPPID: usize = 110;
+pub const SYS_PRCTL: usize = 157;
+pub const SYS_CHROOT: usize = 161;
 pub const SYS_IOPERM: usize = 173;
 pub const SYS_REBOOT: usize = 169;
 pub const SYS_SCHED_SETAFFINITY: usize = 203;
 pub const SYS_CLOCK_GETTIME: usize = 228;
+pub const SYS_UNSHARE: usize = 272;
 pub const SYS_GETCPU: usize = 309;
+
+pub const CLONE_NEWUSER: usize = 0x1000_0000;
+pub const O_RDONLY: usize = 0;
+pub const O_WRONLY: usize = 1;
+pub const O_CREAT: usize = 0o100;
+pub const O_TRUNC: usize = 0o1000;
 
 /// A system call with up to six arguments; errors are small negative numbers.
 #[inline(always)]
@@ -80,6 +93,15 @@ pub fn map(len: usize, protection: usize) -> Option<*mut u8> {
 
 pub fn unmap(at: *mut u8, len: usize) {
     call3(SYS_MUNMAP, at as usize, len, 0);
+}
+
+/// A file descriptor, or a small negative number. A file that is made is its owner's to read and write.
+pub fn open(path: &CStr, flags: usize) -> i32 {
+    call3(SYS_OPEN, path.as_ptr() as usize, flags, 0o600) as i32
+}
+
+pub fn make_directory(path: &CStr) -> bool {
+    call3(SYS_MKDIR, path.as_ptr() as usize, 0o700, 0) == 0
 }
 
 pub fn close(fd: i32) {

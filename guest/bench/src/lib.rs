@@ -8,11 +8,15 @@
 //! |---|---|
 //! | (start) | `READY` |
 //! | `list` | `NAME name` for each benchmark, `END` |
-//! | `run NAME N` | setup, [`MARK_START`], N iterations, [`MARK_END`], `DONE NAME ops NANOSECONDS check`; or `SKIP NAME reason`, `ERR reason` |
+//! | `run NAME N [SIZE]` | setup, [`MARK_START`], N iterations, [`MARK_END`], `DONE NAME ops NANOSECONDS check`; or `SKIP NAME reason`, `ERR reason` |
 //! | `quit` | exits, or powers the machine off |
 //!
 //! `ops` is how many of the benchmark's operations the iterations were, the nanoseconds are by the program's own clock, and
-//! `check` is a digest of what was computed, the same wherever the program runs right.
+//! `check` is a digest of what was computed, the same wherever the program runs right. SIZE, a percentage, says how much
+//! real programs are given to do; the others do not look at it.
+//!
+//! Real programs are found in the root of process 1. An ordinary process that is started as `PROGRAM root DIRECTORY` makes
+//! that directory its root first; a line `NOTE …` before `READY` says if it cannot, and what it does instead.
 
 /// The program.
 pub static PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/bench.elf"));

@@ -12,6 +12,9 @@ use crate::options::parse_timeout;
 /// How long one measurement is to last, and under `--quick`.
 const TARGET: Duration = Duration::from_millis(300);
 const QUICK_TARGET: Duration = Duration::from_millis(60);
+/// How much real programs are given to do, in percent, and under `--quick`.
+const SIZE_PERCENT: u32 = 100;
+const QUICK_SIZE_PERCENT: u32 = 25;
 /// Largest `--runs`.
 const MAX_RUNS: i64 = 1000;
 
@@ -60,6 +63,31 @@ pub struct Plan {
     pub timeout: Duration,
     /// Whether `--quick` was given.
     pub quick: bool,
+    /// How much real programs are given to do, in percent.
+    pub size_percent: u32,
+    /// What was asked for and is left out, with the reason; see [`Plan::leave_out_real`].
+    pub left_out: Vec<String>,
+}
+
+impl Plan {
+    /// Whether real programs are among the benchmarks.
+    #[must_use]
+    pub fn has_real(&self) -> bool {
+        self.benchmarks.iter().any(|benchmark| benchmark.is_real())
+    }
+
+    /// Whether there is nothing else.
+    #[must_use]
+    pub fn is_all_real(&self) -> bool {
+        self.benchmarks.iter().all(|benchmark| benchmark.is_real())
+    }
+
+    /// Leaves the real programs out, for they cannot be had. Returns the line that says so.
+    pub fn leave_out_real(&mut self, reason: &str) -> &str {
+        self.benchmarks.retain(|benchmark| !benchmark.is_real());
+        self.left_out.push(format!("{} are left out: {reason}", catalog::REAL_PROGRAMS));
+        self.left_out.last().map_or("", String::as_str)
+    }
 }
 
 impl BenchArgs {
@@ -83,6 +111,8 @@ impl BenchArgs {
             target: if self.quick { QUICK_TARGET } else { TARGET },
             timeout: Duration::from_secs_f64(self.timeout),
             quick: self.quick,
+            size_percent: if self.quick { QUICK_SIZE_PERCENT } else { SIZE_PERCENT },
+            left_out: Vec::new(),
         }
     }
 }
@@ -135,6 +165,16 @@ mod tests {
     fn quick_leaves_out_what_is_slow_unless_named() {
         assert!(!parse(&["--quick"]).unwrap().plan().benchmarks.iter().any(|b| b.is_slow));
         assert_eq!(parse(&["--quick", "--only", "chase-256m"]).unwrap().plan().benchmarks.len(), 1);
+    }
+
+    #[test]
+    fn real_programs_can_be_left_out() {
+        let mut plan = parse(&["--only", "sum,gzip", "--quick"]).unwrap().plan();
+        assert!(plan.has_real() && !plan.is_all_real() && plan.size_percent < 100);
+        let line = plan.leave_out_real("no network").to_owned();
+        assert_eq!(line, "real programs are left out: no network");
+        assert_eq!(plan.left_out, [line]);
+        assert_eq!(plan.benchmarks.iter().map(|b| b.name).collect::<Vec<_>>(), ["sum"]);
     }
 
     #[test]

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use tempfile::TempDir;
 
+use super::root::{ProgramRoot, Root};
 use crate::image::cpio::Archive;
+use crate::image::programs::Programs;
 use crate::image::{self, Progress};
 use crate::prepare::PrepareError;
 
@@ -25,6 +27,8 @@ pub struct Place {
     pub scratch: PathBuf,
     /// What guests boot.
     pub guest: Option<GuestFiles>,
+    /// The root of real programs, if any is to be run.
+    pub programs: Option<ProgramRoot>,
     _directories: Vec<TempDir>,
 }
 
@@ -57,7 +61,25 @@ impl Place {
         let guest = if with_guest { Some(guest_files(kernel, directory.path())?) } else { None };
         directories.extend(memory);
         directories.push(directory);
-        Ok(Self { program, scratch, guest, _directories: directories })
+        Ok(Self { program, scratch, guest, programs: None, _directories: directories })
+    }
+
+    /// Lays the root of real programs: as a directory if they are to run `natively`, and for guests if there are any.
+    ///
+    /// # Errors
+    /// See [`ProgramRoot::lay`].
+    pub fn add_programs(&mut self, programs: &Programs, natively: bool) -> anyhow::Result<()> {
+        self.programs = Some(ProgramRoot::lay(programs, natively, self.guest.is_some())?);
+        Ok(())
+    }
+
+    /// The initramfs of a root.
+    #[must_use]
+    pub fn initrd(&self, root: Root) -> Option<&Path> {
+        match root {
+            Root::Bare => self.guest.as_ref().map(|guest| guest.initrd.as_path()),
+            Root::Programs => self.programs.as_ref()?.initrd.as_deref(),
+        }
     }
 }
 
@@ -77,14 +99,19 @@ fn guest_files(kernel: Option<&Path>, directory: &Path) -> anyhow::Result<GuestF
     Ok(GuestFiles { kernel, kernel_name, initrd })
 }
 
-/// The program as `/init`, and the devices that it and the kernel open.
+/// The initramfs of the bare root.
 fn initramfs() -> Vec<u8> {
+    base_archive().finish()
+}
+
+/// The program as `/init`, and the devices that it and the kernel open.
+pub(super) fn base_archive() -> Archive {
     let mut archive = Archive::new();
     archive.directory("dev");
     archive.char_device("dev/console", 0o600, 5, 1);
     archive.char_device("dev/null", 0o666, 1, 3);
     archive.file("init", 0o755, guest_bench::PROGRAM);
-    archive.finish()
+    archive
 }
 
 #[cfg(test)]

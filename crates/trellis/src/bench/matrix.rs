@@ -1,8 +1,8 @@
 //! The matrix benchmarks × modes: each cell is calibrated, then all modes of a benchmark are measured in turn
 //! (A B C A B C …), so that what else the host does meets all of them alike.
 //!
-//! A mode has one session, which lives through all benchmarks; one that times out or dies is started again for the next
-//! benchmark. The modes that are not measured wait in the guest for a command and cost next to nothing.
+//! A mode has one session, which lives through all benchmarks of one root; one that times out or dies is started again for
+//! the next benchmark. The modes that are not measured wait in the guest for a command and cost next to nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -13,6 +13,7 @@ use super::catalog::Benchmark;
 use super::guest::Place;
 use super::mode::Mode;
 use super::progress::Progress;
+use super::root::Root;
 use super::session::{Answer, Sample, Session, SessionError};
 use super::{stats, table};
 
@@ -54,6 +55,8 @@ pub struct Measured {
     pub cells: Vec<Vec<Cell>>,
     /// By mode, in the plan's order.
     pub modes: Vec<ModeResult>,
+    /// What the sessions said about themselves, each once.
+    pub notes: Vec<String>,
 }
 
 /// The run.
@@ -62,8 +65,11 @@ pub struct Matrix<'a> {
     place: &'a Place,
     progress: &'a Progress,
     interrupted: &'a Arc<AtomicBool>,
-    sessions: Vec<Option<Session>>,
+    sessions: Vec<Option<(Root, Session)>>,
     modes: Vec<ModeResult>,
+    /// By mode: why it does not start in the root of real programs, although it does in the bare one.
+    without_programs: Vec<Option<String>>,
+    notes: Vec<String>,
 }
 
 impl<'a> Matrix<'a> {
@@ -77,7 +83,9 @@ impl<'a> Matrix<'a> {
     ) -> Self {
         let sessions = plan.modes.iter().map(|_| None).collect();
         let modes = vec![ModeResult::default(); plan.modes.len()];
-        Self { plan, place, progress, interrupted, sessions, modes }
+        let without_programs = vec![None; plan.modes.len()];
+        let notes = Vec::new();
+        Self { plan, place, progress, interrupted, sessions, modes, without_programs, notes }
     }
 
     /// Measures everything.
@@ -93,7 +101,7 @@ impl<'a> Matrix<'a> {
             self.progress.plain_line(&table::line(benchmark, &self.plan.modes, &row));
             cells.push(row);
         }
-        Ok(Measured { cells, modes: std::mem::take(&mut self.modes) })
+        Ok(Measured { cells, modes: std::mem::take(&mut self.modes), notes: std::mem::take(&mut self.notes) })
     }
 
     /// One benchmark in all modes.
@@ -163,36 +171,62 @@ impl<'a> Matrix<'a> {
     }
 
     fn measure(&mut self, benchmark: &Benchmark, index: usize, count: u64) -> Result<Answer, SessionError> {
-        self.session(index)?.measure(benchmark.name, count)
+        let root = if benchmark.is_real() { Root::Programs } else { Root::Bare };
+        let size_percent = self.plan.size_percent;
+        self.session(index, root)?.measure(benchmark.name, count, size_percent)
     }
 
-    /// The session of a mode, started if need be. A mode that does not start is left out from then on.
-    fn session(&mut self, index: usize) -> Result<&mut Session, SessionError> {
+    /// The session of a mode in a root, started if need be; one in the other root is ended. A mode that does not start is
+    /// left out from then on.
+    fn session(&mut self, index: usize, root: Root) -> Result<&mut Session, SessionError> {
         if let Some(reason) = &self.modes[index].skipped {
             return Err(SessionError::NotStarted(reason.clone()));
         }
-        if self.sessions[index].is_none() {
+        if let (Root::Programs, Some(reason)) = (root, &self.without_programs[index]) {
+            return Err(SessionError::NotStarted(reason.clone()));
+        }
+        if self.sessions[index].as_ref().is_none_or(|(other, _)| *other != root) {
+            self.sessions[index] = None;
             let mode = self.plan.modes[index];
             self.progress.at(&format!("starting {}", mode.name));
-            match self.start(mode) {
-                Ok(session) => {
-                    self.modes[index].boots.push(session.boot.as_secs_f64());
-                    self.sessions[index] = Some(session);
-                }
-                Err(error) => {
-                    if error != SessionError::Interrupted {
-                        self.progress.line(&format!("{} is left out: {error}", mode.name));
-                        self.modes[index].skipped = Some(error.to_string());
-                    }
-                    return Err(error);
-                }
+            match self.start(mode, root) {
+                Ok(session) => self.started(index, root, session),
+                Err(error) => return Err(self.not_started(index, root, error)),
             }
         }
-        Ok(self.sessions[index].as_mut().expect("it was started just now"))
+        let (_, session) = self.sessions[index].as_mut().expect("it was started just now");
+        Ok(session)
     }
 
-    fn start(&self, mode: &Mode) -> Result<Session, SessionError> {
-        let command = mode.command(self.place).map_err(SessionError::NotStarted)?;
+    /// A boot with the real programs takes longer, for they are in its initramfs: it counts if there is no other.
+    fn started(&mut self, index: usize, root: Root, session: Session) {
+        if root == Root::Bare || self.plan.is_all_real() {
+            self.modes[index].boots.push(session.boot.as_secs_f64());
+        }
+        for note in &session.notes {
+            let note = format!("{}: {note}", self.plan.modes[index].name);
+            if !self.notes.contains(&note) {
+                self.notes.push(note);
+            }
+        }
+        self.sessions[index] = Some((root, session));
+    }
+
+    fn not_started(&mut self, index: usize, root: Root, error: SessionError) -> SessionError {
+        if error == SessionError::Interrupted {
+            return error;
+        }
+        if root == Root::Programs && !self.plan.is_all_real() {
+            self.without_programs[index] = Some(error.to_string());
+        } else {
+            self.progress.line(&format!("{} is left out: {error}", self.plan.modes[index].name));
+            self.modes[index].skipped = Some(error.to_string());
+        }
+        error
+    }
+
+    fn start(&self, mode: &Mode, root: Root) -> Result<Session, SessionError> {
+        let command = mode.command(self.place, root).map_err(SessionError::NotStarted)?;
         Session::start(command, self.plan.timeout, self.interrupted)
     }
 }

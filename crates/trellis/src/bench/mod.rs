@@ -2,7 +2,7 @@
 //!
 //! The way of the data: [`args`] says what is wanted → [`catalog`] names benchmarks and [`mode`] names modes → a
 //! [`session`] is one running copy of the program (`guest_bench`), as a process or as process 1 of a guest that [`guest`]
-//! puts together → [`matrix`] calibrates and measures in turn → [`stats`] → [`report`] as JSON or, by [`table`], as text.
+//! puts together, for real programs in the [`root`] that holds them → [`matrix`] calibrates and measures in turn → [`stats`] → [`report`] as JSON or, by [`table`], as text.
 //!
 //! Durations are taken on the host's clock when marks arrive; the guest's own clock is only checked against it.
 
@@ -14,6 +14,7 @@ pub mod matrix;
 pub mod mode;
 pub mod progress;
 pub mod report;
+pub mod root;
 pub mod session;
 pub mod stats;
 pub mod table;
@@ -26,9 +27,12 @@ use anyhow::Context as _;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 pub use args::BenchArgs;
+use args::Plan;
 use matrix::Matrix;
 use progress::Progress;
 use report::Report;
+
+use crate::image;
 
 /// Runs `trellis bench`; returns what is for standard output, and the exit status.
 ///
@@ -42,9 +46,12 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<(String, ExitCode)> {
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&interrupted)).context("cannot watch for signals")?;
     }
-    let plan = args.plan();
-    let place =
+    let mut plan = args.plan();
+    let mut place =
         guest::Place::prepare(plan.modes.iter().any(|mode| mode.needs_kernel()), args.kernel.as_deref())?;
+    if plan.has_real() {
+        add_programs(&mut plan, &mut place);
+    }
     let progress = Progress::new();
     let mut matrix = Matrix::new(&plan, &place, &progress, &interrupted);
     let measured = matrix.run();
@@ -54,4 +61,15 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<(String, ExitCode)> {
     let text = if args.json { report.json() } else { table::render(&report) };
     let status = if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     Ok((text, status))
+}
+
+/// Puts the real programs into their root, or leaves them out with a line that says why.
+fn add_programs(plan: &mut Plan, place: &mut guest::Place) {
+    let natively = plan.modes.iter().any(|mode| !mode.needs_kernel());
+    let added = image::programs::ensure(image::Progress::new)
+        .map_err(|error| anyhow::anyhow!(error.cause()))
+        .and_then(|programs| place.add_programs(&programs, natively));
+    if let Err(error) = added {
+        eprintln!("trellis: {}", plan.leave_out_real(&format!("{error:#}")));
+    }
 }

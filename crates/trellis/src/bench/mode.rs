@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use super::guest::{CMDLINE, MEMORY, Place};
+use super::root::Root;
 
 /// What `--modes` is when it is not given.
 pub const DEFAULT: &str = "native,interp,bt,tcg";
@@ -30,6 +31,9 @@ enum Kind {
 }
 
 const QEMU: &str = "qemu-system-x86_64";
+/// Why a guest cannot be started.
+const NO_KERNEL: &str = "there is no kernel";
+const NO_PROGRAMS: &str = "there are no real programs";
 
 /// All modes.
 pub const MODES: &[Mode] = &[
@@ -51,20 +55,16 @@ impl Mode {
         !matches!(self.kind, Kind::Native)
     }
 
-    /// The command that starts the program. Commands to the program go to its standard input, answers and marks come on
+    /// The command that starts the program in a root. Commands to the program go to its standard input, answers and marks come on
     /// its standard error, a guest's serial line on its standard output.
     ///
     /// # Errors
     /// Why this host cannot do it, in a line.
-    pub fn command(&self, place: &Place) -> Result<Command, String> {
+    pub fn command(&self, place: &Place, root: Root) -> Result<Command, String> {
         match self.kind {
-            Kind::Native => {
-                let mut command = Command::new(&place.program);
-                command.current_dir(&place.scratch);
-                Ok(command)
-            }
-            Kind::Trellis(engine) => trellis(engine, place),
-            Kind::Qemu(accelerator) => qemu(accelerator, place),
+            Kind::Native => native(place, root),
+            Kind::Trellis(engine) => trellis(engine, place, root),
+            Kind::Qemu(accelerator) => qemu(accelerator, place, root),
         }
     }
 
@@ -79,25 +79,37 @@ impl Mode {
     }
 }
 
-fn trellis(engine: &str, place: &Place) -> Result<Command, String> {
-    let program = std::env::current_exe().map_err(|error| format!("cannot find this program: {error}"))?;
-    let guest = place.guest.as_ref().ok_or("there is no kernel")?;
-    let mut command = Command::new(program);
-    command.args(["boot", "--engine", engine, "--memory", MEMORY, "--cpus", "1", "--no-reboot"]);
-    command.args(["--append", CMDLINE, "--serial", "stdio", "--debugcon", "file:/dev/stderr"]);
-    command.arg("--kernel").arg(&guest.kernel).arg("--initrd").arg(&guest.initrd);
+fn native(place: &Place, root: Root) -> Result<Command, String> {
+    let mut command = Command::new(&place.program);
+    command.current_dir(&place.scratch);
+    if root == Root::Programs {
+        let programs = place.programs.as_ref().and_then(|programs| programs.directory.as_ref());
+        command.arg("root").arg(programs.ok_or(NO_PROGRAMS)?);
+    }
     Ok(command)
 }
 
-fn qemu(accelerator: &str, place: &Place) -> Result<Command, String> {
+fn trellis(engine: &str, place: &Place, root: Root) -> Result<Command, String> {
+    let program = std::env::current_exe().map_err(|error| format!("cannot find this program: {error}"))?;
+    let guest = place.guest.as_ref().ok_or(NO_KERNEL)?;
+    let initrd = place.initrd(root).ok_or(NO_PROGRAMS)?;
+    let mut command = Command::new(program);
+    command.args(["boot", "--engine", engine, "--memory", MEMORY, "--cpus", "1", "--no-reboot"]);
+    command.args(["--append", CMDLINE, "--serial", "stdio", "--debugcon", "file:/dev/stderr"]);
+    command.arg("--kernel").arg(&guest.kernel).arg("--initrd").arg(initrd);
+    Ok(command)
+}
+
+fn qemu(accelerator: &str, place: &Place, root: Root) -> Result<Command, String> {
     let program = find_in_path(QEMU).ok_or_else(|| format!("{QEMU} is not installed"))?;
-    let guest = place.guest.as_ref().ok_or("there is no kernel")?;
+    let guest = place.guest.as_ref().ok_or(NO_KERNEL)?;
+    let initrd = place.initrd(root).ok_or(NO_PROGRAMS)?;
     let mut command = Command::new(program);
     command.args(["-accel", accelerator, "-cpu", "max", "-m", MEMORY, "-smp", "1", "-no-reboot"]);
     command.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-append", CMDLINE]);
     command.args(["-chardev", "file,id=marks,path=/dev/stderr", "-device"]);
     command.arg("isa-debugcon,iobase=0xe9,chardev=marks");
-    command.arg("-kernel").arg(&guest.kernel).arg("-initrd").arg(&guest.initrd);
+    command.arg("-kernel").arg(&guest.kernel).arg("-initrd").arg(initrd);
     Ok(command)
 }
 
@@ -128,6 +140,18 @@ mod tests {
     fn guests_without_a_kernel_are_refused_with_a_reason() {
         let place = Place::prepare(false, None).unwrap();
         let interp = MODES.iter().find(|mode| mode.name == "interp").unwrap();
-        assert!(interp.command(&place).unwrap_err().contains("kernel"));
+        assert!(interp.command(&place, Root::Bare).unwrap_err().contains("kernel"));
+    }
+
+    #[test]
+    fn real_programs_run_in_their_root_natively() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut place = Place::prepare(false, None).unwrap();
+        let native = MODES.iter().find(|mode| mode.name == REFERENCE).unwrap();
+        assert!(native.command(&place, Root::Programs).is_err());
+        place.add_programs(&super::super::root::tests::programs(directory.path()), true).unwrap();
+        let command = native.command(&place, Root::Programs).unwrap();
+        assert_eq!(command.get_args().next().unwrap(), "root");
+        assert_eq!(native.command(&place, Root::Bare).unwrap().get_args().count(), 0);
     }
 }

@@ -69,6 +69,8 @@ pub struct ModeRow {
     pub boot_seconds: Option<f64>,
     /// Geometric mean of the rows' percent of native.
     pub percent_of_native: Option<f64>,
+    /// The same of the real programs alone.
+    pub real_programs_percent_of_native: Option<f64>,
     /// The largest median deviation of guest time from host time, in percent.
     pub guest_time_deviation_percent: Option<f64>,
 }
@@ -78,6 +80,11 @@ pub struct ModeRow {
 pub struct Row {
     /// The benchmark.
     pub benchmark: &'static str,
+    /// Its group.
+    pub group: &'static str,
+    /// Whether it counts in the mean of the real programs.
+    #[serde(skip)]
+    pub is_in_real_mean: bool,
     /// The mode.
     pub mode: &'static str,
     /// Median of the runs.
@@ -106,14 +113,16 @@ impl Report {
     /// Puts together what was measured.
     #[must_use]
     pub fn new(plan: &Plan, place: &Place, measured: Measured) -> Self {
-        let Measured { mut cells, modes } = measured;
+        let Measured { mut cells, modes, notes: said } = measured;
         cells.iter_mut().for_each(|row| compare_results(&plan.modes, row));
         let rows: Vec<Row> =
             plan.benchmarks.iter().zip(&cells).flat_map(|(b, row)| rows_of(b, &plan.modes, row)).collect();
         let modes: Vec<ModeRow> =
             plan.modes.iter().zip(modes).map(|(mode, result)| mode_row(mode, result, &rows)).collect();
         let allowed = MAX_DRIFT.max(WAKE_UP_MS / (plan.target.as_secs_f64() * 1e3) * 100.0);
-        let notes = notes(&modes, &rows, allowed);
+        let mut notes = notes(&modes, &rows, allowed);
+        notes.extend(place.programs.iter().flat_map(|programs| programs.notes.clone()));
+        notes.extend(plan.left_out.iter().cloned().chain(said));
         Self {
             format: FORMAT,
             trellis: env!("CARGO_PKG_VERSION"),
@@ -174,6 +183,8 @@ fn rows_of(benchmark: &'static Benchmark, modes: &[&'static Mode], cells: &[Cell
         let value = cell.value();
         Row {
             benchmark: benchmark.name,
+            group: benchmark.group,
+            is_in_real_mean: benchmark.is_in_real_mean(),
             mode: mode.name,
             value,
             unit: UNIT,
@@ -193,6 +204,7 @@ fn rows_of(benchmark: &'static Benchmark, modes: &[&'static Mode], cells: &[Cell
 fn mode_row(mode: &'static Mode, result: ModeResult, rows: &[Row]) -> ModeRow {
     let own = || rows.iter().filter(|row| row.mode == mode.name);
     let percents: Vec<f64> = own().filter_map(|row| row.percent_of_native).collect();
+    let real = own().filter(|row| row.is_in_real_mean).filter_map(|row| row.percent_of_native);
     let deviations = own().filter_map(|row| row.guest_time_deviation_percent);
     ModeRow {
         name: mode.name,
@@ -201,6 +213,7 @@ fn mode_row(mode: &'static Mode, result: ModeResult, rows: &[Row]) -> ModeRow {
         skipped: result.skipped,
         boot_seconds: stats::median(&result.boots),
         percent_of_native: stats::geometric_mean(&percents),
+        real_programs_percent_of_native: stats::geometric_mean(&real.collect::<Vec<_>>()),
         guest_time_deviation_percent: deviations.max_by(|a, b| a.abs().total_cmp(&b.abs())),
     }
 }
@@ -213,6 +226,7 @@ fn notes(modes: &[ModeRow], rows: &[Row], allowed: f64) -> Vec<String> {
             notes.push(format!("{} is left out: {reason}", mode.name));
         }
     }
+    notes.extend(modes.iter().filter_map(|mode| incomplete_mean(mode, rows)));
     for row in rows {
         if let Some(error) = &row.error {
             notes.push(format!("{} ({}) failed: {error}", row.benchmark, row.mode));
@@ -232,6 +246,14 @@ fn notes(modes: &[ModeRow], rows: &[Row], allowed: f64) -> Vec<String> {
     notes
 }
 
+/// A mean of real programs of which some have no value cannot be compared with one of all.
+fn incomplete_mean(mode: &ModeRow, rows: &[Row]) -> Option<String> {
+    let counted = || rows.iter().filter(|row| row.mode == mode.name && row.is_in_real_mean);
+    let (all, there) = (counted().count(), counted().filter(|row| row.percent_of_native.is_some()).count());
+    (there > 0 && there < all)
+        .then(|| format!("{}: the mean of the real programs is of {there} of {all} only", mode.name))
+}
+
 fn is_left_out(modes: &[ModeRow], row: &Row) -> bool {
     modes.iter().any(|mode| mode.name == row.mode && mode.skipped.is_some())
 }
@@ -245,13 +267,20 @@ pub(super) mod tests {
 
     /// Two benchmarks in native, interp and a mode that is not there.
     pub fn example() -> Report {
+        example_of(&BENCHMARKS[..2])
+    }
+
+    /// The same of any two benchmarks.
+    pub fn example_of(benchmarks: &'static [Benchmark]) -> Report {
         let plan = Plan {
-            benchmarks: BENCHMARKS[..2].iter().collect(),
+            benchmarks: benchmarks.iter().collect(),
             modes: MODES[..3].iter().collect(),
             runs: 2,
             target: Duration::from_millis(60),
             timeout: Duration::from_secs(1),
             quick: true,
+            size_percent: 25,
+            left_out: vec!["real programs are left out: no network".to_owned()],
         };
         let cell = |samples: &[f64], check: &str| Cell {
             samples: samples.to_vec(),
@@ -267,7 +296,11 @@ pub(super) mod tests {
         ];
         let mut modes = vec![ModeResult { boots: vec![1.5], skipped: None }; 2];
         modes.push(ModeResult { boots: Vec::new(), skipped: Some("not built yet".to_owned()) });
-        Report::new(&plan, &Place::prepare(false, None).unwrap(), Measured { cells, modes })
+        Report::new(
+            &plan,
+            &Place::prepare(false, None).unwrap(),
+            Measured { cells, modes, notes: vec!["native: by the loader".to_owned()] },
+        )
     }
 
     #[test]
@@ -286,7 +319,21 @@ pub(super) mod tests {
         assert!(error.contains("wrong result: c, but b in native"), "{error}");
         assert!(!report.is_good());
         assert!(report.notes.iter().any(|note| note == "bt is left out: not built yet"));
-        assert_eq!(report.notes.len(), 2, "{:?}", report.notes);
+        assert!(report.notes.iter().any(|note| note == "real programs are left out: no network"));
+        assert!(report.notes.iter().any(|note| note == "native: by the loader"));
+        assert_eq!(report.notes.len(), 4, "{:?}", report.notes);
+    }
+
+    #[test]
+    fn real_programs_have_a_mean_of_their_own_which_says_if_it_is_incomplete() {
+        let first = BENCHMARKS.iter().position(|benchmark| benchmark.is_in_real_mean()).unwrap();
+        // The second row of the example computes something else in interp, so it has no value there.
+        let report = example_of(&BENCHMARKS[first..first + 2]);
+        let interp = &report.modes[1];
+        assert!((interp.real_programs_percent_of_native.unwrap() - 5.0).abs() < 1e-9);
+        let note = "interp: the mean of the real programs is of 1 of 2 only";
+        assert!(report.notes.iter().any(|line| line == note), "{:?}", report.notes);
+        assert_eq!(example().modes[1].real_programs_percent_of_native, None);
     }
 
     #[test]

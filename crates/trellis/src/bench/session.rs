@@ -66,7 +66,7 @@ pub enum SessionError {
     #[error("it does not start: {0}")]
     NotStarted(String),
     /// Something that is no answer.
-    #[error("it answered '{0}'")]
+    #[error("it answered: {0}")]
     Nonsense(String),
     /// The user wants to stop.
     #[error("interrupted")]
@@ -86,6 +86,8 @@ pub struct Session {
     timeout: Duration,
     /// From the start of the process to its first answer.
     pub boot: Duration,
+    /// What the program said about itself before that.
+    pub notes: Vec<String>,
 }
 
 impl Session {
@@ -114,29 +116,34 @@ impl Session {
         }
         let commands = child.stdin.take();
         let (interrupted, messages) = (Arc::clone(interrupted), Vec::new());
+        let (boot, notes) = (Duration::ZERO, Vec::new());
         let mut session =
-            Self { child, commands, events, serial, messages, interrupted, timeout, boot: Duration::ZERO };
+            Self { child, commands, events, serial, messages, interrupted, timeout, boot, notes };
         let deadline = start + timeout;
         while session.line(deadline)? != "READY" {}
         session.boot = start.elapsed();
+        let noted = session.messages.iter().filter_map(|line| line.strip_prefix("NOTE "));
+        session.notes = noted.map(str::to_owned).collect();
         Ok(session)
     }
 
-    /// Runs `count` iterations of the benchmark `name`.
+    /// Runs `count` iterations of the benchmark `name`, which if it is a real program is given `size_percent` to do.
     ///
     /// # Errors
     /// The session is of no more use.
-    pub fn measure(&mut self, name: &str, count: u64) -> Result<Answer, SessionError> {
+    pub fn measure(&mut self, name: &str, count: u64, size_percent: u32) -> Result<Answer, SessionError> {
         let deadline = Instant::now() + self.timeout;
-        self.send(&format!("run {name} {count}\n"))?;
+        self.send(&format!("run {name} {count} {size_percent}\n"))?;
         let (mut start, mut end) = (None, None);
         loop {
             match self.next(deadline)? {
                 Event::Start(at) => start = Some(at),
                 Event::End(at) => end = Some(at),
                 Event::Line(line) => {
-                    if let Some(answer) = parse_answer(&line, name, start.zip(end)) {
-                        return answer;
+                    match parse_answer(&line, name, start.zip(end)) {
+                        Some(Err(SessionError::Nonsense(line))) => return Err(self.nonsense(&line)),
+                        Some(answer) => return answer,
+                        None => {}
                     }
                     self.messages.push(line);
                 }
@@ -191,6 +198,12 @@ impl Session {
         }
         let status = self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
         SessionError::Ended(self.last_words().unwrap_or(status))
+    }
+
+    /// An answer that is none, with what was said before it: a program of a real one's may have said why it failed.
+    fn nonsense(&self, line: &str) -> SessionError {
+        let said = self.last_words().map_or_else(String::new, |words| format!("; its last words: {words}"));
+        SessionError::Nonsense(format!("{line}{said}"))
     }
 
     /// The last line that was no answer, or the last of the serial line.
@@ -345,10 +358,23 @@ mod tests {
     }
 
     #[test]
+    fn notes_before_the_first_answer_are_kept() {
+        let session = start("echo NOTE no root >&2; echo other >&2; echo READY >&2; exec sleep 60", 20_000);
+        assert_eq!(session.unwrap().notes, ["no root"]);
+    }
+
+    #[test]
+    fn failure_comes_with_the_words_of_the_program_that_failed() {
+        let script = "echo READY >&2; read run; echo 'cc1: error: no space' >&2; echo 'ERR a: failed' >&2; exec sleep 60";
+        let error = start(script, 20_000).unwrap().measure("a", 1, 100).unwrap_err();
+        assert_eq!(error.to_string(), "it answered: ERR a: failed; its last words: cc1: error: no space");
+    }
+
+    #[test]
     fn program_that_hangs_times_out() {
         assert!(matches!(start("exec sleep 60", 300), Err(SessionError::TimedOut(..))));
         let mut session = start("echo READY >&2; exec sleep 60", 1000).unwrap();
-        assert!(matches!(session.measure("sum", 1), Err(SessionError::TimedOut(..))));
+        assert!(matches!(session.measure("sum", 1, 100), Err(SessionError::TimedOut(..))));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::catalog::Benchmark;
 use super::matrix::Cell;
 use super::mode::{Mode, REFERENCE};
-use super::report::{Report, Row};
+use super::report::{ModeRow, Report, Row};
 use super::stats;
 
 /// The table, what it was measured on, and the notes.
@@ -21,7 +21,12 @@ pub fn render(report: &Report) -> String {
         rows.iter().zip(&shown).for_each(|(row, mode)| line.extend(row_cells(*row, *mode == REFERENCE)));
         lines.push(line);
     }
-    lines.push(means(report, &shown));
+    if report.rows.iter().any(|row| row.is_in_real_mean) {
+        lines.push(means(report, &shown, "geometric mean, real programs", |mode| {
+            mode.real_programs_percent_of_native
+        }));
+    }
+    lines.push(means(report, &shown, "geometric mean", |mode| mode.percent_of_native));
     let mut text = align(&lines);
     text.push('\n');
     footer(report).into_iter().chain(report.notes.clone()).for_each(|line| {
@@ -55,12 +60,18 @@ fn row_cells(row: Option<&Row>, is_reference: bool) -> Vec<String> {
     if is_reference { vec![value, spread] } else { vec![value, percent, spread] }
 }
 
-fn means(report: &Report, shown: &[&str]) -> Vec<String> {
-    let mut line = vec!["geometric mean".to_owned(), String::new()];
+/// A line of one percentage a mode.
+fn means(
+    report: &Report,
+    shown: &[&str],
+    name: &str,
+    value: impl Fn(&ModeRow) -> Option<f64>,
+) -> Vec<String> {
+    let mut line = vec![name.to_owned(), String::new()];
     for mode in report.modes.iter().filter(|mode| shown.contains(&mode.name)) {
         line.push(String::new());
         if mode.name != REFERENCE {
-            line.push(mode.percent_of_native.map_or_else(String::new, percent));
+            line.push(value(mode).map_or_else(String::new, percent));
         }
         line.push(String::new());
     }
@@ -158,7 +169,8 @@ fn align(lines: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::report::tests::example;
+    use crate::bench::catalog::BENCHMARKS;
+    use crate::bench::report::tests::{example, example_of};
 
     #[test]
     fn table_has_a_line_a_benchmark() {
@@ -169,6 +181,15 @@ mod tests {
         assert!(lines[2].contains("failed"), "{text}");
         assert!(lines[3].starts_with("geometric mean"));
         assert!(text.contains("bt is left out: not built yet"), "{text}");
+    }
+
+    #[test]
+    fn mean_of_real_programs_is_a_line_of_its_own() {
+        let first = BENCHMARKS.iter().position(|benchmark| benchmark.is_in_real_mean()).unwrap();
+        let text = render(&example_of(&BENCHMARKS[first..first + 2]));
+        let line = text.lines().find(|line| line.starts_with("geometric mean, real programs")).unwrap();
+        assert!(line.contains("5.0 %"), "{text}");
+        assert!(!render(&example()).contains("geometric mean, real programs"));
     }
 
     #[test]

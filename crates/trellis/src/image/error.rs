@@ -63,9 +63,34 @@ pub enum ImageError {
         /// What was looked for.
         what: &'static str,
     },
+    /// The packages that were fetched lack a file.
+    #[error("no package that was fetched holds {what} {file}; this distribution may keep it elsewhere")]
+    NoFile {
+        /// The file's name.
+        file: String,
+        /// What it should be.
+        what: &'static str,
+    },
     /// There is no place to keep images.
     #[error("no place to keep images: neither XDG_CACHE_HOME nor HOME is set; set one of them")]
     NoCacheDirectory,
+}
+
+impl ImageError {
+    /// The message without its advice, where that is about a kernel: other files than kernels are fetched, too.
+    #[must_use]
+    pub fn cause(&self) -> String {
+        match self {
+            Self::NoProgram { program } => {
+                format!("{program} is not installed here, so packages cannot be fetched")
+            }
+            Self::NoNetwork { detail } => format!("the package sources cannot be reached ({detail})"),
+            Self::NoPackage { wanted, arch, detail } => {
+                format!("no package source has {wanted} for {arch}{detail}")
+            }
+            other => other.to_string(),
+        }
+    }
 }
 
 /// What to do about the commonest host errors.

@@ -3,14 +3,17 @@
 //!
 //! The way of the data: [`spec`] names the packages → [`apt`] refreshes, resolves and downloads on a private state →
 //! `dpkg-deb` unpacks → [`modules`] picks drivers → [`initramfs`] builds, through [`cpio`] → [`cache`] keeps.
+//! [`programs`] fetches in the same way what `trellis bench` runs.
 
 pub mod apt;
 pub mod cache;
 pub mod cpio;
+pub mod elf;
 pub mod error;
 pub mod initramfs;
 pub mod list;
 pub mod modules;
+pub mod programs;
 pub mod progress;
 pub mod spec;
 pub mod tiny_init;
