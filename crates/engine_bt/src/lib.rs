@@ -50,6 +50,8 @@ pub struct BtStats {
     pub translation_ns: u64,
     /// Entries from the dispatcher.
     pub entries: u64,
+    /// Times translated code left by an exit that could be linked.
+    pub exits: u64,
     /// Instructions executed by the interpreter for a fragment.
     pub callouts: u64,
     /// TLB misses that came to Rust.
@@ -342,6 +344,7 @@ impl BtVcpu {
         cpu.rip = self.frame.get(frame::RIP);
         let exit = self.frame.get32(frame::EXIT);
         if exit != 0 {
+            self.bt.exits += 1;
             self.link(exit - 1);
         } else if !is_canonical(cpu.rip) {
             self.refuse_target();

@@ -8,7 +8,7 @@
 //! empties the half. A context number is not used again before everything was emptied.
 
 #![expect(clippy::cast_possible_truncation, reason = "masked to the number of sets")]
-#![expect(unsafe_code, reason = "reads the logs that assembly writes")]
+#![expect(unsafe_code, reason = "shares the logs with assembly")]
 
 use bt::{Variant, frame};
 use x86_interp::tlb::TlbEvent;
@@ -123,6 +123,25 @@ impl Tables {
         }
         let (word, bit) = page_bit(rip);
         self.pages[word] |= bit;
+        self.cache_jump(rip, code, variant);
+    }
+
+    /// Tells the frame's jump cache, unless its log is full.
+    fn cache_jump(&self, rip: u64, code: u64, variant: Variant) {
+        let field = Self::log_field(Log::Jumps, half(rip));
+        let at = frame::JUMPS + variant as i32 * frame::JUMP_STRIDE + 8 * frame::jump_set(rip) as i32;
+        if self.frame.get(at) == rip && self.frame.get(at + frame::JUMP_HOSTS) == code {
+            return;
+        }
+        let next = self.frame.get(field);
+        if next >= self.frame.get(field - frame::JUMP_LOG + frame::JUMP_LOG_END) {
+            return;
+        }
+        // SAFETY: the log has room at its pointer.
+        unsafe { (next as *mut u32).write(at as u32) };
+        self.frame.set(field, next + 4);
+        self.frame.set(at + frame::JUMP_HOSTS, code);
+        self.frame.set(at, rip);
     }
 
     /// Forgets all code.
