@@ -364,6 +364,19 @@ impl Asm {
             _ => self.memory_op(true, &[0x89], reg, base, at, 0),
         }
     }
+    /// `mov [operand], reg`, 64 bits.
+    pub fn store_to(&mut self, (base, index, disp): (u8, Option<u8>, i32), reg: u8) {
+        self.memory_op(true, &[0x89], reg, base, index.map(|x| (x, 0)), disp);
+    }
+    /// `mov reg, [operand]`, 64 bits.
+    pub fn load_from(&mut self, reg: u8, (base, index, disp): (u8, Option<u8>, i32)) {
+        self.memory_op(true, &[0x8b], reg, base, index.map(|x| (x, 0)), disp);
+    }
+    /// `mov qword [operand], imm32` (sign-extended).
+    pub fn store_imm_to(&mut self, (base, index, disp): (u8, Option<u8>, i32), imm: i32) {
+        self.memory_op(true, &[0xc7], 0, base, index.map(|x| (x, 0)), disp);
+        self.imm32(imm);
+    }
     /// `mov reg32, reg32`: clears the upper half.
     pub fn zero_extend(&mut self, reg: u8) {
         self.op32(Op::Mov, reg, reg);

@@ -23,9 +23,10 @@ pub const ALARM: i32 = 0x90;
 pub const EXIT: i32 = 0x94;
 /// Address of the pending-signals word.
 pub const SIGNALS: i32 = 0x98;
-/// Address of the code that leaves the cache.
+/// Address of the code that leaves the cache, with RIP in the frame.
 pub const LEAVE: i32 = 0xa0;
-/// Address of the code that calls out for an instruction, and comes back.
+/// Address of the code that calls out for an instruction, and comes back. As with [`REFILL`], [`LOOKUP`] and [`TAKE_EXIT`], it is called, and what it
+/// must know (the number of the site, or of the exit) stands behind the call.
 pub const CALLOUT: i32 = 0xa8;
 /// Address of the code that loads the guest's x87 and vector registers.
 pub const FP_LOAD: i32 = 0xb0;
@@ -65,6 +66,8 @@ pub const TSC_OFFSET: i32 = 0x120;
 pub const TSC_AUX: i32 = 0x128;
 /// Temporaries of one guest instruction.
 pub const TEMP: i32 = 0x130;
+/// Address of the code that leaves the cache by an exit whose number stands behind the call.
+pub const TAKE_EXIT: i32 = 0x2f8;
 /// How many eight-byte temporaries there are.
 pub const TEMPS: usize = 4;
 /// Addresses of the code that looks a jump target up, by variant.
@@ -97,6 +100,13 @@ pub const FP_SITE: i32 = 0x210;
 /// Selectors of ES, CS, SS, DS, FS, GS, four bytes each; those of CS and SS only while [`MODE`] is 0.
 pub const SELECTORS: i32 = 0x218;
 
+/// Host address at which translated code goes on behind an instruction that the interpreter did.
+pub const DONE: i32 = 0x230;
+/// Host address minus guest address of the pages that groups of accesses have checked, one per group of a fragment.
+pub const DELTAS: i32 = 0x238;
+/// How many groups a fragment can have.
+pub const MAX_GROUPS: usize = 24;
+
 /// [`MODE`]: SYSCALL's segments.
 pub const MODE_SYSCALL: u32 = 1;
 /// [`MODE`]: SYSRET's segments.
@@ -110,7 +120,7 @@ pub const JUMPS: i32 = 0x1000;
 pub const JUMP_HOSTS: i32 = 8 * JUMP_ENTRIES as i32;
 /// Bytes from one variant's jump cache to the next.
 pub const JUMP_STRIDE: i32 = 2 * JUMP_HOSTS;
-/// The software TLB: entries of 32 bytes: read tag, write tag, host page, guest frame.
+/// The software TLB: entries of 32 bytes: read tag, write tag, host page, host minus guest address.
 pub const TLB: i32 = JUMPS + VARIANTS * JUMP_STRIDE;
 /// Entries per variant.
 pub const TLB_ENTRIES: u32 = 1024;
@@ -120,8 +130,16 @@ pub const TLB_STRIDE: i32 = 32 * TLB_ENTRIES as i32;
 pub const LOG_ENTRIES: u32 = 4096;
 /// The logs: TLB lower, TLB upper, jumps lower, jumps upper.
 pub const LOGS: i32 = TLB + VARIANTS * TLB_STRIDE;
+/// The guest frames of the TLB's entries, eight bytes each.
+pub const FRAMES: i32 = LOGS + 4 * 4 * LOG_ENTRIES as i32;
 /// Size of a frame in bytes.
-pub const SIZE: usize = LOGS as usize + 4 * 4 * LOG_ENTRIES as usize;
+pub const SIZE: usize = FRAMES as usize + 8 * VARIANTS as usize * TLB_ENTRIES as usize;
+
+/// Where the guest frame of the TLB entry at a displacement stands.
+#[must_use]
+pub const fn frame_of(entry: i32) -> i32 {
+    FRAMES + (entry - TLB) / 4
+}
 
 /// Rights with which accesses are made: supervisor, supervisor with AC, user.
 pub const VARIANTS: i32 = 3;

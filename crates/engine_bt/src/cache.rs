@@ -26,6 +26,8 @@ pub struct Key {
     pub variant: Variant,
     /// RIP of the page's first byte if the code contains it, else 0.
     pub page_rip: u64,
+    /// Without groups (`bt::Facts::plain`).
+    pub plain: bool,
     /// The frame of the next page, if the first instruction reaches into it, else [`NO_FRAME`].
     pub second: Gfn,
 }
@@ -50,13 +52,26 @@ struct PageCode {
     fragments: Vec<u32>,
 }
 
-/// A direct jump that may be linked.
+/// A way out of a fragment.
 #[derive(Clone, Copy)]
 struct Link {
+    /// Where the displacement of its jump lies, or 0 if it is none.
     place: u32,
     from: u32,
     target: u16,
     variant: Variant,
+    plain: bool,
+}
+
+/// A site, with the fragment that it belongs to.
+#[derive(Clone, Copy)]
+pub struct PlacedSite {
+    /// The site.
+    pub site: Site,
+    /// RIP of the page's first byte, if the fragment knows it.
+    pub page_rip: u64,
+    /// Host address of [`Site::done`], or 0.
+    pub done: u64,
 }
 
 /// The translation cache of a vCPU.
@@ -65,7 +80,8 @@ pub struct Cache {
     index: FxHashMap<Key, u32>,
     entries: Vec<Entry>,
     pages: FxHashMap<Gfn, PageCode>,
-    sites: Vec<Site>,
+    /// With the number of the fragment.
+    sites: Vec<(Site, u32)>,
     links: Vec<Link>,
 }
 
@@ -108,8 +124,11 @@ impl Cache {
     }
 
     /// A site by its number.
-    pub fn site(&self, number: u32) -> Option<Site> {
-        self.sites.get(number as usize).copied()
+    pub fn site(&self, number: u32) -> Option<PlacedSite> {
+        let &(site, fragment) = self.sites.get(number as usize)?;
+        let e = self.entries.get(fragment as usize)?;
+        let done = if site.done == 0 { 0 } else { self.code.address((e.at + site.done) as usize) };
+        Some(PlacedSite { site, page_rip: e.key.page_rip, done })
     }
 
     /// The fragment's number, if there is one.
@@ -121,6 +140,11 @@ impl Cache {
     /// Host address of a fragment's outer entry.
     pub fn address(&self, fragment: u32) -> u64 {
         self.entries.get(fragment as usize).map_or(0, |e| self.code.address(e.at as usize))
+    }
+
+    /// Whether a fragment has no groups: it is for the ranges that cross pages, and jumps do not lead to it.
+    pub fn is_plain(&self, fragment: u32) -> bool {
+        self.entries.get(fragment as usize).is_some_and(|e| e.key.plain)
     }
 
     /// Adds a fragment; its number, or None if code memory is full.
@@ -135,12 +159,13 @@ impl Cache {
             stale_inner: at + f.stale_inner as u32,
             stale_outer: at + f.stale_outer as u32,
         });
-        self.sites.extend(&f.sites);
+        self.sites.extend(f.sites.iter().map(|s| (*s, number)));
         self.links.extend(f.exits.iter().map(|e| Link {
-            place: at + e.place,
+            place: e.place.map_or(0, |place| at + place),
             from: number,
             target: e.target,
             variant: e.variant,
+            plain: e.plain,
         }));
         self.index.insert(new.key, number);
         let second = (new.key.second != NO_FRAME).then_some((new.key.second, new.second_version));
@@ -152,17 +177,23 @@ impl Cache {
         Some(number)
     }
 
-    /// What an exit leads to.
-    pub fn target(&self, link: u32) -> Option<Key> {
+    /// What an exit leads to: the key of the fragment there, and the offset from the page's first byte.
+    pub fn target(&self, link: u32) -> Option<(Key, u64)> {
         let link = self.links.get(link as usize)?;
         let from = self.entries.get(link.from as usize)?.key;
-        Some(Key { offset: link.target, variant: link.variant, ..from })
+        let target =
+            Key { offset: link.target, variant: link.variant, plain: link.plain, second: NO_FRAME, ..from };
+        Some((target, u64::from(link.target)))
     }
 
-    /// Links an exit to a fragment of the same page.
-    pub fn link(&mut self, link: u32, fragment: u32) {
-        if let (Some(l), Some(e)) = (self.links.get(link as usize), self.entries.get(fragment as usize)) {
-            self.code.link(l.place as usize, e.inner as usize);
+    /// Links an exit to a fragment of the same page, if it can be.
+    pub fn link(&mut self, link: u32, fragment: u32) -> bool {
+        match (self.links.get(link as usize), self.entries.get(fragment as usize)) {
+            (Some(l), Some(e)) if l.place != 0 => {
+                self.code.link(l.place as usize, e.inner as usize);
+                true
+            }
+            _ => false,
         }
     }
 
@@ -185,7 +216,7 @@ impl Cache {
                 self.index.remove(&e.key);
             }
             self.code.redirect(e.inner as usize, e.stale_inner as usize);
-            if e.at != e.inner {
+            if e.key.page_rip == 0 {
                 self.code.redirect(e.at as usize, e.stale_outer as usize);
             }
         }

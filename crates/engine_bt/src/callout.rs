@@ -1,13 +1,14 @@
 //! What translated code asks of Rust in the middle of a fragment: to fill the TLB, and to interpret an instruction.
 
-use bt::{Site, SiteKind, frame};
+use bt::{SiteKind, frame};
 use guestmem::Hva;
 use x86::bits::is_canonical;
 use x86::paging::{Access, AccessKind};
 use x86::state::Activity;
 use x86_interp::memory::Target;
 
-use crate::exec::Callouts;
+use crate::cache::PlacedSite;
+use crate::exec::{Callouts, action};
 use crate::{BtVcpu, state};
 
 /// The mode that a fragment was translated for, as far as an instruction may change it.
@@ -31,10 +32,11 @@ impl BtVcpu {
     }
 
     /// The interpreter does the instruction of a site; the frame is up to date before and after. True if translated code may go on behind it.
-    fn interpret(&mut self, site: Site) -> bool {
+    fn interpret(&mut self, placed: &PlacedSite) -> bool {
+        let site = placed.site;
         self.bt.callouts += 1;
         *self.callouts.entry(site.code).or_default() += 1;
-        let rip = self.site_rip(site);
+        let rip = self.site_rip(placed);
         self.interp.cpu().rip = rip;
         let before = self.mode();
         let fp = x86_interp::vector::exceptions_masked(&self.interp.cpu().s.fpu);
@@ -48,10 +50,10 @@ impl BtVcpu {
             && state::eligible(cpu)
             && !cpu.poll()
             && cpu.s.activity == Activity::Running;
-        // Translations may have changed under the fragment's feet; its own code has not.
-        self.apply_events();
+        // What the fragment remembers of translations holds only if none was taken back (INV-GROUP-1).
+        let untouched = !self.apply_events();
         state::fill(self.interp.cpu(), &self.frame);
-        same && self.tables.code_intact(rip)
+        same && untouched
     }
 
     /// Has the second-level TLB know an access within a page of plain RAM. False: there is nothing for translated code to find.
@@ -83,25 +85,49 @@ impl BtVcpu {
     }
 }
 
+/// How translated code goes on behind an instruction that was done for it.
+const fn behind(site: &bt::Site) -> u64 {
+    (if site.flags_in_host { action::FLAGS } else { 0 }) | again(site)
+}
+
+/// How it goes on at an access that it tries again.
+const fn again(site: &bt::Site) -> u64 {
+    if site.fp_loaded { action::FP } else { 0 }
+}
+
 impl Callouts for BtVcpu {
     fn slow(&mut self, site: u32) -> u64 {
-        let Some(site) = self.cache.site(site) else { return 2 };
-        let SiteKind::Access { size, write } = site.kind else { return 2 };
+        let Some(placed) = self.cache.site(site) else { return action::LEAVE };
+        let (size, write, group) = match placed.site.kind {
+            SiteKind::Access { size, write } => (usize::from(size), write, false),
+            SiteKind::Group { size, write } => (usize::from(size), write, true),
+            _ => return action::LEAVE,
+        };
         self.bt.misses += 1;
         state::read(self.interp.cpu(), &self.frame);
         let la = self.frame.get(frame::ADDRESS);
         let variant = self.interp.cpu().variant;
-        if !self.is_known(la, variant, write) && self.fill(la, usize::from(size), write) {
+        if !self.is_known(la, variant, write) && self.fill(la, size, write) {
             self.apply_events();
             self.tables.make_room();
-            return 0;
+            return again(&placed.site);
         }
-        if self.interpret(site) { 1 } else { 2 }
+        self.frame.set(frame::DONE, placed.done);
+        if group {
+            // Guest state is as it was: the same instruction is next, in code without groups.
+            self.bt.plain_exits += 1;
+            return action::DONE;
+        }
+        if self.interpret(&placed) && placed.done != 0 {
+            action::DONE | behind(&placed.site)
+        } else {
+            action::LEAVE
+        }
     }
 
     fn callout(&mut self, site: u32) -> u64 {
-        let Some(site) = self.cache.site(site) else { return 1 };
+        let Some(placed) = self.cache.site(site) else { return action::LEAVE };
         state::read(self.interp.cpu(), &self.frame);
-        u64::from(!self.interpret(site))
+        if self.interpret(&placed) { behind(&placed.site) } else { action::LEAVE }
     }
 }

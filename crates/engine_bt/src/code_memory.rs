@@ -32,7 +32,8 @@ impl CodeMemory {
                 mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::EXEC, MapFlags::SHARED, &fd, 0)?;
             (write.cast(), exec.cast())
         };
-        Ok(Self { write, exec, len, used: 0 })
+        // No code lies at offset 0: a place of 0 is none.
+        Ok(Self { write, exec, len, used: 16 })
     }
 
     /// Bytes in use.
@@ -42,7 +43,7 @@ impl CodeMemory {
 
     /// Forgets all code. The caller runs none of it.
     pub const fn clear(&mut self) {
-        self.used = 0;
+        self.used = 16;
     }
 
     /// Adds code; its offset, or None if it does not fit.

@@ -1,7 +1,7 @@
 //! Entering and leaving translated code.
 //!
 //! `trellis_bt_enter` loads the guest's registers from the frame and jumps; fragments leave through `trellis_bt_leave`, which stores
-//! them. `trellis_bt_slow` and `trellis_bt_callout` store the registers, call Rust, and load them again. Guest x87 and vector registers are
+//! them. What a fragment calls finds the number of its site or exit behind the call. `trellis_bt_slow` and `trellis_bt_callout` store the registers, call Rust, and load them again. Guest x87 and vector registers are
 //! stored on the way to Rust if they are in the host's, and loaded again when code wants them (`trellis_bt_fp_load`): Rust and libc may
 //! use every vector register, and guest MXCSR and control words are never in force while Rust runs.
 //!
@@ -43,31 +43,52 @@ global_asm!(
     "mov r15, rdi\nmov r14, rsi",
     load_registers!(),
     "jmp r15",
+    ".globl trellis_bt_take_exit",
+    "trellis_bt_take_exit:",
+    "pop r15\nmov r15d, [r15]\ninc r15d\nmov gs:[{exit}], r15d",
     ".globl trellis_bt_leave",
     "trellis_bt_leave:",
     save_registers!(),
+    "trellis_bt_left:",
     "add rsp, 8\npop r15\npop r14\npop r13\npop r12\npop rbp\npop rbx",
     "ret",
+    // Behind the call that came here stand a jump of five bytes, to try again, and the number of the site.
     ".globl trellis_bt_slow",
     "trellis_bt_slow:",
+    "mov r15, [rsp]\nmov r15d, [r15 + 5]\nmov gs:[{site}], r15d",
     "sub rsp, 8",
     save_registers!(),
     "mov rdi, gs:[{engine}]",
     "call {slow}",
-    "mov r15, rax",
-    load_registers!(),
     "add rsp, 8",
+    "test al, {leave}\njne 6f",
+    "mov r15, rax",
+    "test r15b, {fp}\nje 5f\ncall trellis_bt_fp_load\n5:",
+    load_registers!(),
+    "test r15b, {done}\njne 4f",
     "ret",
+    "4:\nadd rsp, 8",
+    "test r15b, {flags}\nje 3f",
+    "push rax\nmovzx eax, word ptr gs:[{status}]\nadd al, 0x7f\nsahf\npop rax",
+    "3:\njmp gs:[{behind}]",
+    "6:\nadd rsp, 8\njmp trellis_bt_left",
+    // Behind the call that came here stands the number of the site.
     ".globl trellis_bt_callout",
     "trellis_bt_callout:",
+    "mov r15, [rsp]\nmov r15d, [r15]\nmov gs:[{site}], r15d",
     "sub rsp, 8",
     save_registers!(),
     "mov rdi, gs:[{engine}]",
     "call {callout}",
-    "mov r15, rax",
-    load_registers!(),
     "add rsp, 8",
-    "ret",
+    "test al, {leave}\njne 6b",
+    "mov r15, rax",
+    "test r15b, {fp}\nje 5f\ncall trellis_bt_fp_load\n5:",
+    load_registers!(),
+    "add qword ptr [rsp], 4",
+    "test r15b, {flags}\nje 3f",
+    "push rax\nmovzx eax, word ptr gs:[{status}]\nadd al, 0x7f\nsahf\npop rax",
+    "3:\nret",
     // All general registers are in the frame. The instruction pointers that XSAVE found are the host's: they are wiped.
     "trellis_bt_fp_store:",
     "mov rcx, gs:[{area}]\nmov eax, gs:[{mask}]\nxor edx, edx",
@@ -93,17 +114,38 @@ global_asm!(
     area = const frame::FP_AREA,
     mask = const frame::FP_MASK,
     host_mxcsr = const frame::HOST_MXCSR,
+    exit = const frame::EXIT,
+    site = const frame::SITE,
+    status = const frame::FLAGS,
+    behind = const frame::DONE,
+    leave = const action::LEAVE,
+    done = const action::DONE,
+    flags = const action::FLAGS,
+    fp = const action::FP,
     slow = sym slow_entry,
     callout = sym callout_entry,
 );
 
-/// Fills the TLB entry of the address in R14 from the second level; R15 is 0 then, to try again. What is not there, or there already (the
+/// What translated code does when Rust comes back to it; bits.
+pub mod action {
+    /// Leave: the frame is up to date.
+    pub const LEAVE: u64 = 1;
+    /// Of a missed access: go on at [`bt::frame::DONE`] instead of trying again.
+    pub const DONE: u64 = 2;
+    /// The guest's flags go into the host's.
+    pub const FLAGS: u64 = 4;
+    /// The guest's x87 and vector registers go into the host's.
+    pub const FP: u64 = 8;
+}
+
+/// Fills the TLB entry of the address in R14 (XORed with the tag of the entry at R15) from the second level; R15 is 0 then, to try again. What is not there, or there already (the
 /// access crosses a page or is misaligned), is for Rust. Called by fragments; flags are free.
 macro_rules! refill {
     ($name:literal, $variant:literal, $write:literal) => {
         global_asm!(
             concat!(".globl ", $name),
             concat!($name, ":"),
+            "xor r14, gs:[r15 + {table} + {tag}]",
             "mov gs:[{address}], r14",
             "push rax\npush rcx",
             "mov rax, r14\nmov r15, r14\nmov rcx, r14",
@@ -124,10 +166,12 @@ macro_rules! refill {
             "mov gs:[r14 + {table}], r15",
             "mov rdx, -1\ncmp [rax + {base} + 8], rcx\ncmove rdx, r15",
             "mov gs:[r14 + {table} + 8], rdx",
-            "mov rdx, [rax + {base} + 16]\nadd rdx, r15\nadd rdx, gs:[{memory}]",
-            "mov gs:[r14 + {table} + 16], rdx",
-            "mov rdx, [rax + {base} + 24]\nbtr rdx, 63",
+            "mov rdx, [rax + {base} + 16]\nadd rdx, gs:[{memory}]",
             "mov gs:[r14 + {table} + 24], rdx",
+            "add rdx, r15",
+            "mov gs:[r14 + {table} + 16], rdx",
+            "mov rdx, [rax + {base} + 24]\nbtr rdx, 63\nshr r14d, 2",
+            "mov gs:[r14 + {frames}], rdx",
             "inc qword ptr gs:[{count}]",
             "pop rbx\npop rdx\npop rcx\npop rax",
             "xor r15d, r15d",
@@ -146,6 +190,7 @@ macro_rules! refill {
             log = const frame::TLB_LOG,
             log_end = const frame::TLB_LOG_END,
             memory = const frame::MEMORY,
+            frames = const frame::frame_of(frame::TLB + $variant * frame::TLB_STRIDE),
             count = const frame::COUNT_REFILLS,
         );
     };
@@ -158,12 +203,13 @@ refill!("trellis_bt_refill_2r", 2, 0);
 refill!("trellis_bt_refill_2w", 2, 1);
 
 /// Goes on at the guest address in R14 if the second-level table knows it, and tells the jump cache; else leaves with RIP there. Fragments
-/// jump here; flags and R15 are free.
+/// call this, with the number of the site behind the call; flags and R15 are free.
 macro_rules! lookup {
     ($name:literal, $variant:literal) => {
         global_asm!(
             concat!(".globl ", $name),
             concat!($name, ":"),
+            "pop r15\nmov r15d, [r15]\nmov gs:[{site}], r15d",
             "cmp dword ptr gs:[{alarm}], 0\njne 6f",
             "push rax\npush rcx",
             "mov rcx, r14\nshr rcx, 63",
@@ -189,6 +235,7 @@ macro_rules! lookup {
             "7:\npop rcx\npop rax",
             "6:\nmov gs:[{rip}], r14",
             "jmp trellis_bt_leave",
+            site = const frame::SITE,
             alarm = const frame::ALARM,
             context = const frame::CONTEXT,
             variant = const $variant,
@@ -211,6 +258,7 @@ lookup!("trellis_bt_lookup_2", 2);
 unsafe extern "C" {
     fn trellis_bt_enter(code: u64, rip: u64);
     fn trellis_bt_leave();
+    fn trellis_bt_take_exit();
     fn trellis_bt_callout();
     fn trellis_bt_fp_load();
     fn trellis_bt_refill_0r();
@@ -226,9 +274,9 @@ unsafe extern "C" {
 
 /// What translated code asks of the engine.
 pub trait Callouts {
-    /// A memory access missed: 0 it is filled, try again; 1 the instruction is done; 2 leave.
+    /// A memory access missed. The [`action`].
     fn slow(&mut self, site: u32) -> u64;
-    /// An instruction for the interpreter: 0 it is done, go on; 1 leave.
+    /// An instruction for the interpreter. The [`action`].
     fn callout(&mut self, site: u32) -> u64;
 }
 
@@ -319,6 +367,7 @@ impl Frame {
         for (at, code) in (frame::LOOKUP..).step_by(8).zip(lookups) {
             f.set(at, code as *const () as u64);
         }
+        f.set(frame::TAKE_EXIT, trellis_bt_take_exit as *const () as u64);
         f.set(frame::LEAVE, trellis_bt_leave as *const () as u64);
         f.set(frame::CALLOUT, trellis_bt_callout as *const () as u64);
         f.set(frame::FP_LOAD, trellis_bt_fp_load as *const () as u64);

@@ -19,7 +19,7 @@ mod tables;
 use std::sync::Arc;
 
 use bt::{SiteKind, frame};
-use cache::{Cache, Environments, Key, NO_FRAME, New};
+use cache::{Cache, Environments, Key, NO_FRAME, New, PlacedSite};
 use engine::{ExitStats, Vcpu, VcpuExit};
 use exec::Frame;
 use guestmem::Gfn;
@@ -64,6 +64,8 @@ pub struct BtStats {
     pub dropped_frames: u64,
     /// Links made.
     pub links: u64,
+    /// Times the check of a group failed.
+    pub plain_exits: u64,
 }
 
 /// Whether two pages are equal in these 64-byte lines.
@@ -85,6 +87,8 @@ pub struct BtVcpu {
     knobs: Knobs,
     host: Host,
     amd: bool,
+    /// The next fragment is one without groups.
+    next_plain: bool,
     /// Callouts by instruction.
     callouts: rustc_hash::FxHashMap<iced_x86::Code, u64>,
     /// Counters.
@@ -125,6 +129,7 @@ impl BtVcpu {
             host: if knobs.fp { host } else { host.without_fp() },
             knobs,
             amd,
+            next_plain: false,
             callouts: rustc_hash::FxHashMap::default(),
             bt: BtStats::default(),
         })
@@ -155,13 +160,14 @@ impl BtVcpu {
         self.absorb();
     }
 
-    /// Takes over what the interpreter did to translations.
-    fn apply_events(&mut self) {
-        if let Some(events) = &mut self.interp.cpu().tlb.events {
-            for event in events.drain(..) {
-                self.tables.apply(event);
-            }
+    /// Takes over what the interpreter did to translations; true if it took back any.
+    fn apply_events(&mut self) -> bool {
+        let Some(events) = &mut self.interp.cpu().tlb.events else { return false };
+        let any = !events.is_empty();
+        for event in events.drain(..) {
+            self.tables.apply(event);
         }
+        any
     }
 
     /// Takes over what the interpreter did to translations and everybody to code. No fragment runs.
@@ -211,13 +217,19 @@ impl BtVcpu {
             self.tables.forget_jumps();
         }
         let page_rip = facts.page_rip.unwrap_or(0);
-        let key = Key { gfn, offset, env, variant: facts.variant, page_rip, second: NO_FRAME };
+        let plain = std::mem::take(&mut self.next_plain);
+        let facts = bt::Facts { plain, ..facts };
+        let key = Key { gfn, offset, env, variant: facts.variant, page_rip, plain, second: NO_FRAME };
         Some((key, facts))
     }
 
     /// The fragment at RIP, translated if the place is warm.
     fn find(&mut self) -> Option<u32> {
         let (key, facts) = self.key()?;
+        self.find_key(key, facts)
+    }
+
+    fn find_key(&mut self, key: Key, facts: bt::Facts) -> Option<u32> {
         let version = self.interp.cpu().mem.code_version(key.gfn);
         if self.cache.is_stale(key.gfn, version) {
             self.cache.drop_frame(key.gfn);
@@ -323,9 +335,10 @@ impl BtVcpu {
         let rip = cpu.rip;
         let variant = state::variant(cpu);
         state::fill(cpu, &self.frame);
-        self.tables.set_jump(rip, code, variant);
+        if !self.cache.is_plain(fragment) {
+            self.tables.set_jump(rip, code, variant);
+        }
         self.tables.make_room();
-        self.tables.code_intact(rip);
         self.frame.set32(frame::EXIT, 0);
         let frame = self.frame.clone();
         #[expect(unsafe_code, reason = "runs translated code")]
@@ -345,17 +358,41 @@ impl BtVcpu {
         let exit = self.frame.get32(frame::EXIT);
         if exit != 0 {
             self.bt.exits += 1;
-            self.link(exit - 1);
+            self.left_by(exit - 1);
         } else if !is_canonical(cpu.rip) {
             self.refuse_target();
+        }
+    }
+
+    /// Goes on where an exit leads; links it if its target is translated.
+    fn left_by(&mut self, number: u32) {
+        let Some((target, offset)) = self.cache.target(number) else { return };
+        let base = if target.page_rip == 0 { self.frame.get(frame::PAGE_RIP) } else { target.page_rip };
+        let cpu = self.interp.cpu();
+        cpu.rip = base.wrapping_add(offset);
+        self.next_plain = target.plain;
+        if !self.knobs.chain || cpu.poll() || !state::eligible(cpu) {
+            return;
+        }
+        let Some((key, facts)) = self.key() else { return };
+        self.next_plain = target.plain;
+        if key != target {
+            return;
+        }
+        let flushes = self.bt.flushes;
+        if let Some(fragment) = self.find_key(key, facts)
+            && flushes == self.bt.flushes
+            && self.cache.link(number, fragment)
+        {
+            self.bt.links += 1;
         }
     }
 
     /// An indirect jump to an address that is none: the instruction itself faults (SDM 2A JMP), so it is undone and interpreted.
     fn refuse_target(&mut self) {
         let Some(site) = self.cache.site(self.frame.get32(frame::SITE)) else { return };
-        let SiteKind::Branch { popped } = site.kind else { return };
-        let rip = self.site_rip(site);
+        let SiteKind::Branch { popped } = site.site.kind else { return };
+        let rip = self.site_rip(&site);
         let cpu = self.interp.cpu();
         cpu.gpr[4] = cpu.gpr[4].wrapping_sub(i64::from(popped) as u64);
         cpu.rip = rip;
@@ -363,29 +400,10 @@ impl BtVcpu {
         self.absorb();
     }
 
-    /// Links a direct exit to its target in the same page, if that is translated.
-    fn link(&mut self, number: u32) {
-        if !self.knobs.chain || !state::eligible(self.interp.cpu()) {
-            return;
-        }
-        let Some(target) = self.cache.target(number) else { return };
-        let Some((key, _)) = self.key() else { return };
-        if key != target {
-            return;
-        }
-        let flushes = self.bt.flushes;
-        if let Some(fragment) = self.find()
-            && flushes == self.bt.flushes
-        {
-            self.bt.links += 1;
-            self.cache.link(number, fragment);
-        }
-    }
-
-    /// RIP of a site: sites of user code know only their offset in the page.
-    fn site_rip(&mut self, site: bt::Site) -> u64 {
-        let base = if self.interp.cpu().s.cpl == 3 { self.frame.get(frame::PAGE_RIP) } else { 0 };
-        base.wrapping_add(site.rip)
+    /// RIP of a site: fragments of user code know only offsets in the page.
+    fn site_rip(&self, site: &PlacedSite) -> u64 {
+        let base = if site.page_rip == 0 { self.frame.get(frame::PAGE_RIP) } else { site.page_rip };
+        base.wrapping_add(u64::from(site.site.guest))
     }
 }
 
@@ -407,6 +425,7 @@ impl Vcpu for BtVcpu {
 
     fn restore(&mut self, state: &CpuState) {
         self.interp.restore(state);
+        self.next_plain = false;
         self.flush_code();
         self.absorb();
     }

@@ -75,7 +75,7 @@ pub fn facts(cpu: &Cpu, host: Host) -> Facts {
     let variant = variant(cpu);
     let user = variant == Variant::User;
     // Only kernel code knows its address: user pages are mapped at many.
-    let page_rip = (!user).then_some(cpu.rip & !0xfff);
+    let page_rip = Some(cpu.rip & !0xfff).filter(|page| !user && *page != 0);
     Facts {
         page_rip,
         variant,
@@ -86,6 +86,7 @@ pub fn facts(cpu: &Cpu, host: Host) -> Facts {
         fsgsbase: cpu.s.cr4 & cr4::FSGSBASE != 0,
         rdtsc: cpu.s.cr4 & cr4::TSD == 0 && cpu.io.tsc_delta().is_some(),
         bmi2: host.bmi2,
+        plain: false,
     }
 }
 

@@ -24,8 +24,6 @@ pub struct Tables {
     second: Box<[SecondEntry]>,
     /// Hashed pages that have entries in the jump tables.
     pages: [u64; 64],
-    /// No code of the half was forgotten.
-    intact: [bool; 2],
 }
 
 const fn half(address: u64) -> usize {
@@ -48,7 +46,7 @@ impl Tables {
     /// Empty tables.
     pub fn new(frame: Frame) -> Self {
         let second = vec![[frame::NO_TAG, 0]; (frame::SECOND_ROWS * frame::SECOND_COLUMNS) as usize];
-        let t = Self { frame, second: second.into_boxed_slice(), pages: [0; 64], intact: [true; 2] };
+        let t = Self { frame, second: second.into_boxed_slice(), pages: [0; 64] };
         for variant in 0..frame::VARIANTS {
             for i in 0..frame::TLB_ENTRIES as i32 {
                 t.clear_entry(frame::TLB + variant * frame::TLB_STRIDE + 32 * i);
@@ -153,7 +151,6 @@ impl Tables {
     }
 
     fn forget_cached_jumps(&mut self, half: usize) {
-        self.intact[half] = false;
         for &at in self.logged(Log::Jumps, half) {
             self.frame.set(at as i32, frame::NO_TAG);
         }
@@ -174,11 +171,6 @@ impl Tables {
     fn forget_half(&mut self, which: usize) {
         self.forget_tlb(which);
         self.forget_cached_jumps(which);
-    }
-
-    /// Whether the mapping of code around `rip` stood since the last time this was asked.
-    pub fn code_intact(&mut self, rip: u64) -> bool {
-        std::mem::replace(&mut self.intact, [true; 2])[half(rip)]
     }
 
     /// Acts on an event of the interpreter's TLB.
@@ -229,7 +221,6 @@ impl Tables {
                 e[0] = frame::NO_TAG;
             }
         }
-        self.intact[half(page)] = false;
         for &at in self.logged(Log::Jumps, half(page)) {
             if self.frame.get(at as i32) & !OFFSETS == page {
                 self.frame.set(at as i32, frame::NO_TAG);
@@ -240,7 +231,7 @@ impl Tables {
     fn write_protect(&mut self, gfn: u64) {
         for half in 0..2 {
             for &at in self.logged(Log::Tlb, half) {
-                if self.frame.get(at as i32 + 24) == gfn {
+                if self.frame.get(frame::frame_of(at as i32)) == gfn {
                     self.frame.set(at as i32 + 8, frame::NO_TAG);
                 }
             }

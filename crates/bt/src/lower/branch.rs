@@ -27,6 +27,7 @@ pub(super) struct PendingExit {
     target: u64,
     entry: Entry,
     variant: super::Variant,
+    plain: bool,
 }
 
 impl Lowering<'_> {
@@ -55,7 +56,7 @@ impl Lowering<'_> {
 
     fn exit(&mut self, jump: Fixup, target: u64, entry: Entry) {
         let variant = self.variant;
-        self.pending.push(PendingExit { jump, target, entry, variant });
+        self.pending.push(PendingExit { jump, target, entry, variant, plain: false });
     }
 
     /// A jump (to be bound) that is taken when the alarm is set. Clobbers flags.
@@ -120,6 +121,7 @@ impl Lowering<'_> {
         let code = condition(i);
         if live == 0 && !self.is_backward(target) && !unit::may_cross(target) {
             let jump = self.asm.jcc(code);
+            self.delta_in_s1 = self.held;
             return self.exit(jump, target, Entry::Link);
         }
         let not_taken = self.asm.jcc(code ^ 1);
@@ -136,23 +138,40 @@ impl Lowering<'_> {
         }
         self.asm.bind(not_taken);
         self.in_host = true;
+        self.delta_in_s1 = self.held;
     }
 
     fn call(&mut self, i: &Instruction) {
         self.spill(STATUS);
-        let first = self.push_return(i);
+        if let Some(operand) = self.grouped(i, 0) {
+            let at = (operand.base, operand.index, operand.disp);
+            match self.return_immediate(i) {
+                Some(rip) => self.asm.store_imm_to(at, rip),
+                None => {
+                    self.rip_to(S0, i.next_ip());
+                    self.asm.store_to(at, S0);
+                }
+            }
+            self.asm.lea(SP, SP, None, -8);
+        } else {
+            self.push_return(i);
+        }
         self.leave_to(i.near_branch_target(), 0);
-        debug_assert!(first <= self.misses.len());
     }
 
-    /// Pushes the return address; guest flags are in the frame. The number of its miss.
-    fn push_return(&mut self, i: &Instruction) -> usize {
+    /// The return address, if it is known and fits an immediate.
+    fn return_immediate(&self, i: &Instruction) -> Option<i32> {
+        let rip = self.facts.page_rip?.wrapping_add(i.next_ip());
+        i32::try_from(rip as i64).ok()
+    }
+
+    /// Pushes the return address; guest flags are in the frame.
+    fn push_return(&mut self, i: &Instruction) {
         let retry = self.asm.here();
         self.asm.lea(S0, SP, None, -8);
-        let miss = self.check(8, true, retry);
-        let known = self.facts.page_rip.map(|p| p.wrapping_add(i.next_ip()));
+        self.check(8, true, retry);
         self.asm.lea(S0, S0, Some((S1, 0)), 0);
-        match known.and_then(|rip| i32::try_from(rip as i64).ok()) {
+        match self.return_immediate(i) {
             Some(rip) => self.asm.store_imm_at(S0, 0, rip),
             None => {
                 self.rip_to(S1, i.next_ip());
@@ -160,7 +179,6 @@ impl Lowering<'_> {
             }
         }
         self.asm.lea(SP, SP, None, -8);
-        miss
     }
 
     fn call_indirect(&mut self, i: &Instruction) -> bool {
@@ -208,7 +226,7 @@ impl Lowering<'_> {
             }
             return true;
         }
-        if i.memory_size().size() != 8 || self.operand(i, 0, 8, false, false).is_none() {
+        if i.memory_size().size() != 8 || self.own_operand(i, 0, 8, false, false).is_none() {
             return false;
         }
         self.asm.load_sum(S0, S0, S1);
@@ -224,10 +242,14 @@ impl Lowering<'_> {
             self.asm.jmp_gs(frame::LEAVE);
             return;
         }
-        let retry = self.asm.here();
-        self.asm.mov(S0, SP);
-        self.check(8, false, retry);
-        self.asm.load_sum(S0, S0, S1);
+        if let Some(operand) = self.grouped(i, 0) {
+            self.asm.load_from(S0, (operand.base, operand.index, operand.disp));
+        } else {
+            let retry = self.asm.here();
+            self.asm.mov(S0, SP);
+            self.check(8, false, retry);
+            self.asm.load_sum(S0, S0, S1);
+        }
         self.asm.lea(SP, SP, None, 8 + more);
         self.leave_indirect(Some(8 + more as i8));
     }
@@ -251,37 +273,60 @@ impl Lowering<'_> {
     /// Looks the address in [`S0`] up in the second-level table, or leaves.
     fn lookup(&mut self, popped: Option<i8>) {
         let site = popped.map_or(u32::MAX, |popped| self.site(SiteKind::Branch { popped }));
-        self.asm.store_imm32(frame::SITE, site);
-        self.asm.jmp_gs(frame::LOOKUP + 8 * self.variant as i32);
+        self.asm.call_gs(frame::LOOKUP + 8 * self.variant as i32);
+        self.asm.bytes(&site.to_le_bytes());
     }
 
-    /// The stubs of all exits: where the engine links a jump to, or leaves with RIP at the target.
-    pub(super) fn finish_exits(&mut self) {
-        let mut stubs: Vec<(u64, super::Variant, usize)> = Vec::new();
-        let pending = std::mem::take(&mut self.pending);
-        for p in pending.iter().filter(|p| p.entry == Entry::Link) {
-            self.asm.bind(p.jump);
-            let place = Asm::place(p.jump) as u32;
-            self.exits.push(Exit { place, target: p.target as u16, variant: p.variant });
-            self.asm.store_imm32(frame::EXIT, self.exit_base + self.exits.len() as u32);
-            stubs.push((p.target, p.variant, self.asm.here()));
-            self.leave_at(p.target);
+    /// Where groups whose check failed go on: in code without groups.
+    pub(super) fn finish_plain_exits(&mut self) {
+        let mut emitted: Vec<(u16, usize)> = Vec::new();
+        for n in std::mem::take(&mut self.plain_exits) {
+            let Some(guest) = self.miss_site(n).map(|s| s.guest) else { continue };
+            let known = emitted.iter().find(|(g, _)| *g == guest).map(|e| e.1);
+            let at = known.unwrap_or_else(|| {
+                let at = self.asm.here();
+                let jump = self.asm.jmp();
+                let variant = self.miss_variant(n);
+                let target = u64::from(guest);
+                self.pending.push(PendingExit { jump, target, entry: Entry::Link, variant, plain: true });
+                emitted.push((guest, at));
+                at
+            });
+            self.complete_one(n, at, false);
         }
-        for p in pending.iter().filter(|p| p.entry == Entry::Poll) {
-            match stubs.iter().find(|(target, variant, _)| *target == p.target && *variant == p.variant) {
-                Some(&(_, _, at)) => self.asm.bind_to(p.jump, at),
-                None => {
-                    self.asm.bind(p.jump);
-                    stubs.push((p.target, p.variant, self.asm.here()));
-                    self.leave_at(p.target);
-                }
+    }
+
+    /// The stubs of all exits: where a jump that is not linked leads, and a poll that found the alarm set.
+    pub(super) fn finish_exits(&mut self) {
+        let mut stubs: Vec<(u64, super::Variant, bool, usize)> = Vec::new();
+        for p in std::mem::take(&mut self.pending) {
+            if p.entry == Entry::Link {
+                self.asm.bind(p.jump);
+                self.take_exit(Some(Asm::place(p.jump) as u32), p.target, p.variant, p.plain);
+                continue;
+            }
+            let same = stubs.iter().find(|s| (s.0, s.1, s.2) == (p.target, p.variant, p.plain)).map(|s| s.3);
+            if let Some(at) = same {
+                self.asm.bind_to(p.jump, at);
+            } else {
+                self.asm.bind(p.jump);
+                stubs.push((p.target, p.variant, p.plain, self.asm.here()));
+                self.take_exit(None, p.target, p.variant, p.plain);
             }
         }
     }
 
-    fn leave_at(&mut self, offset: u64) {
-        self.rip_to(S0, offset);
-        self.asm.store(frame::RIP, S0);
-        self.asm.jmp_gs(frame::LEAVE);
+    /// Leaves by an exit.
+    pub(super) fn take_exit(
+        &mut self,
+        place: Option<u32>,
+        target: u64,
+        variant: super::Variant,
+        plain: bool,
+    ) {
+        let number = self.exit_base + self.exits.len() as u32;
+        self.exits.push(Exit { place, target: target as u16, variant, plain });
+        self.asm.call_gs(frame::TAKE_EXIT);
+        self.asm.bytes(&number.to_le_bytes());
     }
 }

@@ -19,7 +19,7 @@ impl Lowering<'_> {
         // All flags are undefined afterwards, but the interpreter may have to show them if it raises #DE.
         self.spill(live_before | crate::unit::STATUS);
         if memory {
-            if self.operand(i, 0, size, false, false).is_none() {
+            if self.own_operand(i, 0, size, false, false).is_none() {
                 return false;
             }
             self.asm.load_sized(size, S1, S0, S1);

@@ -3,6 +3,7 @@
 use iced_x86::{ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use super::Lowering;
+use super::memory::Operand;
 use super::registers::{Borrowed, frame_slot, host_number, in_frame, rename, writes_memory};
 use crate::emit::{Op, S0, S1};
 use crate::frame;
@@ -97,6 +98,21 @@ pub(super) fn is_ident(i: &Instruction) -> bool {
     (plain || extended || fence || conditional) && gprs_only
 }
 
+/// Puts a host operand in place of the instruction's memory operand.
+fn set_memory(i: &mut Instruction, at: Operand) {
+    let register = |n: u8| Register::RAX + u32::from(n);
+    i.set_memory_base(register(at.base));
+    i.set_memory_index(at.index.map_or(Register::None, register));
+    i.set_memory_index_scale(1);
+    i.set_segment_prefix(Register::None);
+    i.set_memory_displacement64(i64::from(at.disp) as u64);
+    i.set_memory_displ_size(match at.disp {
+        0 if at.base & 7 != 5 => 0,
+        -128..=127 => 1,
+        _ => 8,
+    });
+}
+
 impl Lowering<'_> {
     pub(super) fn ident(&mut self, i: &Instruction, live_before: u32, reads: bool) -> bool {
         let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
@@ -132,6 +148,9 @@ impl Lowering<'_> {
         if touches {
             self.in_host = true;
         }
+        if used.len() < 2 {
+            self.delta_in_s1 = self.held;
+        }
         true
     }
 
@@ -149,6 +168,7 @@ impl Lowering<'_> {
             (false, true) => self.asm.load(host_number(to), frame_slot(from)),
             _ => return false,
         }
+        self.delta_in_s1 = self.held;
         true
     }
 
@@ -175,11 +195,11 @@ impl Lowering<'_> {
         }
         let write = writes_memory(i, &mut self.info);
         let aligned = i.mnemonic() == Mnemonic::Cmpxchg16b;
-        let Some(first) = self.operand(i, live_before, size, write, aligned) else { return false };
-        self.with_operand(i, needs, touches, first)
+        let Some(operand) = self.operand(i, live_before, size, write, aligned) else { return false };
+        self.with_operand(i, needs, touches, operand)
     }
 
-    /// Address and check of a memory operand; host address in `S0 + S1`. The number of the miss.
+    /// The host operand of a memory operand, checked with others or by itself.
     pub(super) fn operand(
         &mut self,
         i: &Instruction,
@@ -187,31 +207,49 @@ impl Lowering<'_> {
         size: usize,
         write: bool,
         aligned: bool,
-    ) -> Option<usize> {
+    ) -> Option<Operand> {
+        if let Some(operand) = self.grouped(i, live_before) {
+            return Some(operand);
+        }
+        self.own_operand(i, live_before, size, write, aligned)
+    }
+
+    /// Address and check of a memory operand by itself: [`S0`] + [`S1`].
+    pub(super) fn own_operand(
+        &mut self,
+        i: &Instruction,
+        live_before: u32,
+        size: usize,
+        write: bool,
+        aligned: bool,
+    ) -> Option<Operand> {
         self.spill(live_before);
         let retry = self.asm.here();
         if !self.address(i) {
             return None;
         }
-        Some(self.check_aligned(size, write, retry, aligned))
+        Some(Operand::checked(self.check_aligned(size, write, retry, aligned)))
     }
 
-    /// The instruction itself, on the operand at `S0 + S1`. `needs`: with the guest's flags.
-    pub(super) fn with_operand(&mut self, i: &Instruction, needs: bool, touches: bool, first: usize) -> bool {
-        let Some((mut renamed, used)) = rename(i, &[S1], &mut self.info) else { return false };
-        renamed.set_memory_base(Register::R14);
-        renamed.set_memory_index_scale(1);
-        renamed.set_segment_prefix(Register::None);
-        renamed.set_memory_displacement64(0);
-        renamed.set_memory_displ_size(0);
-        if used.is_empty() && !needs {
-            renamed.set_memory_index(Register::R15);
-        } else {
-            self.asm.lea(S0, S0, Some((S1, 0)), 0);
-            renamed.set_memory_index(Register::None);
+    /// The instruction itself, on a host operand. `needs`: with the guest's flags.
+    pub(super) fn with_operand(
+        &mut self,
+        i: &Instruction,
+        needs: bool,
+        touches: bool,
+        operand: Operand,
+    ) -> bool {
+        let free = if operand.uses(S0) { [S1] } else { [S0] };
+        let Some((mut renamed, used)) = rename(i, &free, &mut self.info) else { return false };
+        let mut at = operand;
+        if operand.uses(S0) && !used.is_empty() {
+            self.asm.lea(S0, operand.base, operand.index.map(|x| (x, 0)), operand.disp);
+            at = Operand { base: S0, index: None, disp: 0, ..operand };
+            self.delta_in_s1 = None;
         }
-        if needs {
-            self.asm.restore_flags(frame::FLAGS, S1);
+        set_memory(&mut renamed, at);
+        if needs && !self.in_host {
+            self.asm.restore_flags_on_stack(frame::FLAGS);
         }
         self.load_borrowed(&used);
         if !self.asm.instruction(&renamed) {
@@ -222,7 +260,7 @@ impl Lowering<'_> {
             self.in_host = true;
         }
         let flags_in_host = self.in_host;
-        self.complete(first, flags_in_host);
+        self.complete_own(operand.first, flags_in_host);
         true
     }
 
@@ -252,12 +290,7 @@ impl Lowering<'_> {
         }
         let mut masked = *i;
         masked.set_op1_register(if size == 8 { Register::R15 } else { Register::R15D });
-        masked.set_memory_base(Register::R14);
-        masked.set_memory_index(Register::None);
-        masked.set_memory_index_scale(1);
-        masked.set_segment_prefix(Register::None);
-        masked.set_memory_displacement64(0);
-        masked.set_memory_displ_size(0);
+        set_memory(&mut masked, Operand { base: S0, index: None, disp: 0, first });
         if !self.asm.instruction(&masked) {
             return false;
         }

@@ -1,9 +1,11 @@
-//! Access lowering, scheme S: a software TLB lookup in front of every memory operand.
+//! Access lowering, scheme S: a software TLB lookup in front of memory operands.
 //!
 //! The one place that knows how a guest address becomes a host address. One compare covers the tag and the crossing of a page (or, for
-//! operands that must be aligned, the alignment). INV-MEM-1: an access that missed tries again by itself, never together with another of its
-//! instruction, so that two pages that want the same entry cannot drive each other out for ever. A miss leaves the straight line; the engine fills the entry, and the instruction starts again at
-//! its address computation, or the interpreter does it.
+//! operands that must be aligned, the alignment). A miss leaves the straight line; the engine fills the entry, and the access starts again at
+//! its address computation, or the interpreter does the instruction. INV-MEM-1: an access that missed tries again by itself, never together with
+//! another of its instruction, so that two pages that want the same entry cannot drive each other out for ever.
+//!
+//! Accesses off one base share a check ([`super::group`]).
 
 use iced_x86::{Instruction, Mnemonic, Register};
 
@@ -12,20 +14,11 @@ use super::{Lowering, SiteKind};
 use crate::emit::{Fixup, S0, S1, cc};
 use crate::frame;
 
-/// Where a missed access goes on after the interpreter did its instruction.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Done {
-    /// At this offset, with the guest's flags in the host's or not.
-    At(usize, bool),
-    /// It was a control transfer: leave.
-    Leave,
-}
-
 /// What a miss stands for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum What {
-    /// An access: the tags that were compared, and where to try again.
-    Access { tags: i32, retry: usize, write: bool },
+    /// An access: its refill code, and where to try again.
+    Access { refill: i32, retry: usize },
     /// An inline check failed: the interpreter does the instruction.
     Check,
 }
@@ -34,41 +27,78 @@ enum What {
 pub(super) struct Miss {
     jump: Fixup,
     what: What,
-    pub done: Done,
+    /// Where the instruction is complete, if control falls through it.
+    done: Option<usize>,
     site: u32,
-    variant: i32,
-    fp_loaded: bool,
+    variant: super::Variant,
+}
+
+/// A host memory operand.
+#[derive(Clone, Copy)]
+pub(super) struct Operand {
+    pub base: u8,
+    pub index: Option<u8>,
+    pub disp: i32,
+    /// The number of the first miss of the instruction.
+    pub first: usize,
+}
+
+impl Operand {
+    /// Behind a check of its own: [`S0`] + [`S1`].
+    pub const fn checked(first: usize) -> Self {
+        Self { base: S0, index: Some(S1), disp: 0, first }
+    }
+
+    pub fn uses(&self, register: u8) -> bool {
+        self.base == register || self.index == Some(register)
+    }
 }
 
 impl Lowering<'_> {
     /// The linear address of the memory operand into [`S0`]. May use [`S1`]; flags stay.
     pub(super) fn address(&mut self, i: &Instruction) -> bool {
-        if !self.effective(i) {
+        let Ok(disp) = i32::try_from(i.memory_displacement64() as i64) else {
+            return i.memory_base() == Register::RIP && self.rip_operand(i);
+        };
+        if !self.effective(i, disp) {
             return false;
         }
+        self.add_segment(i);
+        true
+    }
+
+    fn rip_operand(&mut self, i: &Instruction) -> bool {
+        let target = i.memory_displacement64();
+        if self.reachable(target) {
+            self.rip_to(S0, target);
+            self.add_segment(i);
+        }
+        self.reachable(target)
+    }
+
+    fn add_segment(&mut self, i: &Instruction) {
         let segment = match i.memory_segment() {
             Register::FS => frame::FS_BASE,
             Register::GS => frame::GS_BASE,
-            _ => return true,
+            _ => return,
         };
         if i.mnemonic() != Mnemonic::Lea {
             self.asm.load(S1, segment);
             self.asm.lea(S0, S0, Some((S1, 0)), 0);
         }
-        true
     }
 
-    fn effective(&mut self, i: &Instruction) -> bool {
+    /// Base + index * scale + `disp` (for RIP: the target) into [`S0`].
+    pub(super) fn effective(&mut self, i: &Instruction, disp: i32) -> bool {
         let (base, index) = (i.memory_base(), i.memory_index());
         let scale = i.memory_index_scale().trailing_zeros() as u8;
         if base == Register::RIP {
-            let target = i.memory_displacement64();
+            let target = i64::from(disp) as u64;
             if self.reachable(target) {
                 self.rip_to(S0, target);
             }
             return self.reachable(target);
         }
-        let Ok(disp) = i32::try_from(i.memory_displacement64() as i64) else { return false };
         let sizes_ok = [base, index].iter().all(|r| *r == Register::None || r.is_gpr() && r.size() >= 4);
         if !sizes_ok || i.memory_displ_size() == 4 && base == Register::None && index == Register::None {
             return false;
@@ -110,26 +140,61 @@ impl Lowering<'_> {
 
     /// As [`Lowering::check`]; `aligned`: a misaligned address misses too.
     pub(super) fn check_aligned(&mut self, size: usize, write: bool, retry: usize, aligned: bool) -> usize {
-        let variant = self.variant as i32;
-        let table = frame::TLB + variant * frame::TLB_STRIDE;
-        let tags = table + if write { 8 } else { 0 };
-        let asm = &mut self.asm;
-        asm.rotate_to(S1, S0, 7);
-        asm.and32(S1, (frame::TLB_ENTRIES - 1) << 5);
-        asm.xor_index(S0, S1, tags);
+        let kind = SiteKind::Access { size: size as u8, write };
         let jump = if aligned {
-            asm.test_imm(S0, -4096 | (size as i32 - 1));
-            asm.jcc(cc::NE)
+            self.lookup_tag(write);
+            self.asm.test_imm(S0, -4096 | (size as i32 - 1));
+            self.asm.jcc(cc::NE)
         } else {
-            asm.cmp_imm(S0, 4096 - size as i32);
-            asm.jcc(cc::A)
+            self.lookup_tag(write);
+            self.asm.cmp_imm(S0, 4096 - size as i32);
+            self.asm.jcc(cc::A)
         };
-        asm.load_index(S1, S1, table + 16);
+        self.asm.load_index(S1, S1, self.table() + 16);
+        self.missed(jump, kind, retry, write)
+    }
+
+    /// Host minus guest address of the page of the linear address in [`S0`] into [`S1`], if `len` bytes from there lie in the page (and, if `aligned`,
+    /// the address is a multiple of 16). The number of the first of its misses.
+    pub(super) fn check_range(&mut self, len: usize, write: bool, retry: usize, aligned: bool) -> usize {
+        let first = self.misses.len();
+        let kind = SiteKind::Group { size: len as u16, write };
+        self.lookup_tag(write);
+        self.asm.cmp_imm(S0, 4096 - len as i32);
+        let jump = self.asm.jcc(cc::A);
+        self.missed(jump, kind, retry, write);
+        if aligned {
+            self.asm.test_imm(S0, 15);
+            let jump = self.asm.jcc(cc::NE);
+            self.missed(jump, kind, retry, write);
+        }
+        self.asm.load_index(S1, S1, self.table() + 24);
+        first
+    }
+
+    const fn table(&self) -> i32 {
+        frame::TLB + self.variant as i32 * frame::TLB_STRIDE
+    }
+
+    /// Linear address and tag, compared by XOR, into [`S0`]; the entry's offset into [`S1`].
+    fn lookup_tag(&mut self, write: bool) {
+        let tags = self.table() + if write { 8 } else { 0 };
+        self.asm.rotate_to(S1, S0, 7);
+        self.asm.and32(S1, (frame::TLB_ENTRIES - 1) << 5);
+        self.asm.xor_index(S0, S1, tags);
         self.in_host = false;
-        let site = self.site(SiteKind::Access { size: size as u8, write });
-        let what = What::Access { tags, retry, write };
-        let fp_loaded = self.fp_loaded;
-        self.misses.push(Miss { jump, what, done: Done::Leave, site, variant, fp_loaded });
+    }
+
+    fn missed(&mut self, jump: Fixup, kind: SiteKind, retry: usize, write: bool) -> usize {
+        let site = self.site(kind);
+        let refill = frame::REFILL + 16 * self.variant as i32 + 8 * i32::from(write);
+        self.misses.push(Miss {
+            jump,
+            what: What::Access { refill, retry },
+            done: None,
+            site,
+            variant: self.variant,
+        });
         self.misses.len() - 1
     }
 
@@ -137,62 +202,71 @@ impl Lowering<'_> {
     /// of its miss.
     pub(super) fn interpret_if(&mut self, jump: Fixup) -> usize {
         let site = self.site(SiteKind::Callout);
-        let fp_loaded = self.fp_loaded;
-        self.misses.push(Miss { jump, what: What::Check, done: Done::Leave, site, variant: 0, fp_loaded });
+        self.misses.push(Miss { jump, what: What::Check, done: None, site, variant: self.variant });
         self.misses.len() - 1
     }
 
     /// The instruction of the misses from number `from` on is complete here.
     pub(super) fn complete(&mut self, from: usize, flags_in_host: bool) {
         let here = self.asm.here();
-        for m in self.misses.iter_mut().skip(from) {
-            m.done = Done::At(here, flags_in_host);
+        for n in from..self.misses.len() {
+            self.complete_one(n, here, flags_in_host);
         }
+    }
+
+    /// As [`Lowering::complete`], but for the misses of groups, which go on elsewhere.
+    pub(super) fn complete_own(&mut self, from: usize, flags_in_host: bool) {
+        let here = self.asm.here();
+        for n in from..self.misses.len() {
+            if !self.plain_exits.contains(&n) {
+                self.complete_one(n, here, flags_in_host);
+            }
+        }
+    }
+
+    /// Where translated code goes on after miss `n` if its access is not simply tried again.
+    pub(super) fn complete_one(&mut self, n: usize, at: usize, flags_in_host: bool) {
+        if let Some(m) = self.misses.get_mut(n) {
+            m.done = Some(at);
+            let number = (m.site - self.site_base) as usize;
+            if let Some(site) = self.sites.get_mut(number) {
+                site.done = at as u32;
+                site.flags_in_host = flags_in_host;
+            }
+        }
+    }
+
+    /// The site of a miss.
+    pub(super) fn miss_site(&self, n: usize) -> Option<super::Site> {
+        let number = self.misses.get(n)?.site - self.site_base;
+        self.sites.get(number as usize).copied()
+    }
+
+    /// Rights where a miss is.
+    pub(super) fn miss_variant(&self, n: usize) -> super::Variant {
+        self.misses.get(n).map_or(self.variant, |m| m.variant)
     }
 
     /// Out-of-line code: misses call out and retry, or find their instruction done.
     pub(super) fn finish_misses(&mut self) {
-        let mut leaves = Vec::new();
         for m in std::mem::take(&mut self.misses) {
             self.asm.bind(m.jump);
             match m.what {
-                What::Access { tags, retry, write } => {
-                    // The XOR undoes itself: the address again.
-                    self.asm.xor_index(S0, S1, tags);
-                    self.asm.store_imm32(frame::SITE, m.site);
-                    self.asm.call_gs(frame::REFILL + 16 * m.variant + 8 * i32::from(write));
-                    if m.fp_loaded {
-                        self.asm.call_gs(frame::FP_LOAD);
-                    }
-                    // 0: filled, try again; 1: the interpreter did the instruction; 2: leave.
-                    self.asm.cmp_imm(S1, 1);
-                    let again = self.asm.jcc(cc::B);
-                    self.asm.bind_to(again, retry);
-                    leaves.push(self.asm.jcc(cc::A));
+                What::Access { refill, retry } => {
+                    self.asm.call_gs(refill);
+                    self.asm.jmp_to(retry);
+                    self.asm.bytes(&m.site.to_le_bytes());
                 }
                 What::Check => {
-                    self.asm.store_imm32(frame::SITE, m.site);
                     self.asm.call_gs(frame::CALLOUT);
-                    if m.fp_loaded {
-                        self.asm.call_gs(frame::FP_LOAD);
+                    self.asm.bytes(&m.site.to_le_bytes());
+                    match m.done {
+                        Some(at) => self.asm.jmp_to(at),
+                        // A control transfer: the interpreter is elsewhere now, so the engine leaves and this is not reached.
+                        None => self.asm.jmp_gs(frame::LEAVE),
                     }
-                    self.asm.test(S1);
-                    leaves.push(self.asm.jcc(cc::NE));
-                }
-            }
-            match m.done {
-                Done::Leave => leaves.push(self.asm.jmp()),
-                Done::At(at, flags_in_host) => {
-                    if flags_in_host {
-                        self.asm.restore_flags(frame::FLAGS, S0);
-                    }
-                    self.asm.jmp_to(at);
                 }
             }
         }
-        for f in std::mem::take(&mut leaves) {
-            self.asm.bind(f);
-        }
-        self.asm.jmp_gs(frame::LEAVE);
     }
 }

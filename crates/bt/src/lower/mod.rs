@@ -12,6 +12,7 @@
 
 mod branch;
 mod divide;
+mod group;
 mod ident;
 mod memory;
 mod registers;
@@ -77,6 +78,8 @@ pub struct Facts {
     pub rdtsc: bool,
     /// The host has BMI2.
     pub bmi2: bool,
+    /// Every access checks for itself ([`group`]).
+    pub plain: bool,
 }
 
 /// Why a site calls the engine.
@@ -87,6 +90,13 @@ pub enum SiteKind {
         /// Bytes.
         size: u8,
         /// It writes.
+        write: bool,
+    },
+    /// The check of a group of accesses failed: bytes from the group's first, and whether one of them writes.
+    Group {
+        /// Bytes.
+        size: u16,
+        /// One of them writes.
         write: bool,
     },
     /// The interpreter does the instruction.
@@ -101,25 +111,33 @@ pub enum SiteKind {
 /// A place that calls out.
 #[derive(Clone, Copy, Debug)]
 pub struct Site {
-    /// RIP of the guest instruction, or its offset in the page if [`Facts::page_rip`] is None.
-    pub rip: u64,
+    /// Offset of the guest instruction in the page of the fragment's first.
+    pub guest: u16,
     /// Length of the instruction.
     pub len: u8,
+    /// Guest flags are in the host's where the code goes on.
+    pub flags_in_host: bool,
+    /// Guest x87 and vector registers are in the host's there.
+    pub fp_loaded: bool,
     /// The instruction, for the statistics.
     pub code: Code,
+    /// Offset of the host code behind the instruction ([`SiteKind::Group`]: of the exit to code without groups); 0 if there is none.
+    pub done: u32,
     /// Why.
     pub kind: SiteKind,
 }
 
-/// A direct jump to another fragment of the page, not yet linked.
+/// A way out of a fragment at a known place.
 #[derive(Clone, Copy, Debug)]
 pub struct Exit {
-    /// Offset of the jump's 32-bit displacement.
-    pub place: u32,
+    /// Offset of the jump's 32-bit displacement, if it may be linked to another fragment of the page.
+    pub place: Option<u32>,
     /// Offset of the target in the page.
     pub target: u16,
     /// Rights there.
     pub variant: Variant,
+    /// To code without groups.
+    pub plain: bool,
 }
 
 /// Where a guest instruction's code begins.
@@ -172,6 +190,14 @@ struct Lowering<'a> {
     exit_base: u32,
     callouts: usize,
     map: Vec<Place>,
+    plan: group::Plan,
+    /// Number of the current instruction in the unit.
+    number: usize,
+    /// The group whose difference is in [`S1`] before the current instruction, and behind it.
+    held: Option<usize>,
+    delta_in_s1: Option<usize>,
+    /// Misses of groups: they go on in code without groups.
+    plain_exits: Vec<usize>,
     /// In so many instructions the code polls, because IF may have become set: 2 behind STI, 1 in its shadow and behind POPF.
     poll_in: u8,
     /// The instruction is the unit's last.
@@ -210,6 +236,11 @@ pub fn translate(
         exit_base,
         callouts: 0,
         map: Vec::with_capacity(unit.instructions.len()),
+        plan: group::Plan::default(),
+        number: 0,
+        held: None,
+        delta_in_s1: None,
+        plain_exits: Vec::new(),
         poll_in: 0,
         last: false,
         code: Code::INVALID,
@@ -223,8 +254,10 @@ pub fn translate(
     }
     let inner = l.asm.here();
     let live = liveness(unit, page, facts);
+    l.plan = group::Plan::new(unit, facts, &mut l.info);
     let mut open = true;
-    for (i, &live_after) in unit.instructions.iter().zip(&live[1..]) {
+    for (n, (i, &live_after)) in unit.instructions.iter().zip(&live[1..]).enumerate() {
+        l.number = n;
         l.map.push(Place { guest: i.ip() as u16, host: l.asm.here() as u32 });
         l.last = i.next_ip() == unit.end as u64;
         open = l.instruction(i, live_after, announced(i));
@@ -233,13 +266,16 @@ pub fn translate(
         l.poll_after_shadow(unit.end as u64, live.last().copied().unwrap_or(STATUS));
         l.leave_to(unit.end as u64, live.last().copied().unwrap_or(STATUS));
     }
+    l.finish_plain_exits();
     l.finish_misses();
     l.finish_exits();
     let stale_inner = l.asm.here();
-    l.rip_to(S0, start);
+    l.take_exit(None, start, facts.variant, facts.plain);
     let stale_outer = l.asm.here();
-    l.asm.store(frame::RIP, S0);
-    l.asm.jmp_gs(frame::LEAVE);
+    if facts.page_rip.is_none() {
+        l.asm.store(frame::RIP, S0);
+        l.asm.jmp_gs(frame::LEAVE);
+    }
     Fragment {
         code: l.asm.code,
         inner,
@@ -324,9 +360,15 @@ impl Lowering<'_> {
     }
 
     fn site(&mut self, kind: SiteKind) -> u32 {
-        let rip = self.facts.page_rip.unwrap_or(0).wrapping_add(self.current);
-        let len = (self.next - self.current) as u8;
-        self.sites.push(Site { rip, len, code: self.code, kind });
+        self.sites.push(Site {
+            guest: self.current as u16,
+            len: (self.next - self.current) as u8,
+            flags_in_host: false,
+            fp_loaded: self.fp_loaded,
+            code: self.code,
+            done: 0,
+            kind,
+        });
         self.site_base + self.sites.len() as u32 - 1
     }
 
@@ -338,6 +380,7 @@ impl Lowering<'_> {
         let (read, written) = unit::flag_effects(i);
         let live_before = live_after & !written | read;
         self.poll_after_shadow(self.current, live_before);
+        self.held = self.delta_in_s1.take();
         if i.flow_control() != FlowControl::Next {
             if i.is_jcc_short_or_near() && self.reachable(i.near_branch_target()) {
                 self.conditional(i);
@@ -350,6 +393,7 @@ impl Lowering<'_> {
             return false;
         }
         if is_nop(i) {
+            self.delta_in_s1 = self.held;
             return true;
         }
         let done = announced && self.lower(i, live_before, read != 0);
@@ -360,8 +404,7 @@ impl Lowering<'_> {
     }
 
     fn lower(&mut self, i: &Instruction, live_before: u32, reads: bool) -> bool {
-        let mark = (self.asm.here(), self.misses.len(), self.sites.len(), self.in_host, self.fp_loaded);
-        let variant = self.variant;
+        let mark = self.mark();
         let ok = if i.has_rep_prefix() || i.has_repne_prefix() || i.is_string_instruction() {
             self.string(i, live_before)
         } else {
@@ -376,14 +419,35 @@ impl Lowering<'_> {
             }
         };
         if !ok {
-            self.asm.code.truncate(mark.0);
-            self.misses.truncate(mark.1);
-            self.sites.truncate(mark.2);
-            self.in_host = mark.3;
-            self.fp_loaded = mark.4;
-            self.variant = variant;
+            self.back_to(mark);
         }
         ok
+    }
+
+    fn mark(&self) -> Mark {
+        Mark {
+            here: self.asm.here(),
+            misses: self.misses.len(),
+            sites: self.sites.len(),
+            plain_exits: self.plain_exits.len(),
+            open: self.plan.open(),
+            in_host: self.in_host,
+            fp_loaded: self.fp_loaded,
+            variant: self.variant,
+        }
+    }
+
+    /// Undoes an instruction that turned out to have no translation.
+    fn back_to(&mut self, mark: Mark) {
+        self.asm.code.truncate(mark.here);
+        self.misses.truncate(mark.misses);
+        self.sites.truncate(mark.sites);
+        self.plain_exits.truncate(mark.plain_exits);
+        self.plan.set_open(mark.open);
+        self.in_host = mark.in_host;
+        self.fp_loaded = mark.fp_loaded;
+        self.variant = mark.variant;
+        self.delta_in_s1 = None;
     }
 
     // ---- flags --------------------------------------------------------------------------------------------------
@@ -402,15 +466,26 @@ impl Lowering<'_> {
         self.callouts += 1;
         self.spill(STATUS);
         let site = self.site(SiteKind::Callout);
-        self.asm.store_imm32(frame::SITE, site);
         self.asm.call_gs(frame::CALLOUT);
-        self.asm.test(crate::emit::S1);
-        let go_on = self.asm.jcc(crate::emit::cc::E);
-        self.asm.jmp_gs(frame::LEAVE);
-        self.asm.bind(go_on);
+        self.asm.bytes(&site.to_le_bytes());
         self.in_host = false;
         self.fp_loaded = false;
+        if let Some(site) = self.sites.last_mut() {
+            site.fp_loaded = false;
+        }
     }
+}
+
+/// What an instruction's lowering is undone to.
+struct Mark {
+    here: usize,
+    misses: usize,
+    sites: usize,
+    plain_exits: usize,
+    open: u32,
+    in_host: bool,
+    fp_loaded: bool,
+    variant: Variant,
 }
 
 fn is_nop(i: &Instruction) -> bool {

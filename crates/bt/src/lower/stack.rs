@@ -17,15 +17,15 @@ impl Lowering<'_> {
                 let r = i.op0_register();
                 let value =
                     if in_frame(r) { Value::Frame(frame_slot(r)) } else { Value::Host(host_number(r)) };
-                self.push_value(value, live_before);
+                self.push_grouped(i, value, live_before);
             }
             Code::Pushq_imm32 | Code::Pushq_imm8 => {
-                self.push_value(Value::Immediate(i.immediate(0) as i32), live_before);
+                self.push_grouped(i, Value::Immediate(i.immediate(0) as i32), live_before);
             }
             Code::Push_rm64 if i.op0_kind() == OpKind::Memory => {
                 let first = self.misses.len();
                 self.spill(live_before);
-                if self.operand(i, 0, 8, false, false).is_none() {
+                if self.own_operand(i, 0, 8, false, false).is_none() {
                     return false;
                 }
                 self.asm.load_sum(S0, S0, S1);
@@ -36,6 +36,23 @@ impl Lowering<'_> {
             _ => return false,
         }
         true
+    }
+
+    /// Pushes a value, with a check shared with others if there are any.
+    pub(super) fn push_grouped(&mut self, i: &Instruction, value: Value, live_before: u32) {
+        let Some(operand) = self.grouped(i, live_before) else {
+            return self.push_value(value, live_before);
+        };
+        let at = (operand.base, operand.index, operand.disp);
+        match value {
+            Value::Host(r) => self.asm.store_to(at, r),
+            Value::Immediate(v) => self.asm.store_imm_to(at, v),
+            Value::Frame(slot) => {
+                self.asm.load(S0, slot);
+                self.asm.store_to(at, S0);
+            }
+        }
+        self.asm.lea(SP, SP, None, -8);
     }
 
     /// Pushes a value. What the frame holds of it stays there until the push is done.
@@ -64,11 +81,21 @@ impl Lowering<'_> {
         if i.code() != Code::Pop_r64 {
             return false;
         }
+        let r = i.op0_register();
+        if let Some(operand) = self.grouped(i, live_before) {
+            let at = (operand.base, operand.index, operand.disp);
+            let host = if in_frame(r) { S0 } else { host_number(r) };
+            self.asm.load_from(host, at);
+            if in_frame(r) {
+                self.asm.store(frame_slot(r), S0);
+            }
+            self.asm.lea(SP, SP, None, 8);
+            return true;
+        }
         self.spill(live_before);
         let retry = self.asm.here();
         self.asm.mov(S0, SP);
         let miss = self.check(8, false, retry);
-        let r = i.op0_register();
         if r == Register::RSP {
             self.asm.load_sum(SP, S0, S1);
         } else {

@@ -103,6 +103,13 @@ fn must_align(i: &Instruction, size: usize) -> bool {
     )
 }
 
+/// Whether the instruction's memory operand may share a check with others, and if so, whether it must be aligned.
+pub(super) fn group_access(i: &Instruction, facts: super::Facts) -> Option<bool> {
+    let done_here = level(i).is_some_and(|l| l <= facts.fp) && (0..i.op_count()).all(|n| plain_operand(i, n));
+    let memory = i.memory_size();
+    done_here.then(|| must_align(i, memory.size()))
+}
+
 impl Lowering<'_> {
     pub(super) fn vector(&mut self, i: &Instruction, live_before: u32, reads: bool) -> bool {
         match i.mnemonic() {
@@ -120,9 +127,11 @@ impl Lowering<'_> {
         let (_, written) = unit::flag_effects(i);
         let touches = i.rflags_modified() & STATUS != 0;
         let needs = reads || touches && live_before & !written != 0;
-        if !self.fp_loaded {
+        let loaded = self.fp_loaded;
+        if !loaded {
             self.spill(live_before);
             self.load_fp();
+            self.held = None;
         }
         if memory {
             return self.vector_memory(i, live_before, needs, touches);
@@ -138,6 +147,9 @@ impl Lowering<'_> {
         }
         self.store_borrowed(&used);
         self.in_host |= touches;
+        if used.len() < 2 && loaded {
+            self.delta_in_s1 = self.held;
+        }
         true
     }
 
@@ -149,8 +161,8 @@ impl Lowering<'_> {
         }
         let write = writes_memory(i, &mut self.info);
         let aligned = must_align(i, size);
-        let Some(first) = self.operand(i, live_before, size, write, aligned) else { return false };
-        self.with_operand(i, needs, touches, first)
+        let Some(operand) = self.operand(i, live_before, size, write, aligned) else { return false };
+        self.with_operand(i, needs, touches, operand)
     }
 
     /// Sees to it that the guest's registers are in the host's. Guest flags are in the frame or dead.
@@ -173,7 +185,7 @@ impl Lowering<'_> {
             self.load_fp();
         }
         let x87 = needs == FpLevel::X87;
-        if self.operand(i, 0, if x87 { 2 } else { 4 }, false, false).is_none() {
+        if self.own_operand(i, 0, if x87 { 2 } else { 4 }, false, false).is_none() {
             return false;
         }
         self.asm.load_sized(if x87 { 2 } else { 4 }, S0, S0, S1);

@@ -1,0 +1,304 @@
+//! Groups: memory accesses of a unit off one base share one check.
+//!
+//! Before lowering, the unit's accesses are gathered by base (and index) register, as long as those change by constants only (PUSH, POP, ADD RSP).
+//! The first access of a group checks the whole range that the group touches, and remembers the difference between host and guest address of
+//! its page ([`frame::DELTAS`]); the others add that. A range that does not lie in one page, or is not plain writable memory, leaves to a fragment
+//! that begins with this instruction and has no groups ([`super::Facts::plain`]).
+//!
+//! INV-GROUP-1: a remembered difference is used only while no translation was taken back since its check: the engine leaves the fragment when
+//! an instruction that it did for it took back any.
+
+use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
+
+use super::memory::Operand;
+use super::registers::{frame_slot, host_number, in_frame, is_write, writes_memory};
+use super::{Facts, Lowering, ident, vector};
+use crate::emit::{S0, S1, SP};
+use crate::frame;
+use crate::unit::Unit;
+
+/// Bytes from a group's first to its last at most: the longer, the more often it crosses a page.
+const MAX_RANGE: i32 = 1024;
+
+/// What an access of an instruction is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Access {
+    base: Register,
+    index: Register,
+    scale: u32,
+    disp: i32,
+    size: i32,
+    write: bool,
+    /// The operand must be aligned to 16 bytes.
+    aligned: bool,
+}
+
+/// Accesses that share a check.
+struct Group {
+    base: (Register, u32),
+    index: (Register, u32),
+    scale: u32,
+    /// AC was changed so often before.
+    epoch: u32,
+    low: i32,
+    high: i32,
+    write: bool,
+    /// An offset that must be a multiple of 16.
+    aligned: Option<i32>,
+    members: u32,
+}
+
+/// A registers' value as the plan sees it.
+#[derive(Clone, Copy, Default)]
+struct Value {
+    version: u32,
+    offset: i32,
+}
+
+/// Which accesses share checks.
+#[derive(Default)]
+pub(super) struct Plan {
+    groups: Vec<Group>,
+    /// For each instruction its group, and the displacement of its access from the group's lowest byte.
+    members: Vec<Option<(usize, i32)>>,
+    /// Groups whose check was emitted.
+    open: u32,
+}
+
+fn number(r: Register) -> usize {
+    r.full_register().number() & 15
+}
+
+/// The access of an instruction, if it can share a check.
+fn access(i: &Instruction, facts: Facts, info: &mut InstructionInfoFactory) -> Option<Access> {
+    let stack = |disp, write| Access {
+        base: Register::RSP,
+        index: Register::None,
+        scale: 1,
+        disp,
+        size: 8,
+        write,
+        aligned: false,
+    };
+    match i.code() {
+        Code::Push_r64 | Code::Pushq_imm32 | Code::Pushq_imm8 | Code::Call_rel32_64 => {
+            return Some(stack(-8, true));
+        }
+        Code::Pop_r64 if i.op0_register() != Register::RSP => return Some(stack(0, false)),
+        Code::Retnq => return Some(stack(0, false)),
+        _ => {}
+    }
+    let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+    let segment = matches!(i.memory_segment(), Register::FS | Register::GS);
+    if !memory || segment || i.has_rep_prefix() || i.has_repne_prefix() || i.mnemonic() == Mnemonic::Lea {
+        return None;
+    }
+    let bits = matches!(i.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
+    let plain = ident::is_ident(i) && !bits && i.mnemonic() != Mnemonic::Cmpxchg16b;
+    let aligned = match vector::group_access(i, facts) {
+        Some(aligned) => aligned,
+        None if plain => false,
+        None => return None,
+    };
+    let size = i.memory_size();
+    let size = if size.is_broadcast() { size.element_size() } else { size.size() };
+    let (base, index) = (i.memory_base(), i.memory_index());
+    let wide = |r: Register| r == Register::None || r.is_gpr64();
+    let based = base == Register::RIP || base.is_gpr64() && wide(index);
+    if !based || !(1..=64).contains(&size) || aligned && size != 16 {
+        return None;
+    }
+    let disp = i32::try_from(i.memory_displacement64() as i64).ok()?;
+    let write = writes_memory(i, info);
+    let scale = i.memory_index_scale();
+    Some(Access { base, index, scale, disp, size: size as i32, write, aligned })
+}
+
+/// What an instruction adds to a register that it changes by a constant.
+fn constant_change(i: &Instruction, r: Register) -> Option<i32> {
+    match i.code() {
+        Code::Push_r64 | Code::Pushq_imm32 | Code::Pushq_imm8 if r == Register::RSP => Some(-8),
+        Code::Pop_r64 if r == Register::RSP && i.op0_register() != r => Some(8),
+        Code::Add_rm64_imm8 | Code::Add_rm64_imm32 if i.op0_register() == r => Some(i.immediate(1) as i32),
+        Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 if i.op0_register() == r => {
+            (i.immediate(1) as i32).checked_neg()
+        }
+        Code::Inc_rm64 if i.op0_register() == r => Some(1),
+        Code::Dec_rm64 if i.op0_register() == r => Some(-1),
+        Code::Lea_r64_m
+            if i.op0_register() == r && i.memory_base() == r && i.memory_index() == Register::None =>
+        {
+            i32::try_from(i.memory_displacement64() as i64).ok()
+        }
+        _ => None,
+    }
+}
+
+impl Plan {
+    /// The plan of a unit.
+    pub fn new(unit: &Unit, facts: Facts, info: &mut InstructionInfoFactory) -> Self {
+        let mut plan = Self { members: vec![None; unit.instructions.len()], ..Self::default() };
+        if facts.plain {
+            return plan;
+        }
+        let mut values = [Value::default(); 17];
+        let mut epoch = 0;
+        for (n, i) in unit.instructions.iter().enumerate() {
+            if let Some(a) = access(i, facts, info) {
+                plan.add(n, a, &values, epoch);
+            }
+            epoch += u32::from(matches!(i.mnemonic(), Mnemonic::Stac | Mnemonic::Clac));
+            for u in info.info(i).used_registers() {
+                let r = u.register();
+                if is_write(u.access()) && r.is_gpr() {
+                    let v = &mut values[number(r)];
+                    match constant_change(i, r.full_register()).and_then(|c| v.offset.checked_add(c)) {
+                        Some(offset) if r.size() == 8 => v.offset = offset,
+                        _ => *v = Value { version: v.version + 1, offset: 0 },
+                    }
+                }
+            }
+        }
+        plan.finish();
+        plan
+    }
+
+    /// Which groups' checks were emitted, as a mask.
+    pub const fn open(&self) -> u32 {
+        self.open
+    }
+
+    /// Sets what [`Plan::open`] told.
+    pub const fn set_open(&mut self, open: u32) {
+        self.open = open;
+    }
+
+    fn add(&mut self, n: usize, a: Access, values: &[Value; 17], epoch: u32) {
+        let value = |r: Register| if r.is_gpr() { values[number(r)] } else { Value::default() };
+        let (b, x) = (value(a.base), value(a.index));
+        let moved = i64::from(b.offset) + i64::from(x.offset) * i64::from(a.scale);
+        let Ok(low) = i32::try_from(i64::from(a.disp) + moved) else { return };
+        let Some(high) = low.checked_add(a.size) else { return };
+        let (base, index) = ((a.base, b.version), (a.index, x.version));
+        let same = self
+            .groups
+            .iter_mut()
+            .enumerate()
+            .rev()
+            .find(|(_, g)| g.base == base && g.index == index && g.scale == a.scale && g.epoch == epoch);
+        if let Some((number, g)) = same
+            && g.high.max(high).saturating_sub(g.low.min(low)) <= MAX_RANGE
+            && !(a.aligned && g.aligned.is_some_and(|at| (at.wrapping_sub(low)) & 15 != 0))
+        {
+            (g.low, g.high) = (g.low.min(low), g.high.max(high));
+            g.write |= a.write;
+            g.members += 1;
+            if a.aligned {
+                g.aligned = Some(low);
+            }
+            self.members[n] = Some((number, low));
+            return;
+        }
+        if self.groups.len() < frame::MAX_GROUPS {
+            let aligned = a.aligned.then_some(low);
+            let (scale, write) = (a.scale, a.write);
+            self.groups.push(Group { base, index, scale, epoch, low, high, write, aligned, members: 1 });
+            self.members[n] = Some((self.groups.len() - 1, low));
+        }
+    }
+
+    /// Groups of one are none; lowest bytes are aligned where something must be.
+    fn finish(&mut self) {
+        for g in &mut self.groups {
+            if let Some(at) = g.aligned {
+                g.low -= g.low.wrapping_sub(at) & 15;
+            }
+        }
+        for m in &mut self.members {
+            *m = m.and_then(|(group, at)| {
+                let g = self.groups.get(group)?;
+                (g.members > 1).then_some((group, at - g.low))
+            });
+        }
+    }
+}
+
+impl Lowering<'_> {
+    /// The operand of the current instruction's access at `disp` off the given base and index, if it shares a check with others. Guest flags
+    /// are spilled where the check is; otherwise they stay.
+    pub(super) fn grouped(&mut self, i: &Instruction, live_before: u32) -> Option<Operand> {
+        let (group, above) = self.plan.members.get(self.number).copied().flatten()?;
+        let stack = i.memory_base() == Register::None;
+        let disp = match i.code() {
+            Code::Push_r64 | Code::Pushq_imm32 | Code::Pushq_imm8 | Code::Call_rel32_64 => -8,
+            _ if stack => 0,
+            _ => i32::try_from(i.memory_displacement64() as i64).ok()?,
+        };
+        let mut held = self.held == Some(group);
+        let first = self.misses.len();
+        if self.plan.open >> group & 1 == 0 {
+            self.open_group(i, group, disp.checked_sub(above)?, live_before)?;
+            held = true;
+        }
+        let operand = self.member(i, group, disp, held, stack, first)?;
+        self.delta_in_s1 = Some(group);
+        Some(operand)
+    }
+
+    /// The check of a group, at its first access. `low`: displacement of its lowest byte from the registers as they are now.
+    fn open_group(&mut self, i: &Instruction, group: usize, low: i32, live_before: u32) -> Option<()> {
+        let g = self.plan.groups.get(group)?;
+        let (len, write, aligned) = ((g.high - g.low) as usize, g.write, g.aligned.is_some());
+        self.spill(live_before);
+        let retry = self.asm.here();
+        if i.memory_base() == Register::None {
+            self.asm.lea(S0, SP, None, low);
+        } else if !self.effective(i, low) {
+            return None;
+        }
+        let first = self.check_range(len, write, retry, aligned);
+        let last = self.misses.len();
+        self.asm.store(frame::DELTAS + 8 * group as i32, S1);
+        for miss in first..last {
+            self.plain_exits.push(miss);
+        }
+        self.plan.open |= 1 << group;
+        Some(())
+    }
+
+    fn member(
+        &mut self,
+        i: &Instruction,
+        group: usize,
+        disp: i32,
+        held: bool,
+        stack: bool,
+        first: usize,
+    ) -> Option<Operand> {
+        let slot = frame::DELTAS + 8 * group as i32;
+        let (base, index) = (i.memory_base(), i.memory_index());
+        if stack {
+            if !held {
+                self.asm.load(S1, slot);
+            }
+            return Some(Operand { base: SP, index: Some(S1), disp, first });
+        }
+        if base == Register::RIP || index != Register::None {
+            if !self.effective(i, disp) {
+                return None;
+            }
+            if !held || in_frame(index) {
+                self.asm.load(S1, slot);
+            }
+            return Some(Operand { base: S0, index: Some(S1), disp: 0, first });
+        }
+        if !held {
+            self.asm.load(S1, slot);
+        }
+        if in_frame(base) {
+            self.asm.load(S0, frame_slot(base));
+            return Some(Operand { base: S0, index: Some(S1), disp, first });
+        }
+        Some(Operand { base: host_number(base), index: Some(S1), disp, first })
+    }
+}
