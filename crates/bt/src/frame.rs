@@ -74,6 +74,8 @@ pub const TEMPS: usize = 4;
 pub const LOOKUP: i32 = 0x150;
 /// Addresses of the code that fills the TLB for a read or a write, by variant: `REFILL + 16 * variant + 8 * write`.
 pub const REFILL: i32 = 0x168;
+/// The same for groups of accesses: they go on behind the number of the site if the entry is there already.
+pub const REFILL_GROUP: i32 = 0x300;
 /// The second-level TLB.
 pub const SECOND_TLB: i32 = 0x198;
 /// Context numbers of the lower and the upper half of the address space.

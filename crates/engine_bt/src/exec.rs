@@ -139,9 +139,10 @@ pub mod action {
 }
 
 /// Fills the TLB entry of the address in R14 (XORed with the tag of the entry at R15) from the second level; R15 is 0 then, to try again. What is not there, or there already (the
-/// access crosses a page or is misaligned), is for Rust. Called by fragments; flags are free.
+/// access crosses a page or is misaligned), is for Rust; a group that crosses goes on behind the number of its site. Called by fragments; flags are
+/// free.
 macro_rules! refill {
-    ($name:literal, $variant:literal, $write:literal) => {
+    ($name:literal, $variant:literal, $write:literal, $known:literal) => {
         global_asm!(
             concat!(".globl ", $name),
             concat!($name, ":"),
@@ -156,7 +157,7 @@ macro_rules! refill {
             "add rax, gs:[{second}]",
             "cmp [rax + {base} + {tag}], rcx\njne 7f",
             "and r14d, {entries} - 1\nshl r14d, 5",
-            "cmp gs:[r14 + {table} + {tag}], r15\nje 7f",
+            "cmp gs:[r14 + {table} + {tag}], r15\nje 5f",
             "push rdx\npush rbx",
             "mov rdx, r15\nshr rdx, 63",
             "mov rbx, gs:[rdx*8 + {log}]",
@@ -179,6 +180,7 @@ macro_rules! refill {
             "6:\npop rbx\npop rdx",
             "7:\npop rcx\npop rax",
             "jmp trellis_bt_slow",
+            concat!("5:\npop rcx\npop rax\n", $known),
             address = const frame::ADDRESS,
             context = const frame::CONTEXT,
             second = const frame::SECOND_TLB,
@@ -195,12 +197,18 @@ macro_rules! refill {
         );
     };
 }
-refill!("trellis_bt_refill_0r", 0, 0);
-refill!("trellis_bt_refill_0w", 0, 1);
-refill!("trellis_bt_refill_1r", 1, 0);
-refill!("trellis_bt_refill_1w", 1, 1);
-refill!("trellis_bt_refill_2r", 2, 0);
-refill!("trellis_bt_refill_2w", 2, 1);
+refill!("trellis_bt_refill_0r", 0, 0, "jmp trellis_bt_slow");
+refill!("trellis_bt_refill_0w", 0, 1, "jmp trellis_bt_slow");
+refill!("trellis_bt_refill_1r", 1, 0, "jmp trellis_bt_slow");
+refill!("trellis_bt_refill_1w", 1, 1, "jmp trellis_bt_slow");
+refill!("trellis_bt_refill_2r", 2, 0, "jmp trellis_bt_slow");
+refill!("trellis_bt_refill_2w", 2, 1, "jmp trellis_bt_slow");
+refill!("trellis_bt_refill_group_0r", 0, 0, "add qword ptr [rsp], 9\nret");
+refill!("trellis_bt_refill_group_0w", 0, 1, "add qword ptr [rsp], 9\nret");
+refill!("trellis_bt_refill_group_1r", 1, 0, "add qword ptr [rsp], 9\nret");
+refill!("trellis_bt_refill_group_1w", 1, 1, "add qword ptr [rsp], 9\nret");
+refill!("trellis_bt_refill_group_2r", 2, 0, "add qword ptr [rsp], 9\nret");
+refill!("trellis_bt_refill_group_2w", 2, 1, "add qword ptr [rsp], 9\nret");
 
 /// Goes on at the guest address in R14 if the second-level table knows it, and tells the jump cache; else leaves with RIP there. Fragments
 /// call this, with the number of the site behind the call; flags and R15 are free.
@@ -267,6 +275,12 @@ unsafe extern "C" {
     fn trellis_bt_refill_1w();
     fn trellis_bt_refill_2r();
     fn trellis_bt_refill_2w();
+    fn trellis_bt_refill_group_0r();
+    fn trellis_bt_refill_group_0w();
+    fn trellis_bt_refill_group_1r();
+    fn trellis_bt_refill_group_1w();
+    fn trellis_bt_refill_group_2r();
+    fn trellis_bt_refill_group_2w();
     fn trellis_bt_lookup_0();
     fn trellis_bt_lookup_1();
     fn trellis_bt_lookup_2();
@@ -360,6 +374,17 @@ impl Frame {
             trellis_bt_refill_2w,
         ];
         for (at, code) in (frame::REFILL..).step_by(8).zip(refills) {
+            f.set(at, code as *const () as u64);
+        }
+        let groups: [unsafe extern "C" fn(); 6] = [
+            trellis_bt_refill_group_0r,
+            trellis_bt_refill_group_0w,
+            trellis_bt_refill_group_1r,
+            trellis_bt_refill_group_1w,
+            trellis_bt_refill_group_2r,
+            trellis_bt_refill_group_2w,
+        ];
+        for (at, code) in (frame::REFILL_GROUP..).step_by(8).zip(groups) {
             f.set(at, code as *const () as u64);
         }
         let lookups: [unsafe extern "C" fn(); 3] =

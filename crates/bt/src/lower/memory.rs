@@ -187,7 +187,9 @@ impl Lowering<'_> {
 
     fn missed(&mut self, jump: Fixup, kind: SiteKind, retry: usize, write: bool) -> usize {
         let site = self.site(kind);
-        let refill = frame::REFILL + 16 * self.variant as i32 + 8 * i32::from(write);
+        let group = matches!(kind, SiteKind::Group { .. });
+        let refills = if group { frame::REFILL_GROUP } else { frame::REFILL };
+        let refill = refills + 16 * self.variant as i32 + 8 * i32::from(write);
         self.misses.push(Miss {
             jump,
             what: What::Access { refill, retry },
@@ -256,6 +258,9 @@ impl Lowering<'_> {
                     self.asm.call_gs(refill);
                     self.asm.jmp_to(retry);
                     self.asm.bytes(&m.site.to_le_bytes());
+                    if let (true, Some(at)) = (refill >= frame::REFILL_GROUP, m.done) {
+                        self.asm.jmp_to(at);
+                    }
                 }
                 What::Check => {
                     self.asm.call_gs(frame::CALLOUT);
