@@ -155,21 +155,13 @@ pub const fn jump_set(rip: u64) -> u32 {
     ((rip ^ rip.rotate_right(10)) & (JUMP_ENTRIES as u64 - 1)) as u32
 }
 
-/// Rows of the second-level jump table: one page's targets are in one row.
-pub const SECOND_ROWS: u64 = 512;
-/// Entries in a row.
-pub const SECOND_COLUMNS: u64 = 64;
+/// Entries of the second-level jump table.
+pub const SECOND_JUMP_ENTRIES: u64 = 1 << 15;
 
-/// The first entry of a page's row in the second-level jump table.
+/// The number of a target in the second-level jump table.
 #[must_use]
-pub const fn second_row(rip: u64) -> u64 {
-    ((rip >> 12) ^ (rip >> 21)) & (SECOND_ROWS - 1)
-}
-
-/// The number of a target in its row.
-#[must_use]
-pub const fn second_column(rip: u64) -> u64 {
-    (rip ^ (rip >> 6)) & (SECOND_COLUMNS - 1)
+pub const fn second_set(rip: u64, context: u64) -> u64 {
+    (rip ^ (rip >> 15) ^ (context << 6)) & (SECOND_JUMP_ENTRIES - 1)
 }
 
 /// The tag in the second-level jump table: RIP, with the context in the bits that a canonical address has to spare.

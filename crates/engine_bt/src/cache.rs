@@ -57,8 +57,10 @@ struct PageCode {
 struct Link {
     /// Where the displacement of its jump lies, or 0 if it is none.
     place: u32,
+    /// The code that leaves, where the jump leads while it is not linked.
+    stub: u32,
     from: u32,
-    target: u16,
+    target: i32,
     variant: Variant,
     plain: bool,
 }
@@ -83,6 +85,21 @@ pub struct Cache {
     /// With the number of the fragment.
     sites: Vec<(Site, u32)>,
     links: Vec<Link>,
+    /// Links that lead to another page.
+    between_pages: Vec<u32>,
+}
+
+/// Where an exit leads.
+#[derive(Clone, Copy)]
+pub struct Target {
+    /// What the fragment that it belongs to is known by.
+    pub from: Key,
+    /// From the first byte of its page.
+    pub offset: i32,
+    /// Rights there.
+    pub variant: Variant,
+    /// To code without groups.
+    pub plain: bool,
 }
 
 /// Guest code that is to be inserted.
@@ -110,6 +127,7 @@ impl Cache {
             pages: FxHashMap::default(),
             sites: Vec::new(),
             links: Vec::new(),
+            between_pages: Vec::new(),
         })
     }
 
@@ -162,6 +180,7 @@ impl Cache {
         self.sites.extend(f.sites.iter().map(|s| (*s, number)));
         self.links.extend(f.exits.iter().map(|e| Link {
             place: e.place.map_or(0, |place| at + place),
+            stub: at + e.stub,
             from: number,
             target: e.target,
             variant: e.variant,
@@ -177,23 +196,33 @@ impl Cache {
         Some(number)
     }
 
-    /// What an exit leads to: the key of the fragment there, and the offset from the page's first byte.
-    pub fn target(&self, link: u32) -> Option<(Key, u64)> {
+    /// What an exit leads to.
+    pub fn target(&self, link: u32) -> Option<Target> {
         let link = self.links.get(link as usize)?;
         let from = self.entries.get(link.from as usize)?.key;
-        let target =
-            Key { offset: link.target, variant: link.variant, plain: link.plain, second: NO_FRAME, ..from };
-        Some((target, u64::from(link.target)))
+        Some(Target { from, offset: link.target, variant: link.variant, plain: link.plain })
     }
 
-    /// Links an exit to a fragment of the same page, if it can be.
-    pub fn link(&mut self, link: u32, fragment: u32) -> bool {
+    /// Links an exit to a fragment, if it can be. Exits to another page are linked until [`Cache::unlink_pages`].
+    pub fn link(&mut self, link: u32, fragment: u32, other_page: bool) -> bool {
         match (self.links.get(link as usize), self.entries.get(fragment as usize)) {
             (Some(l), Some(e)) if l.place != 0 => {
                 self.code.link(l.place as usize, e.inner as usize);
+                if other_page {
+                    self.between_pages.push(link);
+                }
                 true
             }
             _ => false,
+        }
+    }
+
+    /// Undoes the links between pages: the mapping of some code has changed.
+    pub fn unlink_pages(&mut self) {
+        for link in std::mem::take(&mut self.between_pages) {
+            if let Some(l) = self.links.get(link as usize) {
+                self.code.link(l.place as usize, l.stub as usize);
+            }
         }
     }
 
@@ -230,6 +259,7 @@ impl Cache {
         self.pages.clear();
         self.sites.clear();
         self.links.clear();
+        self.between_pages.clear();
         self.code.clear();
     }
 

@@ -147,7 +147,11 @@ impl BtVcpu {
                 self.block(LONG_BLOCK);
                 continue;
             }
-            match self.find() {
+            let fragment = self.find();
+            if self.tables.take_upper_changed() {
+                self.cache.unlink_pages();
+            }
+            match fragment {
                 Some(fragment) => self.enter(fragment),
                 None => self.block(1),
             }
@@ -207,6 +211,9 @@ impl BtVcpu {
         let cpu = self.interp.cpu();
         let facts = state::facts(cpu, self.host);
         let offset = (cpu.rip & 0xfff) as u16;
+        if self.tables.take_upper_changed() {
+            self.cache.unlink_pages();
+        }
         let env = self.environments.number(facts).unwrap_or_else(|| {
             self.flush_code();
             self.environments = Environments::default();
@@ -366,23 +373,26 @@ impl BtVcpu {
 
     /// Goes on where an exit leads; links it if its target is translated.
     fn left_by(&mut self, number: u32) {
-        let Some((target, offset)) = self.cache.target(number) else { return };
-        let base = if target.page_rip == 0 { self.frame.get(frame::PAGE_RIP) } else { target.page_rip };
+        let Some(target) = self.cache.target(number) else { return };
+        let from = target.from;
+        let base = if from.page_rip == 0 { self.frame.get(frame::PAGE_RIP) } else { from.page_rip };
         let cpu = self.interp.cpu();
-        cpu.rip = base.wrapping_add(offset);
+        cpu.rip = base.wrapping_add(i64::from(target.offset) as u64);
         self.next_plain = target.plain;
         if !self.knobs.chain || cpu.poll() || !state::eligible(cpu) {
             return;
         }
         let Some((key, facts)) = self.key() else { return };
         self.next_plain = target.plain;
-        if key != target {
+        let other_page = !(0..4096).contains(&target.offset);
+        let here = (key.env, key.variant, key.plain) == (from.env, target.variant, target.plain);
+        if !here || !other_page && (key.gfn, key.page_rip) != (from.gfn, from.page_rip) {
             return;
         }
         let flushes = self.bt.flushes;
         if let Some(fragment) = self.find_key(key, facts)
             && flushes == self.bt.flushes
-            && self.cache.link(number, fragment)
+            && self.cache.link(number, fragment, other_page || bt::unit::may_cross(u64::from(key.offset)))
         {
             self.bt.links += 1;
         }

@@ -18,12 +18,16 @@ use crate::exec::Frame;
 /// Tag and host address.
 type SecondEntry = [u64; 2];
 
+/// Words of the filter of pages.
+const PAGE_WORDS: usize = 1024;
+
 /// The tables of one frame.
 pub struct Tables {
     frame: Frame,
     second: Box<[SecondEntry]>,
     /// Hashed pages that have entries in the jump tables.
-    pages: [u64; 64],
+    pages: Box<[u64; PAGE_WORDS]>,
+    upper_changed: bool,
 }
 
 const fn half(address: u64) -> usize {
@@ -31,8 +35,8 @@ const fn half(address: u64) -> usize {
 }
 
 const fn page_bit(rip: u64) -> (usize, u64) {
-    let hash = (rip >> 12) ^ (rip >> 24);
-    ((hash >> 6) as usize & 63, 1 << (hash & 63))
+    let hash = (rip >> 12) ^ (rip >> 28);
+    ((hash >> 6) as usize & (PAGE_WORDS - 1), 1 << (hash & 63))
 }
 
 /// Which log.
@@ -45,8 +49,13 @@ enum Log {
 impl Tables {
     /// Empty tables.
     pub fn new(frame: Frame) -> Self {
-        let second = vec![[frame::NO_TAG, 0]; (frame::SECOND_ROWS * frame::SECOND_COLUMNS) as usize];
-        let t = Self { frame, second: second.into_boxed_slice(), pages: [0; 64] };
+        let second = vec![[frame::NO_TAG, 0]; frame::SECOND_JUMP_ENTRIES as usize];
+        let t = Self {
+            frame,
+            second: second.into_boxed_slice(),
+            pages: Box::new([0; PAGE_WORDS]),
+            upper_changed: false,
+        };
         for variant in 0..frame::VARIANTS {
             for i in 0..frame::TLB_ENTRIES as i32 {
                 t.clear_entry(frame::TLB + variant * frame::TLB_STRIDE + 32 * i);
@@ -114,8 +123,7 @@ impl Tables {
     /// Remembers where the code at `rip` is, under the context of its half.
     pub fn set_jump(&mut self, rip: u64, code: u64, variant: Variant) {
         let context = self.frame.get(frame::CONTEXT + 8 * half(rip) as i32);
-        let row = frame::second_row(rip) * frame::SECOND_COLUMNS;
-        let at = (row + frame::second_column(rip)) as usize;
+        let at = frame::second_set(rip, context) as usize;
         if let Some(e) = self.second.get_mut(at) {
             *e = [frame::second_tag(rip, context, variant as u64), code];
         }
@@ -147,7 +155,7 @@ impl Tables {
         self.forget_cached_jumps(0);
         self.forget_cached_jumps(1);
         self.second.fill([frame::NO_TAG, 0]);
-        self.pages = [0; 64];
+        self.pages.fill(0);
     }
 
     fn forget_cached_jumps(&mut self, half: usize) {
@@ -175,6 +183,13 @@ impl Tables {
 
     /// Acts on an event of the interpreter's TLB.
     pub fn apply(&mut self, event: TlbEvent) {
+        self.upper_changed |= match event {
+            TlbEvent::FlushAll | TlbEvent::ContextsAnew => true,
+            TlbEvent::Page(la) => {
+                half(la) == 1 && (self.has_jumps(la) || self.has_jumps(la.wrapping_sub(0x1000)))
+            }
+            TlbEvent::FlushLower | TlbEvent::WriteProtect(_) => false,
+        };
         match event {
             TlbEvent::FlushLower => self.forget_half(0),
             TlbEvent::FlushAll => {
@@ -200,6 +215,17 @@ impl Tables {
         }
     }
 
+    /// Whether jumps into the page of an address may be known.
+    fn has_jumps(&self, la: u64) -> bool {
+        let (word, bit) = page_bit(la);
+        self.pages[word] & bit != 0
+    }
+
+    /// Whether the mapping of code in the upper half may have changed since this was last asked.
+    pub const fn take_upper_changed(&mut self) -> bool {
+        std::mem::replace(&mut self.upper_changed, false)
+    }
+
     /// Forgets where code in the page at a linear address is, in every context; and in the page before, whose last instruction may reach
     /// into it.
     fn forget_jumps_in(&mut self, page: u64) {
@@ -211,12 +237,10 @@ impl Tables {
         const OFFSETS: u64 = 0x0fff;
         /// Bits of a tag that are the page's.
         const PAGE: u64 = 0x0000_ffff_ffff_f000;
-        let (word, bit) = page_bit(page);
-        if self.pages[word] & bit == 0 {
+        if !self.has_jumps(page) {
             return;
         }
-        let row = (frame::second_row(page) * frame::SECOND_COLUMNS) as usize;
-        for e in self.second.iter_mut().skip(row).take(frame::SECOND_COLUMNS as usize) {
+        for e in &mut self.second {
             if e[0] & PAGE == page & PAGE {
                 e[0] = frame::NO_TAG;
             }

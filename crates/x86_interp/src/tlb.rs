@@ -10,7 +10,7 @@
 use x86::addr::PAGE_MASK;
 
 /// Entries for each kind of rights.
-pub const SETS: usize = 1024;
+pub const SETS: usize = 8192;
 /// Rights with which an access is made, as an index: supervisor, supervisor with AC (SMAP override), user.
 const VARIANTS: usize = 3;
 /// Numbers below 4096 fit a tag's offset bits; 0 marks an empty entry.
@@ -82,6 +82,8 @@ pub struct Tlb {
     forced_slow: bool,
     /// Frames (by number, 64 a word) for which an entry with the right to write may exist.
     writable: Vec<u64>,
+    /// For some of them, hashed: the frame and its only entry, or [`MANY`].
+    only: Box<[(u64, usize)]>,
     /// A page that is not global was filled in the upper half.
     upper_has_local: bool,
     /// Hashed GiBs from which a large page was filled, per half.
@@ -91,6 +93,10 @@ pub struct Tlb {
     uses: u64,
 }
 
+/// Frames whose only entry is remembered.
+const HINTS: usize = 4096;
+/// Instead of a number: a frame has several entries, or unknown ones.
+const MANY: usize = usize::MAX;
 /// Events remembered; more become a flush.
 const MAX_EVENTS: usize = 64;
 /// How many PCIDs keep their translations (Linux uses 6).
@@ -109,6 +115,7 @@ impl Default for Tlb {
             next: 3,
             forced_slow: false,
             writable: Vec::new(),
+            only: vec![(u64::MAX, MANY); HINTS].into_boxed_slice(),
             upper_has_local: false,
             large: [0; 2],
             pcids: Vec::new(),
@@ -169,14 +176,21 @@ impl Tlb {
     pub fn fill(&mut self, la: u64, variant: usize, entry: Entry, page_shift: u32, global: bool) {
         self.note_filled(la, page_shift, global);
         if entry.write_tag != 0 {
-            self.note_writable(entry.gfn);
+            self.note_writable(entry.gfn, Self::slot(la, variant));
         }
         if let Some(slot) = self.entries.get_mut(Self::slot(la, variant)) {
             *slot = entry;
         }
     }
 
-    fn note_writable(&mut self, gfn: u64) {
+    fn note_writable(&mut self, gfn: u64, slot: usize) {
+        let (known, only) = (self.may_be_writable(gfn), &mut self.only[gfn as usize % HINTS]);
+        *only = match *only {
+            (frame, s) if frame == gfn && (s == slot || !known) => (gfn, slot),
+            (frame, _) if frame == gfn => (gfn, MANY),
+            // Entries of a frame that lost its place are found by search.
+            _ => (gfn, if known { MANY } else { slot }),
+        };
         let word = (gfn / 64) as usize;
         if word >= self.writable.len() {
             self.writable.resize(word + 1, 0);
@@ -184,6 +198,10 @@ impl Tlb {
         if let Some(w) = self.writable.get_mut(word) {
             *w |= 1 << (gfn % 64);
         }
+    }
+
+    fn may_be_writable(&self, gfn: u64) -> bool {
+        self.writable.get((gfn / 64) as usize).is_some_and(|w| w >> (gfn % 64) & 1 != 0)
     }
 
     /// Whether an entry with the right to write a frame may exist; from now on none does.
@@ -397,7 +415,18 @@ impl Tlb {
             return;
         }
         self.tell(if one { TlbEvent::WriteProtect(gfns.start) } else { TlbEvent::FlushAll });
-        for e in self.entries.iter_mut().filter(|e| gfns.contains(&(e.gfn & !TRACED))) {
+        let only = self.only[gfns.start as usize % HINTS];
+        let searched = match only {
+            (frame, slot) if one && frame == gfns.start && slot != MANY => slot..slot + 1,
+            _ => 0..self.entries.len(),
+        };
+        for e in self
+            .entries
+            .get_mut(searched)
+            .unwrap_or_default()
+            .iter_mut()
+            .filter(|e| gfns.contains(&(e.gfn & !TRACED)))
+        {
             if e.write_tag != 0 {
                 e.write_tag = 0;
                 e.gfn |= TRACED;

@@ -90,24 +90,22 @@ impl Lowering<'_> {
         self.exit(jump, offset, Entry::Link);
     }
 
-    /// Goes on in another page, by the jump cache.
+    /// Goes on in another page.
     fn leave_page(&mut self, offset: u64) {
         let Some(page_rip) = self.facts.page_rip else {
             self.rip_to(S0, offset);
             return self.leave_indirect(None);
         };
         let target = page_rip.wrapping_add(offset);
-        let rips = frame::JUMPS + self.variant as i32 * frame::JUMP_STRIDE;
-        let at = rips + 8 * frame::jump_set(target) as i32;
+        if page_rip >> 63 == 0 || i32::try_from(offset as i64).is_err() {
+            self.asm.mov_imm(S0, target);
+            return self.leave_indirect(None);
+        }
+        // Kernel code: linked too, until the mapping of some code in the upper half changes.
         let poll = self.poll();
-        self.asm.mov_imm(S0, target);
-        self.asm.cmp_gs(at, S0);
-        let other = self.asm.jcc(cc::NE);
-        self.asm.jmp_gs(at + frame::JUMP_HOSTS);
-        self.asm.bind(poll);
-        self.asm.mov_imm(S0, target);
-        self.asm.bind(other);
-        self.lookup(None);
+        self.exit(poll, offset, Entry::Poll);
+        let jump = self.asm.jmp();
+        self.exit(jump, offset, Entry::Link);
     }
 
     /// A conditional jump; the straight line goes on where it is not taken.
@@ -325,7 +323,8 @@ impl Lowering<'_> {
         plain: bool,
     ) {
         let number = self.exit_base + self.exits.len() as u32;
-        self.exits.push(Exit { place, target: target as u16, variant, plain });
+        let stub = self.asm.here() as u32;
+        self.exits.push(Exit { place, stub, target: target as i32, variant, plain });
         self.asm.call_gs(frame::TAKE_EXIT);
         self.asm.bytes(&number.to_le_bytes());
     }

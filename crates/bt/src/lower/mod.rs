@@ -132,8 +132,10 @@ pub struct Site {
 pub struct Exit {
     /// Offset of the jump's 32-bit displacement, if it may be linked to another fragment of the page.
     pub place: Option<u32>,
-    /// Offset of the target in the page.
-    pub target: u16,
+    /// Offset of the code that leaves by this exit.
+    pub stub: u32,
+    /// Offset of the target from the first byte of the page; outside of the page only in code that knows its RIP.
+    pub target: i32,
     /// Rights there.
     pub variant: Variant,
     /// To code without groups.
