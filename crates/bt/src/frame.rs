@@ -102,6 +102,8 @@ pub const FP_SITE: i32 = 0x210;
 /// Selectors of ES, CS, SS, DS, FS, GS, four bytes each; those of CS and SS only while [`MODE`] is 0.
 pub const SELECTORS: i32 = 0x218;
 
+/// CR2.
+pub const CR2: i32 = 0x330;
 /// Host address at which translated code goes on behind an instruction that the interpreter did.
 pub const DONE: i32 = 0x230;
 /// Host address minus guest address of the pages that groups of accesses have checked, one per group of a fragment.

@@ -20,6 +20,17 @@ struct Mode {
     control: [u64; 4],
 }
 
+/// What became of a miss.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fill {
+    /// Translated code finds it now.
+    Done,
+    /// There is nothing for translated code to find: a device, a trace, a crossing.
+    Unfit,
+    /// The guest's tables do not allow it.
+    Fault,
+}
+
 impl BtVcpu {
     fn mode(&mut self) -> Mode {
         let cpu = self.interp.cpu();
@@ -52,22 +63,32 @@ impl BtVcpu {
             && cpu.s.activity == Activity::Running;
         // What the fragment remembers of translations holds only if none was taken back (INV-GROUP-1).
         let untouched = !self.apply_events();
-        state::fill(self.interp.cpu(), &self.frame);
+        state::fill(self.interp.cpu(), &self.frame, self.counter);
         same && untouched
     }
 
-    /// Has the second-level TLB know an access within a page of plain RAM. False: there is nothing for translated code to find.
-    fn fill(&mut self, la: u64, size: usize, write: bool) -> bool {
+    /// Has the second-level TLB know an access within a page of plain RAM.
+    fn fill(&mut self, la: u64, size: usize, write: bool) -> Fill {
         let cpu = self.interp.cpu();
         if la & 0xfff > 4096 - size as u64 || !is_canonical(la) {
-            return false;
+            return Fill::Unfit;
         }
         let kind = if write { AccessKind::Write } else { AccessKind::Read };
         let access = Access { kind, ..cpu.data_access(kind) };
-        let Ok(Target::Ram(Hva(_), _)) = cpu.resolve(la, access) else { return false };
+        let cr2 = cpu.s.cr2;
+        match cpu.resolve(la, access) {
+            Ok(Target::Ram(Hva(_), _)) => {}
+            Ok(Target::Device(_)) => return Fill::Unfit,
+            Err(_) => {
+                // It is not certain that the guest is to see this one.
+                cpu.s.cr2 = cr2;
+                return Fill::Fault;
+            }
+        }
         let entry = cpu.tlb.entry(la, cpu.variant);
         let tag = cpu.tlb.tag(la);
-        if write { entry.write_tag == tag } else { entry.read_tag == tag }
+        let there = if write { entry.write_tag == tag } else { entry.read_tag == tag };
+        if there { Fill::Done } else { Fill::Unfit }
     }
 
     /// Whether the frame's TLB already had the page: the access then missed for another reason.
@@ -104,25 +125,25 @@ impl Callouts for BtVcpu {
             _ => return action::LEAVE,
         };
         self.bt.misses += 1;
-        state::read(self.interp.cpu(), &self.frame);
+        state::read_mode(self.interp.cpu(), &self.frame);
         let la = self.frame.get(frame::ADDRESS);
         let variant = self.interp.cpu().variant;
-        if !self.is_known(la, variant, write) && self.fill(la, size, write) {
+        let filled = if self.is_known(la, variant, write) { Fill::Unfit } else { self.fill(la, size, write) };
+        if filled == Fill::Done {
             self.apply_events();
             self.tables.make_room();
             return again(&placed.site);
         }
-        self.frame.set(frame::DONE, placed.done);
-        if group {
+        if group && filled == Fill::Unfit {
             // Guest state is as it was: the same instruction is next, in code without groups.
             self.bt.plain_exits += 1;
+            self.frame.set(frame::DONE, placed.done);
             return action::DONE;
         }
-        if self.interpret(&placed) && placed.done != 0 {
-            action::DONE | behind(&placed.site)
-        } else {
-            action::LEAVE
-        }
+        state::read(self.interp.cpu(), &self.frame);
+        let done = self.interpret(&placed) && placed.done != 0 && !group;
+        self.frame.set(frame::DONE, placed.done);
+        if done { action::DONE | behind(&placed.site) } else { action::LEAVE }
     }
 
     fn callout(&mut self, site: u32) -> u64 {

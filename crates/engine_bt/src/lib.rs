@@ -87,6 +87,8 @@ pub struct BtVcpu {
     knobs: Knobs,
     host: Host,
     amd: bool,
+    /// What the guest's TSC (before its offset) is ahead of the host's, while the vCPU runs.
+    counter: Option<u64>,
     /// The next fragment is one without groups.
     next_plain: bool,
     /// Callouts by instruction.
@@ -129,6 +131,7 @@ impl BtVcpu {
             host: if knobs.fp { host } else { host.without_fp() },
             knobs,
             amd,
+            counter: None,
             next_plain: false,
             callouts: rustc_hash::FxHashMap::default(),
             bt: BtStats::default(),
@@ -143,6 +146,7 @@ impl BtVcpu {
             if let Some(exit) = exit {
                 return exit;
             }
+            state::drop_resume_flag(self.interp.cpu());
             if !state::eligible(self.interp.cpu()) {
                 self.block(LONG_BLOCK);
                 continue;
@@ -209,7 +213,7 @@ impl BtVcpu {
     fn key(&mut self) -> Option<(Key, bt::Facts)> {
         let gfn = self.interp.code_frame()?;
         let cpu = self.interp.cpu();
-        let facts = state::facts(cpu, self.host);
+        let facts = state::facts(cpu, self.host, self.counter);
         let offset = (cpu.rip & 0xfff) as u16;
         if self.tables.take_upper_changed() {
             self.cache.unlink_pages();
@@ -341,7 +345,7 @@ impl BtVcpu {
         let cpu = self.interp.cpu();
         let rip = cpu.rip;
         let variant = state::variant(cpu);
-        state::fill(cpu, &self.frame);
+        state::fill(cpu, &self.frame, self.counter);
         if !self.cache.is_plain(fragment) {
             self.tables.set_jump(rip, code, variant);
         }
@@ -424,6 +428,7 @@ impl Vcpu for BtVcpu {
         let cpu = self.interp.cpu();
         cpu.serve_invalidations();
         state::begin(cpu, self.host, &self.frame);
+        self.counter = cpu.io.tsc_delta();
         let exit = self.run_loop();
         holder.leave();
         exit

@@ -31,6 +31,13 @@ impl Host {
     }
 }
 
+/// RF only keeps instruction breakpoints quiet, and ends with the next instruction (SDM 3B 17.3.1.1): without breakpoints nobody can tell.
+pub fn drop_resume_flag(cpu: &mut Cpu) {
+    if cpu.system_flag(rflags::RF) && cpu.s.dr7 & x86::bits::dr::DR7_ENABLES == 0 {
+        cpu.system_flags &= !rflags::RF;
+    }
+}
+
 /// Whether the code at RIP may be translated: 64-bit, at level 0 or 3, with plain memory accesses.
 pub fn eligible(cpu: &Cpu) -> bool {
     cpu.code_size == CodeSize::Bits64
@@ -70,8 +77,8 @@ fn fp_level(cpu: &Cpu, host: Host) -> FpLevel {
     }
 }
 
-/// What translations of the code at RIP may rely on.
-pub fn facts(cpu: &Cpu, host: Host) -> Facts {
+/// What translations of the code at RIP may rely on. `counter`: what the guest's TSC is ahead of the host's, if that does not change.
+pub fn facts(cpu: &Cpu, host: Host, counter: Option<u64>) -> Facts {
     let variant = variant(cpu);
     let user = variant == Variant::User;
     // Only kernel code knows its address: user pages are mapped at many.
@@ -84,7 +91,7 @@ pub fn facts(cpu: &Cpu, host: Host) -> Facts {
         syscall: cpu.s.msr.efer & efer::SCE != 0,
         smap: cpu.s.cr4 & cr4::SMAP != 0,
         fsgsbase: cpu.s.cr4 & cr4::FSGSBASE != 0,
-        rdtsc: cpu.s.cr4 & cr4::TSD == 0 && cpu.io.tsc_delta().is_some(),
+        rdtsc: cpu.s.cr4 & cr4::TSD == 0 && counter.is_some(),
         bmi2: host.bmi2,
         plain: false,
     }
@@ -102,7 +109,7 @@ pub fn begin(cpu: &Cpu, host: Host, frame: &Frame) {
 }
 
 /// The `Cpu` into the frame.
-pub fn fill(cpu: &mut Cpu, frame: &Frame) {
+pub fn fill(cpu: &mut Cpu, frame: &Frame, counter: Option<u64>) {
     for (at, value) in (frame::GPR..).step_by(8).zip(&cpu.gpr[..16]) {
         frame.set(at, *value);
     }
@@ -116,6 +123,7 @@ pub fn fill(cpu: &mut Cpu, frame: &Frame) {
     for (at, segment) in (frame::SELECTORS..).step_by(4).zip(&cpu.s.seg) {
         frame.set32(at, u32::from(segment.selector));
     }
+    frame.set(frame::CR2, cpu.s.cr2);
     frame.set(frame::CONTEXT, cpu.tlb.context[0]);
     frame.set(frame::CONTEXT + 8, cpu.tlb.context[1]);
     let m = &cpu.s.msr;
@@ -125,7 +133,7 @@ pub fn fill(cpu: &mut Cpu, frame: &Frame) {
     let masked = m.sfmask;
     let keep = !((masked & 0xd5) << 8 | (masked >> 11 & 1));
     frame.set(frame::SYSCALL_KEEP_STATUS, keep);
-    frame.set(frame::TSC_OFFSET, cpu.io.tsc_delta().unwrap_or(0).wrapping_add(m.tsc_offset));
+    frame.set(frame::TSC_OFFSET, counter.unwrap_or(0).wrapping_add(m.tsc_offset));
     frame.set(frame::TSC_AUX, m.tsc_aux);
     frame.set(
         frame::FP_AREA,
@@ -150,6 +158,11 @@ pub fn read(cpu: &mut Cpu, frame: &Frame) {
         cpu.s.seg[segment].base = base;
         cpu.seg_base[segment] = base;
     }
+    read_mode(cpu, frame);
+}
+
+/// Level and RFLAGS of the frame into the `Cpu`: what decides about rights.
+pub fn read_mode(cpu: &mut Cpu, frame: &Frame) {
     let mode = frame.get32(frame::MODE);
     let system_flags = frame.get(frame::SYSFLAGS);
     if mode == 0 && system_flags == cpu.system_flags {

@@ -59,6 +59,14 @@ impl Lowering<'_> {
                 self.asm.store(frame::GS_BASE, S1);
                 self.asm.store(frame::KERNEL_GS_BASE, S0);
             }
+            Mnemonic::Mov if i.op1_register() == iced_x86::Register::CR2 && supervisor => {
+                let r = i.op0_register();
+                let host = if in_frame(r) { S0 } else { host_number(r) };
+                self.asm.load(host, frame::CR2);
+                if in_frame(r) {
+                    self.asm.store(frame_slot(r), S0);
+                }
+            }
             Mnemonic::Mov => return self.read_selector(i),
             Mnemonic::Rdfsbase | Mnemonic::Rdgsbase if self.facts.fsgsbase => self.read_base(i),
             Mnemonic::Wrfsbase | Mnemonic::Wrgsbase if self.facts.fsgsbase => self.write_base(i, live_before),
