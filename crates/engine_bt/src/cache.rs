@@ -217,6 +217,23 @@ impl Cache {
         }
     }
 
+    /// If the exit is that of a dropped fragment's entries, and `fragment` has taken its place: the old entries lead there directly, so that jumps
+    /// linked to them need no engine.
+    pub fn forward(&mut self, link: u32, fragment: u32) {
+        let Some(l) = self.links.get(link as usize).filter(|l| l.place == 0 && l.from != fragment) else {
+            return;
+        };
+        let pair = (self.entries.get(l.from as usize), self.entries.get(fragment as usize));
+        if let (Some(old), Some(new)) = pair
+            && old.key == new.key
+        {
+            self.code.redirect(old.inner as usize, new.inner as usize);
+            if old.key.page_rip == 0 {
+                self.code.redirect(old.at as usize, new.at as usize);
+            }
+        }
+    }
+
     /// Undoes the links between pages: the mapping of some code has changed.
     pub fn unlink_pages(&mut self) {
         for link in std::mem::take(&mut self.between_pages) {

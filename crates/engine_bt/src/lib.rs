@@ -396,9 +396,13 @@ impl BtVcpu {
         let flushes = self.bt.flushes;
         if let Some(fragment) = self.find_key(key, facts)
             && flushes == self.bt.flushes
-            && self.cache.link(number, fragment, other_page || bt::unit::may_cross(u64::from(key.offset)))
         {
-            self.bt.links += 1;
+            let reach = other_page || bt::unit::may_cross(u64::from(key.offset));
+            if self.cache.link(number, fragment, reach) {
+                self.bt.links += 1;
+            } else {
+                self.cache.forward(number, fragment);
+            }
         }
     }
 
