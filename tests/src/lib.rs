@@ -5,6 +5,7 @@
 
 pub mod guest;
 pub mod pty;
+pub mod rsp;
 
 use std::io::{Read, Write as _};
 use std::path::{Path, PathBuf};

@@ -1,5 +1,7 @@
 //! Exits: any event that takes a vCPU out of plain guest execution. Each has a cause and a count.
 
+use crate::debug::DebugStop;
+
 /// Why [`crate::Vcpu::run`] returned.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum VcpuExit {
@@ -11,6 +13,8 @@ pub enum VcpuExit {
     Halted,
     /// Triple fault: the vCPU is in shutdown.
     TripleFault,
+    /// The debugger wanted to stop here.
+    Debug(DebugStop),
 }
 
 macro_rules! causes {

@@ -3,10 +3,12 @@
 //! A vCPU thread calls [`Vcpu::run`] in a loop; the engine comes back with a [`VcpuExit`]. Everything a vCPU
 //! does to devices goes through [`CpuIo`], and everything the outside does to a vCPU goes through [`Signals`].
 
+pub mod debug;
 pub mod exits;
 pub mod io;
 pub mod signals;
 
+pub use debug::{Debug, DebugStop};
 pub use exits::{Cause, ExitStats, VcpuExit};
 pub use io::CpuIo;
 pub use signals::Signals;
@@ -22,6 +24,8 @@ pub trait Vcpu: Send {
     fn save(&mut self) -> CpuState;
     /// Takes on a state; everything derived from the old one is forgotten.
     fn restore(&mut self, state: &CpuState);
+    /// What a debugger outside of the guest wants from now on; replaces what it wanted before. It may have written code.
+    fn set_debug(&mut self, debug: &Debug);
     /// The signals that would wake the vCPU from [`VcpuExit::Halted`] now (an interrupt does not while RFLAGS.IF is clear).
     fn wake_mask(&self) -> u32;
     /// Instructions executed so far.

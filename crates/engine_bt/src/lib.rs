@@ -449,6 +449,10 @@ impl Vcpu for BtVcpu {
         self.absorb();
     }
 
+    fn set_debug(&mut self, debug: &engine::Debug) {
+        self.interp.set_debug(debug);
+    }
+
     fn wake_mask(&self) -> u32 {
         self.interp.wake_mask()
     }

@@ -7,6 +7,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueHint};
 
 use crate::bench::BenchArgs;
 use crate::control::{self, ControlTarget};
+use crate::gdb::{self, GdbTarget};
 use crate::image::Arch;
 use crate::options::{
     CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VmFlags,
@@ -34,6 +35,8 @@ Examples:
       A kernel and disks of your own.
   trellis boot --kernel xen --initrd 'vmlinuz console=hvc0,initrd' --append com1=115200
       A multiboot kernel with modules: --initrd 'FILE ARGS,FILE ARGS'.
+  trellis boot --gdb-wait
+      Waits for gdb before the first instruction: gdb -ex 'target remote :1234'. See docs/debugging.md.
   trellis boot debian-memtest86+-amd64 --vga text --memory 64M
       An image by its name in `trellis image list`.
 
@@ -295,6 +298,13 @@ pub struct MachineArgs {
     /// End after so many seconds, with status 124
     #[arg(long, value_name = "SECONDS", value_parser = parse_timeout, allow_hyphen_values = true, help_heading = "Run")]
     timeout: Option<f64>,
+    /// Let gdb attach: at a port, HOST:PORT or a path [default with --gdb alone: 127.0.0.1:1234]
+    #[arg(long, short = 's', value_name = "WHERE", value_parser = gdb::parse_target, num_args = 0..=1,
+          require_equals = true, default_missing_value = "", help_heading = "Run")]
+    gdb: Option<GdbTarget>,
+    /// Stop before the first instruction until gdb has attached; --gdb without it is assumed
+    #[arg(long, short = 'S', help_heading = "Run")]
+    gdb_wait: bool,
     /// Say at the end where the time went; with =FILE as JSON
     #[arg(long, value_name = "FILE", value_parser = parse_stats, num_args = 0..=1, require_equals = true,
           default_missing_value = "-", help_heading = "Run")]
@@ -330,6 +340,8 @@ impl MachineArgs {
             timeout_seconds: self.timeout,
             name: self.name,
             control: self.control,
+            gdb: self.gdb,
+            gdb_wait: self.gdb_wait,
             stats: self.stats,
             trace: self.trace,
             clock: self.clock,

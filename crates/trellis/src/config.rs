@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::control::{self, ControlTarget};
+use crate::gdb::{self, GdbTarget, Place};
 use crate::options::{
     CharTarget, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VirtualExec, VmFlags, parse_char_target,
     parse_choice, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
@@ -33,6 +34,8 @@ const KEYS: &[&str] = &[
     "timeout",
     "name",
     "control",
+    "gdb",
+    "gdb_wait",
     "stats",
     "trace",
     "clock",
@@ -67,7 +70,7 @@ enum OneOrMany {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "true, false or the name of a file is needed")]
+#[serde(untagged, expecting = "true, false or a string is needed")]
 enum Switch {
     Bool(bool),
     Text(String),
@@ -103,6 +106,9 @@ struct File {
     timeout: Option<Number>,
     name: Option<String>,
     control: Option<String>,
+    gdb: Option<Switch>,
+    #[serde(default)]
+    gdb_wait: bool,
     stats: Option<Switch>,
     trace: Option<PathBuf>,
     clock: Option<String>,
@@ -239,6 +245,8 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         timeout_seconds: value(text, "timeout", file.timeout, |number| parse_timeout(&number.text()))?,
         name: value(text, "name", file.name, |name| control::parse_name(&name))?,
         control: value(text, "control", file.control, |target| relative_control(base, &target))?,
+        gdb: value(text, "gdb", file.gdb, |switch| relative_gdb(base, switch))?.flatten(),
+        gdb_wait: file.gdb_wait,
         stats: value(text, "stats", file.stats, |switch| stats_of(base, switch))?.flatten(),
         trace: file.trace.map(|path| base.join(path)),
         clock: value(text, "clock", file.clock, |name| parse_choice(&name))?,
@@ -274,6 +282,19 @@ fn relative_control(base: &Path, text: &str) -> Result<ControlTarget, String> {
     Ok(match control::parse_target(text)? {
         ControlTarget::Path(path) => ControlTarget::Path(base.join(path)),
         other => other,
+    })
+}
+
+fn relative_gdb(base: &Path, switch: Switch) -> Result<Option<GdbTarget>, String> {
+    Ok(match switch {
+        Switch::Bool(on) => on.then(GdbTarget::default),
+        Switch::Text(text) => {
+            let mut target = gdb::parse_target(&text)?;
+            if let Place::Unix(path) = &mut target.place {
+                *path = base.join(&*path);
+            }
+            Some(target)
+        }
     })
 }
 
@@ -359,6 +380,15 @@ mod tests {
             let error = parsed(text).unwrap_err();
             assert!(error.contains(expected) && !error.contains('\n'), "{text:?}: {error}");
         }
+    }
+
+    #[test]
+    fn gdb_is_a_switch_or_a_place() {
+        assert_eq!(parsed("gdb = true\ngdb_wait = true").unwrap().gdb, Some(GdbTarget::default()));
+        assert_eq!(parsed("gdb = false").unwrap().gdb, None);
+        let flags = parsed("gdb = './g'").unwrap();
+        assert_eq!(flags.gdb.map(|gdb| gdb.place), Some(Place::Unix("/vm/./g".into())));
+        assert!(parsed("\ngdb = 'x'").unwrap_err().starts_with(":2: gdb: 'x'"));
     }
 
     #[test]

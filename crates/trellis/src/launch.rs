@@ -13,10 +13,12 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use vmm::boot::{self, BootSource, Protocol};
+use vmm::gdb::Stub;
 use vmm::{ClockMode, DiskConfig, EngineKind, Outcome, Sink, Stats, Vm, VmConfig, VmHandle};
 
 use crate::control::{Info, server};
 use crate::display::{self, Display};
+use crate::gdb::{self, GdbTarget};
 use crate::options::{ClockChoice, StatsTarget, VgaChoice};
 use crate::prepare::{Module, Output, Prepared};
 use crate::terminal::{
@@ -73,11 +75,14 @@ pub fn launch(prepared: Prepared) -> anyhow::Result<ExitCode> {
     let wiring = Wiring::of(&prepared);
     let (is_contract, stats) = (prepared.is_contract, prepared.stats.clone());
     let timeout = prepared.timeout_seconds.map(Duration::from_secs_f64);
+    let gdb = Gdb { target: prepared.gdb.clone(), wait: prepared.gdb_wait };
+    let gdb_place = gdb.bind()?;
     let socket = server::bind(prepared.name.as_deref(), &prepared.control).map_err(anyhow::Error::msg)?;
     let info = info(&prepared);
     let mut vm = Vm::new(config(prepared, &wiring)?)?;
     let handle = vm.handle();
     let _control = socket.map(|socket| socket.serve(handle.clone(), info)).transpose()?;
+    let stub = gdb_place.map(|place| gdb.serve(place, &handle)).transpose()?;
     let reason = Reason::default();
     let console = Console::start(handlers(&handle, &wiring, &reason), wiring.reads_input())
         .context("cannot set up the terminal")?;
@@ -97,7 +102,34 @@ pub fn launch(prepared: Prepared) -> anyhow::Result<ExitCode> {
         report(&vm.stats(), target)?;
     }
     let end = end_of(outcome?, is_contract, &reason);
+    if let Some((stub, _place)) = stub {
+        stub.end(end.exit_status());
+    }
     Ok(ExitCode::from(end.exit_status()))
+}
+
+/// `--gdb` and `--gdb-wait`.
+struct Gdb {
+    target: Option<GdbTarget>,
+    wait: bool,
+}
+
+impl Gdb {
+    fn bind(&self) -> anyhow::Result<Option<gdb::Bound>> {
+        let bound = self.target.as_ref().map(|target| gdb::bind(&target.place));
+        bound.transpose().map_err(anyhow::Error::msg)
+    }
+
+    /// Serves gdb from now on; says where.
+    fn serve(&self, mut place: gdb::Bound, handle: &VmHandle) -> anyhow::Result<(Stub, gdb::Bound)> {
+        let listener = place.take().context("the place for gdb is served already")?;
+        let arch = self.target.as_ref().and_then(|target| target.arch);
+        let stub = Stub::start(listener, handle.clone(), self.wait, arch)
+            .context("cannot start the thread that serves gdb")?;
+        let waits = if self.wait { "; nothing runs before" } else { "" };
+        tell(&format!("trellis: gdb can attach by: target remote {}{waits}\n", place.address));
+        Ok((stub, place))
+    }
 }
 
 /// What `trellis list` shows of the machine.

@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod display;
+pub mod gdb;
 pub mod image;
 pub mod launch;
 pub mod options;

@@ -9,6 +9,7 @@ use clap::ValueEnum;
 use x86::cpuid::{CpuModel, ModelError};
 
 use crate::control::ControlTarget;
+use crate::gdb::GdbTarget;
 use crate::suggest;
 
 /// Guest memory without `--memory`.
@@ -147,6 +148,10 @@ pub struct VmFlags {
     pub name: Option<String>,
     /// Its control socket.
     pub control: Option<ControlTarget>,
+    /// Where gdb is waited for.
+    pub gdb: Option<GdbTarget>,
+    /// Nothing runs before gdb has attached.
+    pub gdb_wait: bool,
     /// Statistics at the end.
     pub stats: Option<StatsTarget>,
     /// A trace of events into a file.
@@ -182,6 +187,8 @@ impl VmFlags {
             timeout_seconds: self.timeout_seconds.or(file.timeout_seconds),
             name: self.name.or(file.name),
             control: self.control.or(file.control),
+            gdb: self.gdb.or(file.gdb),
+            gdb_wait: self.gdb_wait || file.gdb_wait,
             stats: self.stats.or(file.stats),
             trace: self.trace.or(file.trace),
             clock: self.clock.or(file.clock),
@@ -211,6 +218,8 @@ impl VmFlags {
             timeout_seconds: self.timeout_seconds,
             name: self.name,
             control: self.control.unwrap_or_default(),
+            gdb: self.gdb.or_else(|| self.gdb_wait.then(GdbTarget::default)),
+            gdb_wait: self.gdb_wait,
             stats: self.stats,
             trace: self.trace,
             clock: self.clock.unwrap_or(ClockChoice::Host),
@@ -241,6 +250,8 @@ pub struct VmOptions {
     pub timeout_seconds: Option<f64>,
     pub name: Option<String>,
     pub control: ControlTarget,
+    pub gdb: Option<GdbTarget>,
+    pub gdb_wait: bool,
     pub stats: Option<StatsTarget>,
     pub trace: Option<PathBuf>,
     pub clock: ClockChoice,

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::control::ControlTarget;
+use crate::gdb::GdbTarget;
 use crate::image::{self, ImageSpec, Progress};
 use crate::options::{
     CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VmOptions,
@@ -94,6 +95,10 @@ pub struct Prepared {
     pub name: Option<String>,
     /// Its control socket.
     pub control: ControlTarget,
+    /// Where gdb is waited for.
+    pub gdb: Option<GdbTarget>,
+    /// Nothing runs before gdb has attached.
+    pub gdb_wait: bool,
     /// Statistics at the end.
     pub stats: Option<StatsTarget>,
     /// Trace file, open.
@@ -167,6 +172,8 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         timeout_seconds: options.timeout_seconds,
         name: options.name,
         control: options.control,
+        gdb: options.gdb,
+        gdb_wait: options.gdb_wait,
         stats: options.stats,
         trace,
         clock: options.clock,

@@ -10,14 +10,15 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use devices::chipset::PowerControl;
-use engine::Signals;
 use engine::signals::Signal;
+use engine::{DebugStop, Signals};
 
 use crate::snapshot::{Snapshot, SnapshotError};
 use crate::stats::Stats;
+use crate::vm::Vm;
 
 /// The value that a guest writes to port 0xf5 to have itself saved and restored.
 pub const SAVE_MARKER: u32 = 0x5a;
@@ -44,14 +45,26 @@ pub(crate) enum Event {
     Stats(Sender<Stats>),
     /// A snapshot; the machine goes on.
     Save(Sender<Result<Snapshot, SnapshotError>>),
-    /// Stand still until somebody drops the other end.
-    Pause(std::sync::mpsc::Receiver<()>, Sender<()>),
+    /// Tell that the machine stands still; it does so while [`Control::is_held`].
+    Pause(Sender<()>),
+    /// This vCPU stopped for the debugger.
+    Debug(usize, DebugStop),
+    /// Something to be done with the vCPUs at rest.
+    Order(Order),
 }
+
+/// What a debugger wants done with the machine.
+pub(crate) type Order = Box<dyn FnOnce(&mut Vm) + Send>;
 
 impl Event {
     /// Whether somebody waits for an answer.
     const fn is_request(&self) -> bool {
-        matches!(self, Self::Stats(_) | Self::Save(_) | Self::Pause(..))
+        matches!(self, Self::Stats(_) | Self::Save(_) | Self::Pause(_) | Self::Order(_))
+    }
+
+    /// Whether it is acted on while the machine stands still; the others wait.
+    const fn acts_in_pause(&self) -> bool {
+        self.is_request() || matches!(self, Self::Quit | Self::Panic | Self::Debug(..))
     }
 
     /// Whether it was caused by the machine, and so means nothing to its successor.
@@ -64,6 +77,7 @@ impl Event {
                 | Self::SaveMarker
                 | Self::TripleFault(_)
                 | Self::Stuck
+                | Self::Debug(..)
         )
     }
 }
@@ -85,6 +99,8 @@ struct Inner {
     input: bool,
     /// Nobody works the queue off (any more): requests are dropped, so that who waits for an answer is told.
     ended: bool,
+    /// How many want the machine to stand still.
+    holds: usize,
     signals: Vec<Arc<Signals>>,
 }
 
@@ -151,11 +167,35 @@ impl Control {
         self.lock().events.pop_front()
     }
 
+    /// From now on the machine stands still when it comes to rest, until [`Control::release`].
+    pub fn hold(&self) {
+        self.lock().holds += 1;
+    }
+
+    /// The end of a [`Control::hold`].
+    pub fn release(&self) {
+        let mut inner = self.lock();
+        inner.holds = inner.holds.saturating_sub(1);
+        self.changed.notify_all();
+    }
+
+    /// Whether the machine is to stand still.
+    pub fn is_held(&self) -> bool {
+        self.lock().holds != 0
+    }
+
+    /// Sleeps until something changes, at most so long.
+    pub fn wait_held(&self, limit: Duration) {
+        let inner = self.lock();
+        if inner.holds != 0 && !inner.events.iter().any(Event::acts_in_pause) {
+            let _woken = self.changed.wait_timeout(inner, limit);
+        }
+    }
+
     /// The next event that is acted on while the machine is paused; the others wait.
     pub fn next_in_pause(&self) -> Option<Event> {
         let mut inner = self.lock();
-        let acts = |e: &Event| matches!(e, Event::Quit | Event::Panic | Event::Stats(_) | Event::Save(_));
-        let at = inner.events.iter().position(acts)?;
+        let at = inner.events.iter().position(Event::acts_in_pause)?;
         inner.events.remove(at)
     }
 

@@ -1,7 +1,7 @@
 //! How other threads reach a running machine: its user's terminal, a control program, tests.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use devices::bus::lock;
@@ -13,7 +13,7 @@ use crate::input::{Input, Typed};
 use crate::machine::Machine;
 use crate::snapshot::{Snapshot, SnapshotError};
 use crate::stats::Stats;
-use crate::vm::Slot;
+use crate::vm::{Slot, Vm};
 
 /// A way to a machine. Cloned freely; it outlives the machine, and then does nothing.
 #[derive(Clone)]
@@ -25,7 +25,34 @@ pub struct VmHandle {
 
 /// The machine stands still until this is dropped.
 #[must_use = "the machine goes on when this is dropped"]
-pub struct Paused(#[expect(dead_code, reason = "dropping it is the message")] Sender<()>);
+pub struct Paused(Arc<Control>);
+
+impl Paused {
+    /// The machine stands still as soon as it comes to rest.
+    pub(crate) fn new(control: &Arc<Control>) -> Self {
+        control.hold();
+        Self(Arc::clone(control))
+    }
+
+    /// Has something done with the vCPUs at rest; `None` when the machine has ended.
+    pub(crate) fn order<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut Vm) -> R + Send + 'static,
+    ) -> Option<R> {
+        let (to, from) = channel();
+        self.0.post(Event::Order(Box::new(move |vm| {
+            // Whoever asked may have gone away.
+            let _gone = to.send(f(vm));
+        })));
+        from.recv().ok()
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}
 
 impl VmHandle {
     pub(crate) const fn new(control: Arc<Control>, input: Arc<Input>, slot: Slot) -> Self {
@@ -122,9 +149,14 @@ impl VmHandle {
     /// Stops the machine, its clock too, until the result is dropped. `None` when it has ended.
     #[must_use]
     pub fn pause(&self) -> Option<Paused> {
-        let (resume, resumed) = channel();
-        let (to, paused) = channel();
-        self.control.post(Event::Pause(resumed, to));
-        paused.recv().ok().map(|()| Paused(resume))
+        let paused = self.hold();
+        let (to, from) = channel();
+        self.control.post(Event::Pause(to));
+        from.recv().ok().map(|()| paused)
+    }
+
+    /// Keeps a machine that does not run yet from doing so.
+    pub fn hold(&self) -> Paused {
+        Paused::new(&self.control)
     }
 }

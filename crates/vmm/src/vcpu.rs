@@ -79,6 +79,7 @@ impl Seat {
                 VcpuExit::Kicked | VcpuExit::Budget => {}
                 VcpuExit::Halted => self.sleep(self.vcpu.wake_mask() | Signal::KICK.0),
                 VcpuExit::TripleFault => self.control.post(Event::TripleFault(self.index)),
+                VcpuExit::Debug(stop) => self.control.post(Event::Debug(self.index, stop)),
             }
         }
     }
@@ -102,6 +103,7 @@ impl Seat {
                 VcpuExit::Kicked | VcpuExit::Budget => futile = 0,
                 VcpuExit::Halted => self.idle(icount, &mut futile),
                 VcpuExit::TripleFault => self.control.post(Event::TripleFault(self.index)),
+                VcpuExit::Debug(stop) => self.control.post(Event::Debug(self.index, stop)),
             }
         }
     }

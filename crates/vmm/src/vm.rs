@@ -5,7 +5,6 @@
 //! Lock order: slot → device → interrupt controllers → local APIC → control.
 
 use std::any::Any;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
@@ -22,8 +21,9 @@ use crate::boot::{self, BootError, BootSource, Platform};
 use crate::clock::{GuestClock, HostCounter};
 use crate::config::{ClockMode, VmConfig};
 use crate::control::{Event, Woken};
+use crate::debug::Debugging;
 use crate::error::VmError;
-use crate::handle::VmHandle;
+use crate::handle::{Paused, VmHandle};
 use crate::machine::{Blueprint, Machine};
 use crate::sink::SharedSink;
 use crate::snapshot::{SavedVcpu, Snapshot, SnapshotError, State};
@@ -69,15 +69,17 @@ pub(crate) type Slot = Arc<Mutex<Option<Machine>>>;
 
 /// A virtual machine.
 pub struct Vm {
-    plan: Blueprint,
+    pub(crate) plan: Blueprint,
     source: BootSource,
     vga: bool,
     no_reboot: bool,
     timeout: Option<Duration>,
     input_possible: bool,
     clock_mode: ClockMode,
-    slot: Slot,
-    vcpus: Vec<Box<dyn Vcpu>>,
+    pub(crate) slot: Slot,
+    pub(crate) vcpus: Vec<Box<dyn Vcpu>>,
+    /// What a debugger wants of them.
+    pub(crate) debugging: Debugging,
     /// Counts of vCPUs that are gone, and of the whole.
     past: Stats,
 }
@@ -144,6 +146,7 @@ impl Vm {
             clock_mode: config.clock,
             slot: Slot::default(),
             vcpus: Vec::new(),
+            debugging: Debugging::default(),
         })
     }
 
@@ -171,6 +174,7 @@ impl Vm {
                 _ => vcpu.restore(&vcpu::application_processor(phys_bits)),
             }
         }
+        self.debugging.arm(&mut self.vcpus);
         *lock(&self.slot) = Some(machine);
         Ok(())
     }
@@ -186,6 +190,7 @@ impl Vm {
         for (vcpu, saved) in self.vcpus.iter_mut().zip(&state.vcpus) {
             vcpu.restore(&saved.state);
         }
+        self.debugging.arm(&mut self.vcpus);
         machine.restore_devices(&state.devices).map_err(SnapshotError::from)?;
         for (signals, saved) in machine.signals.iter().zip(&state.vcpus) {
             signals.raise(Signal(saved.pending & KEPT_SIGNALS));
@@ -295,18 +300,20 @@ impl Vm {
 
     fn run_until(&mut self, end: Option<Instant>) -> Result<Outcome, VmError> {
         loop {
-            while let Some(event) = self.plan.control.next() {
-                if let Some(outcome) = self.act(event, end)? {
+            if let Some(outcome) = self.stand_still(end)? {
+                return Ok(outcome);
+            }
+            if let Some(event) = self.plan.control.next() {
+                if let Some(outcome) = self.act(event)? {
                     return Ok(outcome);
                 }
-            }
-            if self.session(end)? == Woken::Timeout {
+            } else if self.session(end)? == Woken::Timeout {
                 return Ok(Outcome::Timeout);
             }
         }
     }
 
-    fn act(&mut self, event: Event, limit: Option<Instant>) -> Result<Option<Outcome>, VmError> {
+    fn act(&mut self, event: Event) -> Result<Option<Outcome>, VmError> {
         let end = match event {
             Event::PowerOff => Outcome::PoweredOff,
             Event::Reset if self.no_reboot => Outcome::Reset,
@@ -331,11 +338,17 @@ impl Vm {
                 let _gone = to.send(self.save());
                 return Ok(None);
             }
-            Event::Pause(resumed, paused) => {
-                return match paused.send(()) {
-                    Ok(()) => self.stand_still(&resumed, limit),
-                    Err(_) => Ok(None),
-                };
+            Event::Pause(to) => {
+                let _gone = to.send(());
+                return Ok(None);
+            }
+            Event::Debug(vcpu, stop) => {
+                self.debugging.report(vcpu, stop, Paused::new(&self.plan.control));
+                return Ok(None);
+            }
+            Event::Order(order) => {
+                order(self);
+                return Ok(None);
             }
             // Its join has said more by now; a panicking thread cannot be gone without a trace.
             Event::Panic => {
@@ -345,22 +358,19 @@ impl Vm {
         Ok(Some(end))
     }
 
-    /// Waits for the end of a pause: the other end is dropped, an error. Somebody may ask for statistics or a snapshot, or
-    /// for the end, meanwhile; the end may come by itself.
-    fn stand_still(
-        &mut self,
-        resumed: &Receiver<()>,
-        limit: Option<Instant>,
-    ) -> Result<Option<Outcome>, VmError> {
-        while resumed.recv_timeout(PAUSE_LOOK) == Err(RecvTimeoutError::Timeout) {
+    /// Waits while the machine is held. Somebody may ask for statistics or a snapshot, or for the end, meanwhile; the end may
+    /// come by itself.
+    fn stand_still(&mut self, limit: Option<Instant>) -> Result<Option<Outcome>, VmError> {
+        while self.plan.control.is_held() {
             while let Some(event) = self.plan.control.next_in_pause() {
-                if let Some(outcome) = self.act(event, limit)? {
+                if let Some(outcome) = self.act(event)? {
                     return Ok(Some(outcome));
                 }
             }
             if limit.is_some_and(|limit| Instant::now() >= limit) {
                 return Ok(Some(Outcome::Timeout));
             }
+            self.plan.control.wait_held(PAUSE_LOOK);
         }
         Ok(None)
     }
@@ -399,28 +409,38 @@ impl Vm {
             })
         };
         let mut threads = Vec::new();
+        let mut frozen = Vec::new();
         let mut failure = None;
         for ((index, vcpu), signals) in std::mem::take(&mut self.vcpus).into_iter().enumerate().zip(signals) {
+            if self.debugging.is_frozen(index) {
+                frozen.push((index, vcpu));
+                continue;
+            }
             let control = Arc::clone(&control);
             let seat = Seat { index, vcpu, signals, control, icount: icount(), asleep: Duration::ZERO };
             match seat.spawn() {
-                Ok(thread) => threads.push(thread),
+                Ok(thread) => threads.push((index, thread)),
                 Err(error) => failure = Some(VmError::Thread(error)),
             }
         }
         let woken = if failure.is_some() { Woken::Event } else { self.attend(end) };
         control.halt();
-        let joined: Vec<_> = threads.into_iter().map(join).collect();
+        let joined: Vec<_> = threads.into_iter().map(|(index, thread)| (index, join(thread))).collect();
         timers.stop();
         let timers_joined = timer_thread.map(join);
         clock.stop();
         let elapsed = started.elapsed();
         self.past.elapsed += elapsed;
-        for (left, past) in joined.into_iter().zip(&mut self.past.vcpus) {
+        for (index, left) in joined {
             let (vcpu, asleep) = left?;
-            self.vcpus.push(vcpu);
-            past.busy += elapsed.saturating_sub(asleep);
+            frozen.push((index, vcpu));
+            if let Some(past) = self.past.vcpus.get_mut(index) {
+                past.busy += elapsed.saturating_sub(asleep);
+            }
         }
+        let mut back = frozen;
+        back.sort_by_key(|&(index, _)| index);
+        self.vcpus = back.into_iter().map(|(_, vcpu)| vcpu).collect();
         timers_joined.transpose()?;
         failure.map_or(Ok(woken), Err)
     }

@@ -12,6 +12,7 @@ use x86::paging::Paging;
 use x86::state::{Activity, InterruptShadow, sreg};
 use x86::{CpuState, Exception, Segment};
 
+use crate::debug::DebugState;
 use crate::flags::LazyFlags;
 use crate::holder::VcpuHolder;
 use crate::intercept::Intercepts;
@@ -143,6 +144,8 @@ pub struct Cpu {
     pub trap_suppressed: bool,
     /// Debug conditions of the current instruction (DR6 bits), delivered after it.
     pub pending_debug: u64,
+    /// What a debugger outside of the guest wants.
+    pub debug: DebugState,
     /// Instructions whose handlers need the decoded form.
     pub instruction_slab: Vec<Instruction>,
     /// Instructions executed natively.
@@ -277,7 +280,7 @@ impl Cpu {
     pub fn derive_variant(&mut self) {
         let ac = self.system_flag(rflags::AC);
         self.variant = if self.s.cpl == 3 { 2 } else { usize::from(self.s.cr4 & cr4::SMAP != 0 && ac) };
-        let slow = self.alignment_checked() || self.data_breakpoints_armed();
+        let slow = self.alignment_checked() || self.data_breakpoints_armed() || self.debug.watches();
         self.tlb.force_slow(slow);
     }
 
@@ -299,13 +302,22 @@ impl Cpu {
         false
     }
 
-    /// Instructions have to be executed one at a time: single step, breakpoints, a shadow that ends.
+    /// The code at RIP may not be translated, nor run without a look at each boundary: [`Cpu::stepwise`], or breakpoints of
+    /// a debugger somewhere.
     #[inline(always)]
     pub fn careful(&self) -> bool {
+        self.debug.is_armed() || self.stepwise()
+    }
+
+    /// Instructions have to be executed one at a time: single step, breakpoints of the guest, watchpoints, a shadow that
+    /// ends.
+    #[inline(always)]
+    pub fn stepwise(&self) -> bool {
         self.system_flags & (rflags::TF | rflags::RF) != 0
             || self.s.dr7 & dr::DR7_ENABLES != 0
             || self.s.shadow != InterruptShadow::None
             || self.pending_debug != 0
+            || self.debug.is_stepwise()
     }
 
     /// After RFLAGS.IF, the interrupt shadow, NMI blocking or the activity changed.
@@ -321,6 +333,9 @@ impl Cpu {
             if !self.s.nmi_blocked && self.s.shadow != InterruptShadow::MovSs {
                 mask |= Signal::NMI.0;
             }
+        }
+        if self.debug.holds_interrupts() && self.s.activity == Activity::Running {
+            mask &= !(Signal::INTERRUPT.0 | Signal::NMI.0);
         }
         self.poll_mask = mask;
     }

@@ -9,6 +9,7 @@
 //! [`holder::VcpuHolder`].
 
 pub mod cpu;
+pub mod debug;
 pub mod decode;
 pub mod flags;
 pub mod holder;
@@ -98,6 +99,7 @@ impl Interp {
             fpu_touched: true,
             trap_suppressed: false,
             pending_debug: 0,
+            debug: debug::DebugState::default(),
             instruction_slab: Vec::new(),
             vector_slab: Vec::new(),
             kvmclock_version: 0,
@@ -127,6 +129,10 @@ impl Vcpu for Interp {
 
     fn restore(&mut self, state: &CpuState) {
         self.cpu.load(state);
+    }
+
+    fn set_debug(&mut self, debug: &engine::Debug) {
+        self.cpu.set_debug(debug);
     }
 
     fn wake_mask(&self) -> u32 {

@@ -139,6 +139,7 @@ impl Cpu {
         if entry.write_tag == self.tlb.tag(la) && la & PAGE_MASK <= PAGE_SIZE - size as u64 {
             return Ok(Place::Direct(Hva(la.wrapping_add(entry.addend))));
         }
+        self.debug.note_access(la, size, false);
         self.place_slow(seg, la, size)
     }
 
@@ -336,8 +337,10 @@ impl Cpu {
         if misaligned && self.alignment_checked() { Err(Exception::AC) } else { Ok(()) }
     }
 
-    /// Data breakpoints (SDM 3B 17.2.4): remembers the hit; the trap comes after the instruction.
+    /// Data breakpoints (SDM 3B 17.2.4) and a debugger's watchpoints: remembers the hit; the trap or stop comes after the
+    /// instruction.
     pub fn debug_data(&mut self, la: u64, len: usize, write: bool) {
+        self.debug.note_access(la, len, write);
         if self.s.dr7 & x86::bits::dr::DR7_ENABLES == 0 {
             return;
         }

@@ -1,7 +1,7 @@
 //! The interpreter's loop: find the decoded run at RIP, execute it, act on why it stopped.
 
 use engine::signals::Signal;
-use engine::{Cause, VcpuExit};
+use engine::{Cause, DebugStop, VcpuExit};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 use x86::addr::{Gpa, PAGE_MASK, PAGE_SIZE};
 use x86::bits::{dr, rflags};
@@ -44,24 +44,62 @@ impl Interp {
             if self.cpu.instructions >= end || storm > MAX_STORM {
                 return VcpuExit::Budget;
             }
-            let result = if self.cpu.careful() { self.step_carefully() } else { self.run_fast(end) };
-            if let Err(exception) = result {
-                interrupt::deliver_exception(&mut self.cpu, exception);
+            let raised = if self.cpu.careful() {
+                match self.run_carefully(end) {
+                    Ok(raised) => raised,
+                    Err(stop) => return VcpuExit::Debug(stop),
+                }
+            } else {
+                self.run_fast(end).map_err(|e| interrupt::deliver_exception(&mut self.cpu, e)).is_err()
+            };
+            if raised {
                 storm = if self.cpu.instructions == last { storm + 1 } else { 0 };
                 last = self.cpu.instructions;
             }
         }
     }
 
-    /// What another engine calls between its fragments: [`Interp::boundary`] and nothing else.
+    /// Executes one instruction, or a run of them where only breakpoints elsewhere want care. True if an exception was raised.
+    #[cold]
+    fn run_carefully(&mut self, end: u64) -> Result<bool, DebugStop> {
+        self.breakpoint()?;
+        let result = if self.needs_care() { self.step_carefully() } else { self.run_fast(end) };
+        let raised = result.map_err(|exception| self.deliver(exception)).is_err();
+        self.cpu.debug.take_stop().map_or(Ok(raised), Err)
+    }
+
+    /// Stops before an instruction where the debugger wants it.
+    fn breakpoint(&self) -> Result<(), DebugStop> {
+        if self.cpu.debug.breaks_at(code_address(&self.cpu)) { Err(DebugStop::Breakpoint) } else { Ok(()) }
+    }
+
+    /// Whether the next instruction has to be executed by itself. Breakpoints of a debugger concern the code of their own
+    /// page only, which [`Interp::run_fast`] does not leave.
+    #[inline(always)]
+    fn needs_care(&self) -> bool {
+        self.cpu.careful() && (self.cpu.stepwise() || self.cpu.debug.breaks_in_page(code_address(&self.cpu)))
+    }
+
+    /// Delivers an exception of the current instruction.
+    fn deliver(&mut self, exception: Exception) {
+        interrupt::deliver_exception(&mut self.cpu, exception);
+        self.cpu.debug.note_step(self.cpu.rip);
+    }
+
+    /// What another engine calls between its fragments: [`Interp::boundary`], and what a debugger wants of the instruction
+    /// before it and of the one behind it.
     pub fn attend(&mut self) -> Option<VcpuExit> {
-        self.boundary()
+        if !self.cpu.debug.is_armed() {
+            return self.boundary();
+        }
+        let stop = self.cpu.debug.take_stop().map(VcpuExit::Debug);
+        stop.or_else(|| self.boundary()).or_else(|| self.breakpoint().err().map(VcpuExit::Debug))
     }
 
     /// Executes one instruction, exceptions delivered: another engine's callout.
     pub fn step(&mut self) {
         if let Err(exception) = self.step_carefully() {
-            interrupt::deliver_exception(&mut self.cpu, exception);
+            self.deliver(exception);
         }
     }
 
@@ -69,9 +107,9 @@ impl Interp {
     /// cold code.
     pub fn run_block(&mut self, limit: u64) {
         let end = self.cpu.instructions + limit;
-        let result = if self.cpu.careful() { self.step_carefully() } else { self.run_fast(end) };
+        let result = if self.needs_care() { self.step_carefully() } else { self.run_fast(end) };
         if let Err(exception) = result {
-            interrupt::deliver_exception(&mut self.cpu, exception);
+            self.deliver(exception);
         }
     }
 
@@ -189,6 +227,7 @@ impl Interp {
         let shadow = self.cpu.s.shadow;
         if shadow != InterruptShadow::MovSs && self.deliver_debug_trap() {
             // The trap bit of a TSS: before the first instruction of the task.
+            self.cpu.debug.note_step(self.cpu.rip);
             return Ok(());
         }
         if !rf && shadow != InterruptShadow::MovSs {
@@ -220,6 +259,7 @@ impl Interp {
         if matches!(stop, Some(Stop::Fault(_))) {
             // The shadow belongs to an instruction that did not complete; an exception ends it.
             cpu.pending_debug = 0;
+            cpu.debug.forget_access();
         }
         cpu.instructions += u64::from(completes(stop));
         finish(cpu, &op, stop)?;
@@ -230,6 +270,7 @@ impl Interp {
         if cpu.s.shadow != InterruptShadow::MovSs {
             self.deliver_debug_trap();
         }
+        self.cpu.debug.note_step(self.cpu.rip);
         Ok(())
     }
 

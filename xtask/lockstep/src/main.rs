@@ -226,7 +226,7 @@ impl Walk<'_> {
                 return Ok(format!("ended: first difference after instruction {}", self.done));
             }
             match stepped.exit {
-                VcpuExit::Budget | VcpuExit::Kicked => {}
+                VcpuExit::Budget | VcpuExit::Kicked | VcpuExit::Debug(_) => {}
                 VcpuExit::TripleFault => return Ok("ended: triple fault".to_owned()),
                 VcpuExit::Halted => return Ok("ended: the guest waits for an interrupt".to_owned()),
             }

@@ -75,9 +75,8 @@ pub fn bind(name: Option<&str>, target: &ControlTarget) -> Result<Option<Bound>,
     let called = name.map_or_else(|| format!("vm-{}", std::process::id()), str::to_owned);
     match target {
         ControlTarget::None => Ok(None),
-        ControlTarget::Path(path) => {
-            bind_path(path).map(|listener| Some(Bound { listener, path: path.clone(), name: called }))
-        }
+        ControlTarget::Path(path) => bind_path(path, "control socket")
+            .map(|listener| Some(Bound { listener, path: path.clone(), name: called })),
         ControlTarget::Default => {
             if name.is_some() && directories().iter().any(|directory| is_taken(directory, &called)) {
                 return Err(format!("a machine named '{called}' is running; choose another --name"));
@@ -116,21 +115,19 @@ fn bind_in(directory: &Path, name: &str) -> io::Result<Bound> {
 }
 
 /// A socket where the user wants it.
-fn bind_path(path: &Path) -> Result<UnixListener, String> {
+pub(crate) fn bind_path(path: &Path, what: &str) -> Result<UnixListener, String> {
     let shown = path.display();
     if let Ok(metadata) = std::fs::symlink_metadata(path) {
         if !metadata.file_type().is_socket() {
-            return Err(format!("the control socket {shown} exists and is no socket; name another path"));
+            return Err(format!("the {what} {shown} exists and is no socket; name another path"));
         }
         if !is_stale(path) {
-            return Err(format!(
-                "the control socket {shown} belongs to a running program; name another path"
-            ));
+            return Err(format!("the {what} {shown} belongs to a running program; name another path"));
         }
         // Binding tells if it could not be removed.
         let _ = std::fs::remove_file(path);
     }
-    UnixListener::bind(path).map_err(|error| format!("cannot make the control socket {shown}: {error}"))
+    UnixListener::bind(path).map_err(|error| format!("cannot make the {what} {shown}: {error}"))
 }
 
 impl Bound {
@@ -437,8 +434,8 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("file");
         std::fs::write(&path, "keep me").unwrap();
-        assert!(bind_path(&path).unwrap_err().contains("no socket"));
-        assert!(bind_path(&home.path().join("a/b")).unwrap_err().contains("a/b"));
+        assert!(bind_path(&path, "socket").unwrap_err().contains("no socket"));
+        assert!(bind_path(&home.path().join("a/b"), "socket").unwrap_err().contains("a/b"));
         assert_eq!(std::fs::read(&path).unwrap(), b"keep me");
     }
 }

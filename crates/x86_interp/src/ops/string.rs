@@ -249,7 +249,7 @@ fn string<W: Width, E: Element>(cpu: &mut Cpu, op: &Op) -> Step {
         if count == 0 {
             return cpu.wrote();
         }
-        let careful = cpu.careful();
+        let careful = cpu.stepwise();
         let n = if careful { 0 } else { E::many::<W>(cpu, op, count)? };
         let n = if n == 0 {
             E::one::<W>(cpu, op)?;
