@@ -257,8 +257,8 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
 /// `software` leaves the choice among the software engines to the program.
 fn engine_of(exec: VirtualExec) -> EngineChoice {
     match exec {
-        // The translator will take its place here.
-        VirtualExec::Software => EngineChoice::Interp,
+        // Without hardware there is nothing else to choose automatically.
+        VirtualExec::Software => EngineChoice::Auto,
         VirtualExec::Hardware => EngineChoice::Kvm,
         VirtualExec::Automatic => EngineChoice::Auto,
     }
@@ -342,7 +342,7 @@ mod tests {
         assert_eq!(flags.serial, Some(CharTarget::File("/vm/log".into())));
         assert_eq!(flags.vga, Some(VgaChoice::Text));
         assert_eq!(flags.timeout_seconds, Some(1.5));
-        assert_eq!((flags.engine, flags.mmu), (Some(EngineChoice::Interp), Some(MmuChoice::Auto)));
+        assert_eq!((flags.engine, flags.mmu), (Some(EngineChoice::Auto), Some(MmuChoice::Auto)));
         assert_eq!(flags.stats, Some(StatsTarget::Print));
     }
 

@@ -136,7 +136,7 @@ struct Guest {
 /// # Errors
 /// One line, with the status it stands for.
 pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
-    let (engine, mmu) = decide_engine(options.engine, options.mmu)?;
+    let (engine, mmu) = decide_engine(options.engine, options.mmu, options.clock)?;
     check_memory(options.memory_bytes, host_memory_bytes())?;
     if options.serial == CharTarget::Stdio && options.debugcon == CharTarget::Stdio {
         tracing::info!("serial port and debug console share the terminal");
@@ -183,7 +183,11 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
 }
 
 /// The engine and MMU that this build and this host have.
-fn decide_engine(engine: EngineChoice, mmu: MmuChoice) -> Result<(EngineChoice, MmuChoice), PrepareError> {
+fn decide_engine(
+    engine: EngineChoice,
+    mmu: MmuChoice,
+    clock: ClockChoice,
+) -> Result<(EngineChoice, MmuChoice), PrepareError> {
     match engine {
         EngineChoice::Kvm if !Path::new("/dev/kvm").exists() => {
             return Err(Failure(
@@ -195,8 +199,12 @@ fn decide_engine(engine: EngineChoice, mmu: MmuChoice) -> Result<(EngineChoice, 
         }
         EngineChoice::Interp | EngineChoice::Bt | EngineChoice::Auto => {}
     }
-    // The translator is young: it has to be asked for.
-    let engine = if engine == EngineChoice::Bt { engine } else { EngineChoice::Interp };
+    let engine = match engine {
+        // The translator does not count instructions.
+        EngineChoice::Auto if clock == ClockChoice::Icount => EngineChoice::Interp,
+        EngineChoice::Auto => EngineChoice::Bt,
+        chosen => chosen,
+    };
     match mmu {
         MmuChoice::Hardware => Err(Failure(
             "the hardware MMU needs the engine kvm, which is not built yet; use --mmu software".to_owned(),
@@ -531,13 +539,20 @@ mod tests {
 
     #[test]
     fn engines_not_built_are_refused_with_advice() {
-        let refused = failure(decide_engine(EngineChoice::Kvm, MmuChoice::Auto));
+        let refused = failure(decide_engine(EngineChoice::Kvm, MmuChoice::Auto, ClockChoice::Host));
         assert!(refused.contains("use --engine interp"));
-        assert_eq!(decide_engine(EngineChoice::Bt, MmuChoice::Auto).unwrap().0, EngineChoice::Bt);
-        assert!(
-            failure(decide_engine(EngineChoice::Auto, MmuChoice::Hardware)).contains("use --mmu software")
+        assert_eq!(
+            decide_engine(EngineChoice::Bt, MmuChoice::Auto, ClockChoice::Host).unwrap().0,
+            EngineChoice::Bt
         );
-        assert_eq!(decide_engine(EngineChoice::Auto, MmuChoice::Auto).unwrap().0, EngineChoice::Interp);
+        assert!(
+            failure(decide_engine(EngineChoice::Auto, MmuChoice::Hardware, ClockChoice::Host))
+                .contains("use --mmu software")
+        );
+        assert_eq!(
+            decide_engine(EngineChoice::Auto, MmuChoice::Auto, ClockChoice::Host).unwrap().0,
+            EngineChoice::Bt
+        );
     }
 
     #[test]

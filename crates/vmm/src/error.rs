@@ -23,11 +23,11 @@ pub enum VmError {
     /// `--clock icount` runs everything on one thread.
     #[error("the clock icount needs exactly one CPU, not {0}; give --cpus 1 or --clock host")]
     IcountCpus(u32),
-    /// The binary translator runs one CPU on host time so far.
+    /// The binary translator does not count instructions.
     #[error(
-        "the engine bt runs one CPU on the host's clock so far; give --cpus 1 --clock host, or --engine interp"
+        "the clock icount counts instructions, which the engine bt does not; give --engine interp or --clock host"
     )]
-    BtAlone,
+    BtIcount,
     /// No memory for translated code.
     #[error("cannot get memory for translated code: {0}; use --engine interp")]
     CodeMemory(#[source] std::io::Error),

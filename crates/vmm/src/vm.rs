@@ -117,8 +117,8 @@ impl Vm {
         if config.clock == ClockMode::Icount && cpus != 1 {
             return Err(VmError::IcountCpus(config.cpus));
         }
-        if config.engine == crate::EngineKind::Bt && (cpus != 1 || config.clock == ClockMode::Icount) {
-            return Err(VmError::BtAlone);
+        if config.engine == crate::EngineKind::Bt && config.clock == ClockMode::Icount {
+            return Err(VmError::BtIcount);
         }
         let plan = Blueprint {
             memory_bytes: config.memory_bytes,

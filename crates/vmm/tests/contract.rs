@@ -79,3 +79,8 @@ fn contract_suite_is_reproducible_with_icount() {
 fn translated_all_tests_pass() {
     assert_all_pass(EngineKind::Bt, Protocol::Pvh, 1);
 }
+
+#[test]
+fn translated_all_tests_pass_with_two_vcpus() {
+    assert_all_pass(EngineKind::Bt, Protocol::Multiboot, 2);
+}

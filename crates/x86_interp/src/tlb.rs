@@ -133,6 +133,19 @@ const fn gib_bit(la: u64) -> u64 {
     1 << ((la >> 30 ^ la >> 36) & 63)
 }
 
+/// Where a frame's bit stands in [`Tlb::writable`]; frames beyond any memory (a TiB) have none, and count as writable.
+fn place(gfn: u64) -> Option<(usize, u64)> {
+    const FRAMES: u64 = 1 << 28;
+    let word = usize::try_from(gfn / 64).ok()?;
+    (gfn < FRAMES).then_some((word, 1 << (gfn % 64)))
+}
+
+/// Where a frame's only entry is remembered.
+#[expect(clippy::cast_possible_truncation, reason = "below the number of hints")]
+const fn hint(gfn: u64) -> usize {
+    (gfn % HINTS as u64) as usize
+}
+
 impl Tlb {
     /// The tag that an entry for `la` has now; never equal to an entry's while accesses must be slow.
     #[inline(always)]
@@ -184,32 +197,35 @@ impl Tlb {
     }
 
     fn note_writable(&mut self, gfn: u64, slot: usize) {
-        let (known, only) = (self.may_be_writable(gfn), &mut self.only[gfn as usize % HINTS]);
+        let known = self.may_be_writable(gfn);
+        let Some(only) = self.only.get_mut(hint(gfn)) else { return };
         *only = match *only {
             (frame, s) if frame == gfn && (s == slot || !known) => (gfn, slot),
             (frame, _) if frame == gfn => (gfn, MANY),
             // Entries of a frame that lost its place are found by search.
             _ => (gfn, if known { MANY } else { slot }),
         };
-        let word = (gfn / 64) as usize;
+        let Some((word, bit)) = place(gfn) else { return };
         if word >= self.writable.len() {
             self.writable.resize(word + 1, 0);
         }
         if let Some(w) = self.writable.get_mut(word) {
-            *w |= 1 << (gfn % 64);
+            *w |= bit;
         }
     }
 
     fn may_be_writable(&self, gfn: u64) -> bool {
-        self.writable.get((gfn / 64) as usize).is_some_and(|w| w >> (gfn % 64) & 1 != 0)
+        place(gfn).is_none_or(|(word, bit)| self.writable.get(word).is_some_and(|w| w & bit != 0))
     }
 
     /// Whether an entry with the right to write a frame may exist; from now on none does.
     fn take_writable(&mut self, gfn: u64) -> bool {
-        let Some(w) = self.writable.get_mut((gfn / 64) as usize) else { return false };
-        let bit = 1 << (gfn % 64);
-        let was = *w & bit != 0;
-        *w &= !bit;
+        let was = self.may_be_writable(gfn);
+        if let Some((word, bit)) = place(gfn)
+            && let Some(w) = self.writable.get_mut(word)
+        {
+            *w &= !bit;
+        }
         was
     }
 
@@ -415,7 +431,7 @@ impl Tlb {
             return;
         }
         self.tell(if one { TlbEvent::WriteProtect(gfns.start) } else { TlbEvent::FlushAll });
-        let only = self.only[gfns.start as usize % HINTS];
+        let only = self.only[hint(gfns.start)];
         let searched = match only {
             (frame, slot) if one && frame == gfns.start && slot != MANY => slot..slot + 1,
             _ => 0..self.entries.len(),
