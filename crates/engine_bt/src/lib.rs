@@ -30,6 +30,7 @@ use x86::CpuState;
 use x86::bits::is_canonical;
 use x86::cpuid::{Gate, Vendor};
 use x86_interp::holder::ALL_FRAMES;
+use x86_interp::tlb::TlbEvent;
 use x86_interp::{Interp, Parts};
 
 /// Places whose heat is remembered, by hash.
@@ -64,6 +65,8 @@ pub struct BtStats {
     pub dropped_frames: u64,
     /// Links made.
     pub links: u64,
+    /// Flushes of the lower half, of everything, and of single pages that the interpreter told of.
+    pub flush_events: [u64; 3],
     /// Times the check of a group failed.
     pub plain_exits: u64,
 }
@@ -173,6 +176,12 @@ impl BtVcpu {
         let Some(events) = &mut self.interp.cpu().tlb.events else { return false };
         let any = !events.is_empty();
         for event in events.drain(..) {
+            let kind = match event {
+                TlbEvent::FlushLower => 0,
+                TlbEvent::FlushAll | TlbEvent::ContextsAnew => 1,
+                TlbEvent::Page(_) | TlbEvent::WriteProtect(_) => 2,
+            };
+            self.bt.flush_events[kind] += 1;
             self.tables.apply(event);
         }
         any

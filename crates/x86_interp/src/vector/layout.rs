@@ -272,6 +272,14 @@ pub(super) fn normalize_x87(area: &mut FpuArea) {
     put(area, at::FSW, &(fsw & !0x8080 | summary).to_le_bytes());
 }
 
+/// Whether all bytes are zero, 64 at a time (components are multiples of 8 bytes).
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
+    let (chunks, rest) = bytes.as_chunks::<64>();
+    let word = |w: &[u8; 8]| u64::from_ne_bytes(*w);
+    rest.iter().all(|&b| b == 0)
+        && chunks.iter().all(|c| c.as_chunks::<8>().0.iter().map(word).fold(0, |a, w| a | w) == 0)
+}
+
 /// The components that this host has and the area keeps, but for PKRU: the guest's is in force only for the guest's own checks.
 #[must_use]
 pub fn host_components() -> u64 {
@@ -286,7 +294,7 @@ pub fn prepare_restore(area: &mut FpuArea) {
     let mut used = 3u64;
     for i in [component::AVX, component::OPMASK, component::ZMM_HI256, component::HI16_ZMM] {
         let c = l.components[i];
-        if c.offset != 0 && area.0[c.offset..c.offset + c.size].iter().any(|&b| b != 0) {
+        if c.offset != 0 && !is_zero(&area.0[c.offset..c.offset + c.size]) {
             used |= 1 << i;
         }
     }

@@ -6,7 +6,7 @@ use x86::Exception;
 use x86::bits::efer;
 use x86::state::{FPU_BYTES, FpuArea};
 
-use super::layout::{self, at, component, layout};
+use super::layout::{self, at, component, is_zero, layout};
 use super::{Control, VectorCpu, VectorOp};
 
 /// An instruction done here.
@@ -46,10 +46,6 @@ fn visible_len(i: usize, code64: bool) -> usize {
 
 fn xmm_len(code64: bool) -> usize {
     if code64 { 256 } else { 128 }
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.iter().all(|&b| b == 0)
 }
 
 /// Components not in their initial configuration. Component 1 without regard to MXCSR.
