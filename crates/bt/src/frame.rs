@@ -99,9 +99,11 @@ pub const COUNT_LOOKUPS: i32 = 0x208;
 /// RIP (in its page, or whole) of the last x87 instruction.
 pub const FP_SITE: i32 = 0x210;
 
-/// Selectors of ES, CS, SS, DS, FS, GS, four bytes each; those of CS and SS only while [`MODE`] is 0.
+/// Selectors of ES, CS, SS, DS, FS, GS, four bytes each.
 pub const SELECTORS: i32 = 0x218;
 
+/// Selectors of CS and SS that SYSCALL loads, then those of SYSRET to 64-bit code, four bytes each.
+pub const SYSCALL_SELECTORS: i32 = 0x338;
 /// CR2.
 pub const CR2: i32 = 0x330;
 /// Host address at which translated code goes on behind an instruction that the interpreter did.

@@ -123,6 +123,10 @@ pub fn fill(cpu: &mut Cpu, frame: &Frame, counter: Option<u64>) {
     for (at, segment) in (frame::SELECTORS..).step_by(4).zip(&cpu.s.seg) {
         frame.set32(at, u32::from(segment.selector));
     }
+    let selectors = syscall::selectors(cpu);
+    for (at, selector) in (frame::SYSCALL_SELECTORS..).step_by(4).zip(selectors) {
+        frame.set32(at, u32::from(selector));
+    }
     frame.set(frame::CR2, cpu.s.cr2);
     frame.set(frame::CONTEXT, cpu.tlb.context[0]);
     frame.set(frame::CONTEXT + 8, cpu.tlb.context[1]);

@@ -90,7 +90,7 @@ impl Lowering<'_> {
     }
 
     /// `mov [S0], S1` in `size` bytes.
-    fn store_element(&mut self, size: usize) {
+    pub(super) fn store_element(&mut self, size: usize) {
         match size {
             1 => self.asm.bytes(&[0x45, 0x88, 0x3e]),
             2 => self.asm.bytes(&[0x66, 0x45, 0x89, 0x3e]),

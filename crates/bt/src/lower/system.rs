@@ -67,7 +67,7 @@ impl Lowering<'_> {
                     self.asm.store(frame_slot(r), S0);
                 }
             }
-            Mnemonic::Mov => return self.read_selector(i),
+            Mnemonic::Mov => return self.read_selector(i, live_before),
             Mnemonic::Rdfsbase | Mnemonic::Rdgsbase if self.facts.fsgsbase => self.read_base(i),
             Mnemonic::Wrfsbase | Mnemonic::Wrgsbase if self.facts.fsgsbase => self.write_base(i, live_before),
             Mnemonic::Rdtsc | Mnemonic::Rdtscp if self.facts.rdtsc => {
@@ -176,26 +176,46 @@ impl Lowering<'_> {
         self.complete(first, false);
     }
 
-    /// MOV from a segment register other than CS and SS to a register of 32 or 64 bits.
-    fn read_selector(&mut self, i: &Instruction) -> bool {
-        use iced_x86::Register as R;
+    /// MOV from a segment register to a register or to memory.
+    fn read_selector(&mut self, i: &Instruction, live_before: u32) -> bool {
+        use iced_x86::{OpKind, Register as R};
         let number = match i.op1_register() {
             R::ES => 0,
+            R::CS => 1,
+            R::SS => 2,
             R::DS => 3,
             R::FS => 4,
             R::GS => 5,
             _ => return false,
         };
-        if i.op0_kind() != iced_x86::OpKind::Register || i.op0_register().size() < 4 {
-            return false;
+        let selector = frame::SELECTORS + 4 * number;
+        if i.op0_kind() == OpKind::Memory {
+            let Some(operand) = self.own_operand(i, live_before, 2, true, false) else { return false };
+            self.asm.lea(S0, S0, Some((S1, 0)), 0);
+            self.asm.load32(S1, selector);
+            self.store_element(2);
+            self.complete(operand.first, false);
+            return true;
         }
         let r = i.op0_register();
-        let host = if in_frame(r) { S0 } else { host_number(r) };
-        self.asm.load32(host, frame::SELECTORS + 4 * number);
-        if in_frame(r) {
-            self.asm.store(frame_slot(r), S0);
+        self.asm.load32(S0, selector);
+        match (in_frame(r), r.size()) {
+            (true, 2) => self.asm.store16(frame_slot(r), S0),
+            (true, _) => self.asm.store(frame_slot(r), S0),
+            (false, 2) => {
+                self.asm.bytes(&[0x66]);
+                self.asm.op32(Op::Mov, host_number(r), S0);
+            }
+            (false, _) => self.asm.op32(Op::Mov, host_number(r), S0),
         }
         true
+    }
+
+    /// The selectors of CS and SS become those of SYSCALL, or of SYSRET. Uses [`S0`].
+    fn take_selectors(&mut self, sysret: bool) {
+        let from = frame::SYSCALL_SELECTORS + if sysret { 8 } else { 0 };
+        self.asm.load(S0, from);
+        self.asm.store(frame::SELECTORS + 4, S0);
     }
 
     fn base_slot(i: &Instruction) -> i32 {
@@ -261,6 +281,7 @@ impl Lowering<'_> {
         self.asm.and_to(frame::SYSFLAGS, S0);
         self.asm.load32(S0, frame::SYSCALL_KEEP_STATUS);
         self.asm.and_to16(frame::FLAGS, S0);
+        self.take_selectors(false);
         self.asm.store_imm32(frame::MODE, frame::MODE_SYSCALL);
         self.asm.load(S0, frame::LSTAR);
         self.asm.test_bits32(frame::SYSFLAGS, ODD);
@@ -287,6 +308,7 @@ impl Lowering<'_> {
         self.asm.group1_32(1, S0, FIXED);
         self.asm.store(frame::SYSFLAGS, S0);
         self.decompose_flags(R11);
+        self.take_selectors(true);
         self.asm.store_imm32(frame::MODE, frame::MODE_SYSRET);
         self.alarm_if_pending();
         self.asm.mov(S0, RCX);

@@ -26,16 +26,23 @@ fn set_flat(cpu: &mut Cpu, cs: u16, ss: u16, dpl: u8, long: bool) {
     cpu.derive_variant();
 }
 
+/// Selectors of CS and SS that SYSCALL in 64-bit code loads, and those of SYSRET to 64-bit code.
+pub const fn selectors(cpu: &Cpu) -> [u16; 4] {
+    let kernel = (cpu.s.msr.star >> 32) as u16 & 0xfffc;
+    let user = (cpu.s.msr.star >> 48) as u16;
+    [kernel, kernel.wrapping_add(8), user.wrapping_add(16) | 3, user.wrapping_add(8) | 3]
+}
+
 /// The segments that SYSCALL in 64-bit code leaves, for an engine that did the rest.
 pub fn enter_flat(cpu: &mut Cpu) {
-    let cs = (cpu.s.msr.star >> 32) as u16 & 0xfffc;
-    set_flat(cpu, cs, cs.wrapping_add(8), 0, true);
+    let [cs, ss, ..] = selectors(cpu);
+    set_flat(cpu, cs, ss, 0, true);
 }
 
 /// The segments that SYSRET to 64-bit code leaves, for an engine that did the rest.
 pub fn return_flat(cpu: &mut Cpu) {
-    let star = (cpu.s.msr.star >> 48) as u16;
-    set_flat(cpu, star.wrapping_add(16) | 3, star.wrapping_add(8) | 3, 3, true);
+    let [.., cs, ss] = selectors(cpu);
+    set_flat(cpu, cs, ss, 3, true);
 }
 
 /// SYSCALL.
