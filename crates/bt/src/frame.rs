@@ -160,7 +160,7 @@ pub const fn jump_set(rip: u64) -> u32 {
 }
 
 /// Entries of the second-level jump table.
-pub const SECOND_JUMP_ENTRIES: u64 = 1 << 15;
+pub const SECOND_JUMP_ENTRIES: u64 = 1 << 17;
 
 /// The number of a target in the second-level jump table.
 #[must_use]

@@ -23,12 +23,13 @@ use cache::{Cache, Environments, Key, NO_FRAME, New, PlacedSite};
 use engine::{ExitStats, Vcpu, VcpuExit};
 use exec::Frame;
 use guestmem::Gfn;
+use iced_x86::Instruction;
 pub use knobs::Knobs;
 use state::Host;
 use tables::Tables;
 use x86::CpuState;
 use x86::bits::is_canonical;
-use x86::cpuid::{Gate, Vendor};
+use x86::cpuid::{CpuModel, Gate, Vendor};
 use x86_interp::holder::ALL_FRAMES;
 use x86_interp::tlb::TlbEvent;
 use x86_interp::{Interp, Parts};
@@ -71,10 +72,18 @@ pub struct BtStats {
     pub plain_exits: u64,
 }
 
-/// Whether two pages are equal in these 64-byte lines.
-fn lines_equal(a: &[u8; 4096], b: &[u8; 4096], lines: u64) -> bool {
-    let (a, b) = (a.as_chunks::<64>().0, b.as_chunks::<64>().0);
-    (0..64).filter(|n| lines >> n & 1 != 0).all(|n: usize| a[n] == b[n])
+/// Which instructions the CPU model announces, asked once for each form.
+struct Announced(Vec<Option<bool>>);
+
+impl Announced {
+    fn ask(&mut self, i: &Instruction, model: &CpuModel) -> bool {
+        let number = i.code() as usize;
+        if self.0.len() <= number {
+            self.0.resize(number + 1, None);
+        }
+        let Some(known) = self.0.get_mut(number) else { return false };
+        *known.get_or_insert_with(|| model.gate(i) == Gate::Announced)
+    }
 }
 
 /// A vCPU that runs translated code.
@@ -90,6 +99,7 @@ pub struct BtVcpu {
     knobs: Knobs,
     host: Host,
     amd: bool,
+    announced: Announced,
     /// What the guest's TSC (before its offset) is ahead of the host's, while the vCPU runs.
     counter: Option<u64>,
     /// The next fragment is one without groups.
@@ -134,6 +144,7 @@ impl BtVcpu {
             host: if knobs.fp { host } else { host.without_fp() },
             knobs,
             amd,
+            announced: Announced(Vec::new()),
             counter: None,
             next_plain: false,
             callouts: rustc_hash::FxHashMap::default(),
@@ -318,7 +329,8 @@ impl BtVcpu {
             return None;
         }
         let model = Arc::clone(&self.interp.cpu().model);
-        let announced = |i: &_| model.gate(i) == Gate::Announced;
+        let gates = std::cell::RefCell::new(&mut self.announced);
+        let announced = |i: &Instruction| gates.borrow_mut().ask(i, &model);
         let (sites, links) = self.cache.bases();
         let fragment = bt::translate(&unit, &page, facts, sites, links, &announced);
         // The bytes are traced only now that it is known which; if they changed meanwhile, another time.
@@ -344,8 +356,17 @@ impl BtVcpu {
 
     /// Traces lines of a frame; true if its bytes are still those given.
     fn trace(&mut self, gfn: Gfn, lines: u64, bytes: &[u8; 4096], version: u32) -> bool {
-        self.interp.cpu().trace_code(gfn, lines);
-        self.read_frame(gfn).is_some_and(|(now, v)| v == version && lines_equal(&now, bytes, lines))
+        let cpu = self.interp.cpu();
+        cpu.trace_code(gfn, lines);
+        let Some(page) = cpu.mem.page(gfn) else { return false };
+        let mut now = [0; 64];
+        let same = bytes.as_chunks::<64>().0.iter().enumerate().filter(|(n, _)| lines >> n & 1 != 0).all(
+            |(n, line)| {
+                cpu.mem.read_machine(guestmem::Hva(page.hva.0 + 64 * n as u64), &mut now);
+                now == *line
+            },
+        );
+        same && cpu.mem.code_version(gfn) == version
     }
 
     fn enter(&mut self, fragment: u32) {

@@ -7,7 +7,7 @@ use iced_x86::{Code, FlowControl, Instruction, OpKind};
 
 use x86::decode::condition;
 
-use super::{Exit, Lowering, SiteKind, target_live};
+use super::{Exit, Lowering, SiteKind};
 use crate::emit::{Asm, Fixup, Op, S0, S1, SP, cc};
 use crate::frame;
 use crate::unit::{self, STATUS};
@@ -115,7 +115,7 @@ impl Lowering<'_> {
             self.in_host = true;
         }
         let target = i.near_branch_target();
-        let live = target_live(target, self.page, self.facts);
+        let live = self.targets.live(target);
         let code = condition(i);
         if live == 0 && !self.is_backward(target) && !unit::may_cross(target) {
             let jump = self.asm.jcc(code);

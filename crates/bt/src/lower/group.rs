@@ -11,7 +11,7 @@
 use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
 use super::memory::Operand;
-use super::registers::{frame_slot, host_number, in_frame, is_write, writes_memory};
+use super::registers::{frame_slot, host_number, in_frame, is_write};
 use super::{Facts, Lowering, ident, vector};
 use crate::emit::{S0, S1, SP};
 use crate::frame;
@@ -61,6 +61,8 @@ pub(super) struct Plan {
     groups: Vec<Group>,
     /// For each instruction its group, and the displacement of its access from the group's lowest byte.
     members: Vec<Option<(usize, i32)>>,
+    /// For each instruction, whether it writes memory.
+    writes: Vec<bool>,
     /// Groups whose check was emitted.
     open: u32,
 }
@@ -70,7 +72,7 @@ fn number(r: Register) -> usize {
 }
 
 /// The access of an instruction, if it can share a check.
-fn access(i: &Instruction, facts: Facts, info: &mut InstructionInfoFactory) -> Option<Access> {
+fn access(i: &Instruction, facts: Facts, write: bool) -> Option<Access> {
     let stack = |disp, write| Access {
         base: Register::RSP,
         index: Register::None,
@@ -109,7 +111,6 @@ fn access(i: &Instruction, facts: Facts, info: &mut InstructionInfoFactory) -> O
         return None;
     }
     let disp = i32::try_from(i.memory_displacement64() as i64).ok()?;
-    let write = writes_memory(i, info);
     let scale = i.memory_index_scale();
     Some(Access { base, index, scale, disp, size: size as i32, write, aligned })
 }
@@ -137,18 +138,20 @@ fn constant_change(i: &Instruction, r: Register) -> Option<i32> {
 impl Plan {
     /// The plan of a unit.
     pub fn new(unit: &Unit, facts: Facts, info: &mut InstructionInfoFactory) -> Self {
-        let mut plan = Self { members: vec![None; unit.instructions.len()], ..Self::default() };
-        if facts.plain {
-            return plan;
-        }
+        let count = unit.instructions.len();
+        let mut plan =
+            Self { members: vec![None; count], writes: Vec::with_capacity(count), ..Self::default() };
         let mut values = [Value::default(); 17];
         let mut epoch = 0;
         for (n, i) in unit.instructions.iter().enumerate() {
-            if let Some(a) = access(i, facts, info) {
+            let info = info.info(i);
+            let write = info.used_memory().iter().any(|m| is_write(m.access()));
+            plan.writes.push(write);
+            if let Some(a) = access(i, facts, write).filter(|_| !facts.plain) {
                 plan.add(n, a, &values, epoch);
             }
             epoch += u32::from(matches!(i.mnemonic(), Mnemonic::Stac | Mnemonic::Clac));
-            for u in info.info(i).used_registers() {
+            for u in info.used_registers() {
                 let r = u.register();
                 if is_write(u.access()) && r.is_gpr() {
                     let v = &mut values[number(r)];
@@ -161,6 +164,11 @@ impl Plan {
         }
         plan.finish();
         plan
+    }
+
+    /// Whether an instruction writes memory.
+    pub fn writes(&self, n: usize) -> bool {
+        self.writes.get(n).copied().unwrap_or(true)
     }
 
     /// Which groups' checks were emitted, as a mask.

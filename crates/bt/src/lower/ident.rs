@@ -4,7 +4,7 @@ use iced_x86::{ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, Regist
 
 use super::Lowering;
 use super::memory::Operand;
-use super::registers::{Borrowed, frame_slot, host_number, in_frame, rename, writes_memory};
+use super::registers::{Borrowed, frame_slot, host_number, in_frame, rename};
 use crate::emit::{Op, S0, S1};
 use crate::frame;
 use crate::unit::{self, STATUS};
@@ -193,7 +193,7 @@ impl Lowering<'_> {
         if size == 0 || size > 16 {
             return false;
         }
-        let write = writes_memory(i, &mut self.info);
+        let write = self.plan.writes(self.number);
         let aligned = i.mnemonic() == Mnemonic::Cmpxchg16b;
         let Some(operand) = self.operand(i, live_before, size, write, aligned) else { return false };
         self.with_operand(i, needs, touches, operand)

@@ -176,7 +176,7 @@ pub struct Fragment {
 struct Lowering<'a> {
     asm: Asm,
     facts: Facts,
-    page: &'a [u8; 4096],
+    targets: Targets<'a>,
     info: InstructionInfoFactory,
     /// Rights at the current instruction.
     variant: Variant,
@@ -225,15 +225,15 @@ pub fn translate(
     let mut l = Lowering {
         asm: Asm::new(facts.bmi2),
         facts,
-        page,
+        targets: Targets { page, amd: facts.amd, known: Vec::with_capacity(8) },
         info: InstructionInfoFactory::new(),
         variant: facts.variant,
         in_host: false,
         fp_loaded: false,
-        misses: Vec::new(),
-        exits: Vec::new(),
-        pending: Vec::new(),
-        sites: Vec::new(),
+        misses: Vec::with_capacity(32),
+        exits: Vec::with_capacity(16),
+        pending: Vec::with_capacity(16),
+        sites: Vec::with_capacity(48),
         site_base,
         exit_base,
         callouts: 0,
@@ -255,7 +255,7 @@ pub fn translate(
         l.asm.store(frame::PAGE_RIP, crate::emit::S1);
     }
     let inner = l.asm.here();
-    let live = liveness(unit, page, facts);
+    let live = liveness(unit, &mut l.targets);
     l.plan = group::Plan::new(unit, facts, &mut l.info);
     let mut open = true;
     for (n, (i, &live_after)) in unit.instructions.iter().zip(&live[1..]).enumerate() {
@@ -316,30 +316,45 @@ const fn lines(start: u64, end: u64) -> u64 {
 }
 
 /// Live flags before each instruction, and after the last.
-fn liveness(unit: &Unit, page: &[u8; 4096], facts: Facts) -> Vec<u32> {
+fn liveness(unit: &Unit, targets: &mut Targets<'_>) -> Vec<u32> {
     let count = unit.instructions.len();
     let mut live = vec![0; count + 1];
     let last = unit.instructions.last();
     live[count] = match last {
-        Some(i) if i.is_jmp_short_or_near() => target_live(i.near_branch_target(), page, facts),
+        Some(i) if i.is_jmp_short_or_near() => targets.live(i.near_branch_target()),
         Some(i) if unit::ends_unit(i) => STATUS,
-        _ => target_live(unit.end as u64, page, facts),
+        _ => targets.live(unit.end as u64),
     };
     for (n, i) in unit.instructions.iter().enumerate().rev() {
         let (read, written) = unit::flag_effects(i);
         let mut after = live[n + 1];
         if i.is_jcc_short_or_near() {
-            after |= target_live(i.near_branch_target(), page, facts);
+            after |= targets.live(i.near_branch_target());
         }
         live[n] = after & !written | read;
     }
     live
 }
 
-fn target_live(offset: u64, page: &[u8; 4096], facts: Facts) -> u32 {
-    match usize::try_from(offset) {
-        Ok(o) if o < 4096 => unit::live_at(page, o, facts.amd),
-        _ => STATUS,
+/// Live flags at places of the page, found once each.
+struct Targets<'a> {
+    page: &'a [u8; 4096],
+    amd: bool,
+    known: Vec<(u64, u32)>,
+}
+
+impl Targets<'_> {
+    fn live(&mut self, offset: u64) -> u32 {
+        let Ok(at) = usize::try_from(offset) else { return STATUS };
+        if at >= 4096 {
+            return STATUS;
+        }
+        if let Some(known) = self.known.iter().find(|k| k.0 == offset) {
+            return known.1;
+        }
+        let live = unit::live_at(self.page, at, self.amd);
+        self.known.push((offset, live));
+        live
     }
 }
 

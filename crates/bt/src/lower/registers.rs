@@ -97,7 +97,3 @@ pub(super) fn rename(
 pub(super) const fn is_write(access: OpAccess) -> bool {
     matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
 }
-
-pub(super) fn writes_memory(i: &Instruction, info: &mut InstructionInfoFactory) -> bool {
-    info.info(i).used_memory().iter().any(|m| is_write(m.access()))
-}

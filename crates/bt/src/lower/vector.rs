@@ -5,7 +5,7 @@
 
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind};
 
-use super::registers::{rename, writes_memory};
+use super::registers::rename;
 use super::{FpLevel, Lowering};
 use crate::emit::{S0, S1, cc};
 use crate::frame;
@@ -159,7 +159,7 @@ impl Lowering<'_> {
         if !(1..=64).contains(&size) {
             return false;
         }
-        let write = writes_memory(i, &mut self.info);
+        let write = self.plan.writes(self.number);
         let aligned = must_align(i, size);
         let Some(operand) = self.operand(i, live_before, size, write, aligned) else { return false };
         self.with_operand(i, needs, touches, operand)
