@@ -1,7 +1,7 @@
 //! Control flow: direct jumps are linked by the engine within the page; other targets are looked up inline.
 //!
-//! INV-BT-2: every cycle of fragments polls. A jump that goes back, to another page, or anywhere by register or memory leaves the cache if
-//! the alarm is set, before it is taken.
+//! INV-BT-2: every cycle of fragments polls. A jump that goes back, or anywhere by register or memory, leaves the cache if the alarm is set; who
+//! only goes forward comes to an end.
 
 use iced_x86::{Code, FlowControl, Instruction, OpKind};
 
@@ -94,16 +94,19 @@ impl Lowering<'_> {
     fn leave_page(&mut self, offset: u64) {
         let Some(page_rip) = self.facts.page_rip else {
             self.rip_to(S0, offset);
-            return self.leave_indirect(None);
+            // Whoever goes forward only cannot come back without a jump that polls.
+            return self.leave_indirect(None, offset as i64 <= self.current as i64);
         };
         let target = page_rip.wrapping_add(offset);
         if page_rip >> 63 == 0 || i32::try_from(offset as i64).is_err() {
             self.asm.mov_imm(S0, target);
-            return self.leave_indirect(None);
+            return self.leave_indirect(None, true);
         }
         // Kernel code: linked too, until the mapping of some code in the upper half changes.
-        let poll = self.poll();
-        self.exit(poll, offset, Entry::Poll);
+        if offset as i64 <= self.current as i64 {
+            let poll = self.poll();
+            self.exit(poll, offset, Entry::Poll);
+        }
         let jump = self.asm.jmp();
         self.exit(jump, offset, Entry::Link);
     }
@@ -180,55 +183,41 @@ impl Lowering<'_> {
     }
 
     fn call_indirect(&mut self, i: &Instruction) -> bool {
-        let mark = (self.asm.here(), self.misses.len(), self.sites.len());
+        let mark = self.mark();
         self.spill(STATUS);
-        if !self.target_to(i, frame::TEMP) {
-            self.asm.code.truncate(mark.0);
-            self.misses.truncate(mark.1);
-            self.sites.truncate(mark.2);
+        if !self.target_to_s0(i) {
+            self.back_to(mark);
             return false;
         }
+        // The push needs both scratch registers.
+        self.asm.store(frame::TEMP, S0);
         self.push_return(i);
         self.asm.load(S0, frame::TEMP);
-        self.leave_indirect(Some(-8));
+        self.leave_indirect(Some(-8), true);
         true
     }
 
     fn jump_indirect(&mut self, i: &Instruction) -> bool {
-        let mark = (self.asm.here(), self.misses.len(), self.sites.len());
+        let mark = self.mark();
         self.spill(STATUS);
-        if !self.target_to(i, frame::TEMP) {
-            self.asm.code.truncate(mark.0);
-            self.misses.truncate(mark.1);
-            self.sites.truncate(mark.2);
+        if !self.target_to_s0(i) {
+            self.back_to(mark);
             return false;
         }
-        if i.op0_kind() == OpKind::Register {
-            self.register_to(S0, i.op0_register());
-        } else {
-            self.asm.load(S0, frame::TEMP);
-        }
-        self.leave_indirect(Some(0));
+        self.leave_indirect(Some(0), true);
         true
     }
 
-    /// An indirect target into a temporary (for a jump by register: nothing).
-    fn target_to(&mut self, i: &Instruction, temp: i32) -> bool {
+    /// An indirect target into [`S0`].
+    fn target_to_s0(&mut self, i: &Instruction) -> bool {
         if i.op0_kind() == OpKind::Register {
-            if i.op0_register().size() != 8 {
-                return false;
-            }
-            if i.is_call_near_indirect() {
-                self.register_to(S0, i.op0_register());
-                self.asm.store(temp, S0);
-            }
-            return true;
+            self.register_to(S0, i.op0_register());
+            return i.op0_register().size() == 8;
         }
         if i.memory_size().size() != 8 || self.own_operand(i, 0, 8, false, false).is_none() {
             return false;
         }
         self.asm.load_sum(S0, S0, S1);
-        self.asm.store(temp, S0);
         true
     }
 
@@ -249,13 +238,13 @@ impl Lowering<'_> {
             self.asm.load_sum(S0, S0, S1);
         }
         self.asm.lea(SP, SP, None, 8 + more);
-        self.leave_indirect(Some(8 + more as i8));
+        self.leave_indirect(Some(8 + more as i8), true);
     }
 
-    /// Goes on at the guest address in [`S0`]: inline lookup, after a poll. `popped`: what the instruction added to RSP, if it is one
+    /// Goes on at the guest address in [`S0`]: inline lookup, if `polls` after a poll. `popped`: what the instruction added to RSP, if it is one
     /// that faults itself when the address is not canonical.
-    pub(super) fn leave_indirect(&mut self, popped: Option<i8>) {
-        let poll = self.poll();
+    pub(super) fn leave_indirect(&mut self, popped: Option<i8>, polls: bool) {
+        let poll = polls.then(|| self.poll());
         let rips = frame::JUMPS + self.variant as i32 * frame::JUMP_STRIDE;
         self.asm.rotate_to(S1, S0, 10);
         self.asm.op32(Op::Xor, S1, S0);
@@ -264,7 +253,9 @@ impl Lowering<'_> {
         let other = self.asm.jcc(cc::NE);
         self.asm.jmp_index8(S1, rips + frame::JUMP_HOSTS);
         self.asm.bind(other);
-        self.asm.bind(poll);
+        if let Some(poll) = poll {
+            self.asm.bind(poll);
+        }
         self.lookup(popped);
     }
 

@@ -287,7 +287,7 @@ impl Lowering<'_> {
         self.asm.test_bits32(frame::SYSFLAGS, ODD);
         let odd = self.asm.jcc(cc::NE);
         self.variant = Variant::Supervisor;
-        self.leave_indirect(None);
+        self.leave_indirect(None, true);
         self.asm.bind(odd);
         self.asm.store(frame::RIP, S0);
         self.asm.jmp_gs(frame::LEAVE);
@@ -313,6 +313,6 @@ impl Lowering<'_> {
         self.alarm_if_pending();
         self.asm.mov(S0, RCX);
         self.variant = Variant::User;
-        self.leave_indirect(None);
+        self.leave_indirect(None, true);
     }
 }
