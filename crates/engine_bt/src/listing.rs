@@ -289,7 +289,8 @@ fn note(i: &Instruction) -> String {
 }
 
 const REGISTERS: [&str; 16] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+    "r15",
 ];
 
 /// Single fields of the frame.
@@ -330,7 +331,9 @@ fn frame_field(disp: i32) -> String {
         return (*name).to_owned();
     }
     let slot = usize::try_from((disp - frame::GPR) / 8).unwrap_or(usize::MAX);
-    if disp >= frame::GPR && let Some(name) = REGISTERS.get(slot) {
+    if disp >= frame::GPR
+        && let Some(name) = REGISTERS.get(slot)
+    {
         return format!("guest {name}");
     }
     let temps = frame::TEMP..frame::LOOKUP;
@@ -513,7 +516,9 @@ mod tests {
     fn frame_accesses_and_sites_are_named() {
         let l = listing(CODE, Variant::User);
         let text = l.render(false);
-        for expected in ["tlb read tag, user", "page rip", "; alarm", "MOV r64, r/m64: a read of 8 misses", "site 7"] {
+        for expected in
+            ["tlb read tag, user", "page rip", "; alarm", "MOV r64, r/m64: a read of 8 misses", "site 7"]
+        {
             assert!(text.contains(expected), "{expected} is not in\n{text}");
         }
         assert!(!text.contains('\x1b') && l.render(true).contains('\x1b'));
@@ -528,7 +533,7 @@ mod tests {
             (frame::REFILL + 24, "refill write, supervisor-ac"),
             (frame::JUMPS + frame::JUMP_STRIDE + frame::JUMP_HOSTS, "jump cache host, supervisor-ac"),
             (frame::TLB + 2 * frame::TLB_STRIDE + 16, "tlb host page, user"),
-            (-8, "frame -0x8"),
+            (0x4f0, "frame 0x4f0"),
         ] {
             assert_eq!(frame_field(disp), name);
         }

@@ -84,8 +84,7 @@ impl BtVcpu {
 
 impl Observers {
     fn any(&self) -> bool {
-        self.profile.is_some()
-            || self.trace.as_ref().is_some_and(|t| t.levels.fragments || t.levels.code)
+        self.profile.is_some() || self.trace.as_ref().is_some_and(|t| t.levels.fragments || t.levels.code)
     }
 }
 

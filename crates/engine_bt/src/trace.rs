@@ -96,8 +96,7 @@ pub enum Leave {
 
 impl Leave {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::Unlinked, Self::Signal, Self::Stale, Self::Instruction, Self::Target];
+    pub const ALL: [Self; 5] = [Self::Unlinked, Self::Signal, Self::Stale, Self::Instruction, Self::Target];
 
     /// The name in statistics and traces.
     #[must_use]
@@ -121,7 +120,8 @@ struct Registers {
 }
 
 const GPRS: [&str; 16] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+    "r15",
 ];
 const BASES: [&str; 6] = ["es.base", "cs.base", "ss.base", "ds.base", "fs.base", "gs.base"];
 const CONTROLS: [&str; 5] = ["cr0", "cr2", "cr3", "cr4", "cpl"];
