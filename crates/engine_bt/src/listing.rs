@@ -256,11 +256,15 @@ impl Source<'_> {
             .map(|(number, e)| ExitLine {
                 number,
                 place: e.place,
-                target: self.page_rip.wrapping_add(u64::from(e.target)),
+                target: self.page_rip.wrapping_add_signed(i64::from(e.target)),
             })
             .collect()
     }
 }
+
+/// Addresses of the code that fills the TLB: for accesses of their own, and for groups.
+const REFILLS: [std::ops::Range<i32>; 2] =
+    [frame::REFILL..frame::SECOND_TLB, frame::REFILL_GROUP..frame::REFILL_GROUP + 16 * frame::VARIANTS];
 
 /// The number of a site or an exit that stands in the code behind some calls: after how many more instructions, and what it is. See
 /// `bt::lower`: the engine finds it by the return address.
@@ -272,7 +276,7 @@ fn number_behind(i: &Instruction) -> Option<(u8, &'static str)> {
         frame::TAKE_EXIT => Some((0, "exit")),
         frame::CALLOUT => Some((0, "site")),
         d if (frame::LOOKUP..frame::REFILL).contains(&d) => Some((0, "site")),
-        d if (frame::REFILL..frame::SECOND_TLB).contains(&d) => Some((1, "site")),
+        d if REFILLS.iter().any(|refills| refills.contains(&d)) => Some((1, "site")),
         _ => None,
     }
 }
@@ -337,7 +341,7 @@ fn frame_field(disp: i32) -> String {
         return format!("guest {name}");
     }
     let temps = frame::TEMP..frame::LOOKUP;
-    let (lookups, refills) = (frame::LOOKUP..frame::REFILL, frame::REFILL..frame::SECOND_TLB);
+    let lookups = frame::LOOKUP..frame::REFILL;
     let (jumps, tlb) = (frame::JUMPS..frame::TLB, frame::TLB..frame::LOGS);
     let groups = frame::DELTAS..frame::DELTAS + 8 * i32::try_from(frame::MAX_GROUPS).unwrap_or(0);
     if groups.contains(&disp) {
@@ -346,9 +350,10 @@ fn frame_field(disp: i32) -> String {
         format!("temporary {}", (disp - frame::TEMP) / 8)
     } else if lookups.contains(&disp) {
         format!("look up, {}", rights((disp - frame::LOOKUP) / 8))
-    } else if refills.contains(&disp) {
-        let n = disp - frame::REFILL;
-        format!("refill {}, {}", if n & 8 == 0 { "read" } else { "write" }, rights(n / 16))
+    } else if let Some(refills) = REFILLS.iter().find(|refills| refills.contains(&disp)) {
+        let n = disp - refills.start;
+        let group = if refills.start == frame::REFILL_GROUP { " group" } else { "" };
+        format!("refill{group} {}, {}", if n & 8 == 0 { "read" } else { "write" }, rights(n / 16))
     } else if jumps.contains(&disp) {
         let n = disp - frame::JUMPS;
         let what = if n % frame::JUMP_STRIDE < frame::JUMP_HOSTS { "rip" } else { "host" };

@@ -74,7 +74,7 @@ impl BtVcpu {
         r.gauge("code memory used", Unit::Bytes, self.cache.code_bytes() as u64);
         r.gauge("code memory", Unit::Bytes, range.end - range.start);
         r.gauge("TC tables", Unit::Bytes, self.cache.table_bytes() as u64);
-        let second_jumps = 16 * frame::SECOND_ROWS * frame::SECOND_COLUMNS;
+        let second_jumps = 16 * frame::SECOND_JUMP_ENTRIES;
         let entries = x86_interp::tlb::SETS * frame::VARIANTS as usize;
         let second_tlb = (entries * std::mem::size_of::<x86_interp::tlb::Entry>()) as u64;
         r.gauge("TLB and jump cache", Unit::Bytes, frame::SIZE as u64 + second_jumps + second_tlb);

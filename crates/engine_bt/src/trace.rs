@@ -231,9 +231,10 @@ impl BtVcpu {
     fn left_to(&self) -> u64 {
         let exit = self.frame.get32(frame::EXIT);
         match self.cache.target(exit.wrapping_sub(1)) {
-            Some((key, offset)) if exit != 0 => {
-                let base = if key.page_rip == 0 { self.frame.get(frame::PAGE_RIP) } else { key.page_rip };
-                base.wrapping_add(offset)
+            Some(target) if exit != 0 => {
+                let base = target.from.page_rip;
+                let base = if base == 0 { self.frame.get(frame::PAGE_RIP) } else { base };
+                base.wrapping_add_signed(i64::from(target.offset))
             }
             _ => self.frame.get(frame::RIP),
         }
