@@ -115,6 +115,7 @@ impl Leave {
 struct Registers {
     gpr: [u64; 16],
     rflags: u64,
+    selectors: [u64; 6],
     bases: [u64; 6],
     control: [u64; 5],
 }
@@ -123,6 +124,7 @@ const GPRS: [&str; 16] = [
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
     "r15",
 ];
+const SELECTORS: [&str; 6] = ["es", "cs", "ss", "ds", "fs", "gs"];
 const BASES: [&str; 6] = ["es.base", "cs.base", "ss.base", "ds.base", "fs.base", "gs.base"];
 const CONTROLS: [&str; 5] = ["cr0", "cr2", "cr3", "cr4", "cpl"];
 
@@ -134,6 +136,7 @@ impl Registers {
         Self {
             gpr,
             rflags: cpu.flags.to_rflags() | cpu.system_flags,
+            selectors: s.seg.each_ref().map(|segment| u64::from(segment.selector)),
             bases: s.seg.each_ref().map(|segment| segment.base),
             control: [s.cr0, s.cr2, s.cr3, s.cr4, u64::from(s.cpl)],
         }
@@ -149,6 +152,7 @@ impl Registers {
         };
         compare(&GPRS, &self.gpr, &after.gpr);
         compare(&["rflags"], &[self.rflags], &[after.rflags]);
+        compare(&SELECTORS, &self.selectors, &after.selectors);
         compare(&BASES, &self.bases, &after.bases);
         compare(&CONTROLS, &self.control, &after.control);
         text
@@ -188,7 +192,8 @@ impl BtVcpu {
             if next != rip.wrapping_add(len) {
                 let _ = write!(changes, " rip={next:#x}");
             }
-            (trace.write)(format_args!("instruction {rip:016x} {text:<40}{changes}"));
+            let line = format!("instruction {rip:016x} {text:<40}{changes}");
+            (trace.write)(format_args!("{}", line.trim_end()));
         }
     }
 
@@ -273,7 +278,8 @@ mod tests {
 
     #[test]
     fn changes_name_only_what_changed() {
-        let plain = || Registers { gpr: [0; 16], rflags: 2, bases: [0; 6], control: [0; 5] };
+        let plain =
+            || Registers { gpr: [0; 16], rflags: 2, selectors: [0; 6], bases: [0; 6], control: [0; 5] };
         let mut after = plain();
         after.gpr[3] = 0x10;
         after.rflags = 0x46;
