@@ -110,7 +110,7 @@ pub fn parse_trace(text: &str) -> Result<TraceSpec, String> {
 fn file_alone(text: &str, names: &[&str]) -> Result<TraceSpec, String> {
     let is_listed = names.len() > 1 || text.contains(':');
     let near = |name: &str| suggest::nearest(name, LEVELS.iter().copied()).filter(|near| near.len() > 3);
-    let plain = !text.contains(['/', '.']);
+    let plain = names.iter().all(|name| !name.contains(['/', '.']));
     let some_level = names.iter().any(|name| LEVELS.contains(name));
     let wrong = names.iter().find(|name| !LEVELS.contains(*name)).copied().unwrap_or_default();
     match near(wrong) {
