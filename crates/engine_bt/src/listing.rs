@@ -95,8 +95,6 @@ pub struct Source<'a> {
     pub variant: bt::Variant,
     /// Numbers of the first site and exit.
     pub bases: (u32, u32),
-    /// Host address of the fragment, 0 if it is nowhere.
-    pub host: u64,
 }
 
 /// The formatter of everything shown.
@@ -193,7 +191,7 @@ impl Listing {
 impl Source<'_> {
     fn host_lines(&self) -> Vec<HostLine> {
         let code = &self.fragment.code;
-        let mut decoder = Decoder::with_ip(64, code, self.host, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NONE);
         let mut format = formatter();
         let mut lines = Vec::new();
         // In so many instructions a number stands in the code, and what it is.
@@ -206,7 +204,7 @@ impl Source<'_> {
                 let note = if value == u32::MAX { format!("no {what}") } else { format!("{what} {value}") };
                 lines.push(HostLine { at, bytes, text: format!(".long {value:#x}"), note });
                 let _at_end = decoder.set_position(at + 4);
-                decoder.set_ip(self.host + at as u64 + 4);
+                decoder.set_ip(at as u64 + 4);
                 number = None;
                 continue;
             }
@@ -483,7 +481,6 @@ mod tests {
             page_rip: 0xffff_ffff_8100_0000,
             variant,
             bases: (7, 3),
-            host: 0,
         })
     }
 

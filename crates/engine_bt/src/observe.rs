@@ -111,7 +111,6 @@ fn trace_made(trace: &Trace, made: &Made<'_>, rip: u64, host: u64) {
             page_rip: rip & !0xfff,
             variant: made.variant,
             bases: made.bases,
-            host,
         };
         (trace.write)(format_args!("code at {host:#x}\n{}", Listing::new(&source).render(false)));
     }

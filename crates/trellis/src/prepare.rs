@@ -152,7 +152,9 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
     };
     check_fits(&guest, &modules, options.memory_bytes)?;
     if let (Some(option), true) = (options.inside.needs_translator(), engine != EngineChoice::Bt) {
-        return Err(Usage(format!("{option} is of the translator's work; give --engine bt too")));
+        return Err(Usage(format!(
+            "{option} is of the translator's work; give --engine bt (it has no --clock icount)"
+        )));
     }
     let trace_file = options.inside.trace.as_ref().and_then(|trace| trace.file.as_deref());
     let trace_file = trace_file.map(|path| create(path, "trace")).transpose()?;

@@ -187,7 +187,6 @@ impl Translator {
             page_rip,
             variant: facts.variant,
             bases: (0, 0),
-            host: 0,
         };
         Some((Listing::new(&source), page_rip.wrapping_add(unit.end as u64)))
     }
