@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail};
 
-use super::{DumpArgs, PAGE};
+use super::DumpArgs;
 use crate::image::elf::{Segment, segments, string, u16_at, u32_at, u64_at};
 use crate::suggest;
 
@@ -90,7 +90,7 @@ impl Code {
 
     /// The page at an address; what is not known is no instruction.
     pub fn page(&self, page_rip: u64) -> [u8; 4096] {
-        let mut page = [UNKNOWN; PAGE as usize];
+        let mut page = [UNKNOWN; 4096];
         for (offset, byte) in (0u64..).zip(&mut page) {
             if let Some(known) = self.byte(page_rip.wrapping_add(offset)) {
                 *byte = known;
