@@ -8,7 +8,7 @@ use bt::unit::Unit;
 use bt::{Fragment, SiteKind, frame};
 use iced_x86::{Code, Decoder, DecoderOptions, FastFormatter, Instruction, OpKind, Register};
 
-/// A host instruction.
+/// A host instruction, or a number that stands in the code.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HostLine {
     /// Offset in the fragment.
@@ -19,6 +19,8 @@ pub struct HostLine {
     pub text: String,
     /// What it touches in the frame, in words; empty if nothing.
     pub note: String,
+    /// It is a number, which is not executed.
+    pub is_number: bool,
 }
 
 /// A guest instruction with the straight line's code for it.
@@ -163,7 +165,8 @@ impl Listing {
     /// Host instructions on the straight line, entry included.
     #[must_use]
     pub fn straight_instructions(&self) -> usize {
-        self.entry.len() + self.lines.iter().map(|l| l.host.len()).sum::<usize>()
+        let straight = self.lines.iter().flat_map(|l| &l.host);
+        self.entry.iter().chain(straight).filter(|line| !line.is_number).count()
     }
 
     /// Guest bytes of the unit.
@@ -202,7 +205,7 @@ impl Source<'_> {
                 let bytes = value.to_vec();
                 let value = value.iter().rev().fold(0u32, |n, byte| n << 8 | u32::from(*byte));
                 let note = if value == u32::MAX { format!("no {what}") } else { format!("{what} {value}") };
-                lines.push(HostLine { at, bytes, text: format!(".long {value:#x}"), note });
+                lines.push(HostLine { at, bytes, text: format!(".long {value:#x}"), note, is_number: true });
                 let _at_end = decoder.set_position(at + 4);
                 decoder.set_ip(at as u64 + 4);
                 number = None;
@@ -213,7 +216,7 @@ impl Source<'_> {
             let mut text = String::new();
             format.format(&i, &mut text);
             let bytes = code[at..decoder.position()].to_vec();
-            lines.push(HostLine { at, bytes, text, note: note(&i) });
+            lines.push(HostLine { at, bytes, text, note: note(&i), is_number: false });
         }
         lines
     }
@@ -509,6 +512,8 @@ mod tests {
         assert_eq!(l.lines[0].text, "add rax, rbx");
         assert_eq!(l.lines[0].host.last().unwrap().text, "add rax, rbx");
         assert!(l.lines[2].host.is_empty(), "a NOP costs nothing");
+        assert_eq!(l.lines[3].host.iter().filter(|h| h.is_number).count(), 1, "CPUID's site");
+        assert_eq!(l.straight_instructions(), l.lines.iter().map(|line| line.host.len()).sum::<usize>() - 1);
         assert!(l.lines[4].text.contains("0xffffffff81000100"), "{}", l.lines[4].text);
         assert_eq!(l.exits[0].target, 0xffff_ffff_8100_0100);
         assert_eq!(l.exits[0].number, 3);
