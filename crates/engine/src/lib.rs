@@ -6,11 +6,13 @@
 pub mod debug;
 pub mod exits;
 pub mod io;
+pub mod report;
 pub mod signals;
 
 pub use debug::{Debug, DebugStop};
 pub use exits::{Cause, ExitStats, VcpuExit};
 pub use io::CpuIo;
+pub use report::Report;
 pub use signals::Signals;
 
 use x86::CpuState;
@@ -32,4 +34,8 @@ pub trait Vcpu: Send {
     fn instructions(&self) -> u64;
     /// Counted exits and other events.
     fn stats(&self) -> &ExitStats;
+    /// What the engine says of its own work, beyond exits. It is asked while the vCPU stands still.
+    fn report(&self) -> Report {
+        Report::default()
+    }
 }

@@ -136,6 +136,21 @@ impl Cache {
         self.code.used()
     }
 
+    /// Host addresses of code memory.
+    pub fn code_range(&self) -> std::ops::Range<u64> {
+        self.code.address(0)..self.code.address(usize::MAX)
+    }
+
+    /// Bytes of what is kept beside the code: entries, sites, links, and about as much as the index takes.
+    pub fn table_bytes(&self) -> usize {
+        let of = |count: usize, size: usize| count * size;
+        of(self.entries.capacity(), size_of::<Entry>())
+            + of(self.index.capacity(), size_of::<(Key, u32)>() + 1)
+            + of(self.pages.capacity(), size_of::<(Gfn, PageCode)>() + 1)
+            + of(self.sites.capacity(), size_of::<(Site, u32)>())
+            + of(self.links.capacity(), size_of::<Link>() + size_of::<u32>())
+    }
+
     /// Numbers for the next fragment's sites and exits.
     pub fn bases(&self) -> (u32, u32) {
         (self.sites.len() as u32, self.links.len() as u32)
@@ -201,6 +216,11 @@ impl Cache {
         let link = self.links.get(link as usize)?;
         let from = self.entries.get(link.from as usize)?.key;
         Some(Target { from, offset: link.target, variant: link.variant, plain: link.plain })
+    }
+
+    /// Whether an exit can be linked at all.
+    pub fn may_link(&self, link: u32) -> bool {
+        self.links.get(link as usize).is_some_and(|l| l.place != 0)
     }
 
     /// Links an exit to a fragment, if it can be. Exits to another page are linked until [`Cache::unlink_pages`].

@@ -64,7 +64,9 @@ impl BtVcpu {
         // What the fragment remembers of translations holds only if none was taken back (INV-GROUP-1).
         let untouched = !self.apply_events();
         state::fill(self.interp.cpu(), &self.frame, self.counter);
-        same && untouched
+        let stays = same && untouched;
+        self.observers.refused = !stays;
+        stays
     }
 
     /// Has the second-level TLB know an access within a page of plain RAM.

@@ -3,7 +3,7 @@
 #![expect(clippy::cast_possible_truncation, reason = "distances within code memory")]
 #![expect(unsafe_code, reason = "maps code memory and writes it")]
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap_anonymous, mprotect, mremap, munmap};
 
 /// Code memory. Offsets count from its first byte, in both mappings.
 pub struct CodeMemory {
@@ -22,18 +22,18 @@ impl CodeMemory {
     /// # Errors
     /// When the host gives no executable memory.
     pub fn new(len: usize) -> rustix::io::Result<Self> {
-        let fd = rustix::fs::memfd_create("trellis-code", rustix::fs::MemfdFlags::CLOEXEC)?;
-        rustix::fs::ftruncate(&fd, len as u64)?;
-        // SAFETY: fresh mappings at addresses of the kernel's choice.
-        let (write, exec) = unsafe {
-            let rw = ProtFlags::READ | ProtFlags::WRITE;
-            let write = mmap(std::ptr::null_mut(), len, rw, MapFlags::SHARED, &fd, 0)?;
-            let exec =
-                mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::EXEC, MapFlags::SHARED, &fd, 0)?;
-            (write.cast(), exec.cast())
-        };
+        // Shared anonymous memory: code in a memfd `perf` would not look up in the perf map.
+        let rx = ProtFlags::READ | ProtFlags::EXEC;
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let exec = unsafe { mmap_anonymous(std::ptr::null_mut(), len, rx, MapFlags::SHARED)? };
+        // SAFETY: an old size of 0 leaves the shared mapping as it is and makes another of the same pages (mremap(2)).
+        let write = unsafe { mremap(exec, 0, len, MremapFlags::MAYMOVE) };
         // No code lies at offset 0: a place of 0 is none.
-        Ok(Self { write, exec, len, used: 16 })
+        let memory = Self { write: write.unwrap_or(exec).cast(), exec: exec.cast(), len, used: 16 };
+        let write = write?;
+        // SAFETY: the new mapping, which nothing uses yet.
+        unsafe { mprotect(write, len, MprotectFlags::READ | MprotectFlags::WRITE)? };
+        Ok(memory)
     }
 
     /// Bytes in use.
@@ -85,7 +85,11 @@ impl CodeMemory {
 
 impl Drop for CodeMemory {
     fn drop(&mut self) {
-        // SAFETY: our own mappings, not used after this.
-        let _unmapped = unsafe { (munmap(self.write.cast(), self.len), munmap(self.exec.cast(), self.len)) };
+        // SAFETY: our own mapping, not used after this.
+        let _unmapped = unsafe { munmap(self.exec.cast(), self.len) };
+        if self.write != self.exec {
+            // SAFETY: as above.
+            let _unmapped = unsafe { munmap(self.write.cast(), self.len) };
+        }
     }
 }

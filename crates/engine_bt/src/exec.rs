@@ -408,6 +408,11 @@ impl Frame {
         self.0.alarm().store(0, Ordering::SeqCst);
     }
 
+    /// Whether somebody rang.
+    pub fn is_alarmed(&self) -> bool {
+        self.0.alarm().load(Ordering::Relaxed) != 0
+    }
+
     /// The host address of a place in the frame.
     pub fn address(&self, at: i32) -> u64 {
         debug_assert!((0..=frame::SIZE as i32).contains(&at));

@@ -13,8 +13,13 @@ mod callout;
 mod code_memory;
 mod exec;
 mod knobs;
+pub mod listing;
+mod observe;
+pub mod perf_map;
+mod report;
 mod state;
 mod tables;
+pub mod trace;
 
 use std::sync::Arc;
 
@@ -70,6 +75,14 @@ pub struct BtStats {
     pub flush_events: [u64; 3],
     /// Times the check of a group failed.
     pub plain_exits: u64,
+    /// Direct exits in the fragments made: what links are made of.
+    pub direct_exits: u64,
+    /// Guest bytes translated.
+    pub guest_bytes: u64,
+    /// Fragments that the dispatcher looked for and found.
+    pub found: u64,
+    /// And did not find.
+    pub not_found: u64,
 }
 
 /// Which instructions the CPU model announces, asked once for each form.
@@ -106,6 +119,7 @@ pub struct BtVcpu {
     next_plain: bool,
     /// Callouts by instruction.
     callouts: rustc_hash::FxHashMap<iced_x86::Code, u64>,
+    observers: observe::Observers,
     /// Counters.
     pub bt: BtStats,
 }
@@ -148,6 +162,7 @@ impl BtVcpu {
             counter: None,
             next_plain: false,
             callouts: rustc_hash::FxHashMap::default(),
+            observers: observe::Observers::default(),
             bt: BtStats::default(),
         })
     }
@@ -177,6 +192,9 @@ impl BtVcpu {
     }
 
     fn block(&mut self, limit: u64) {
+        if self.is_stepped() {
+            return self.step_traced();
+        }
         self.bt.blocks += 1;
         self.interp.run_block(limit);
         self.absorb();
@@ -225,6 +243,7 @@ impl BtVcpu {
 
     fn flush_code(&mut self) {
         self.bt.flushes += 1;
+        self.note_flush();
         self.cache.clear();
         self.tables.forget_jumps();
     }
@@ -261,13 +280,18 @@ impl BtVcpu {
     }
 
     fn find_key(&mut self, key: Key, facts: bt::Facts) -> Option<u32> {
+        if self.is_stepped() {
+            return None;
+        }
         let version = self.interp.cpu().mem.code_version(key.gfn);
         if self.cache.is_stale(key.gfn, version) {
             self.cache.drop_frame(key.gfn);
         }
         if let Some(fragment) = self.cache.find(&key).or_else(|| self.find_crossing(key)) {
+            self.bt.found += 1;
             return Some(fragment);
         }
+        self.bt.not_found += 1;
         if !self.is_warm(key) {
             return None;
         }
@@ -335,21 +359,25 @@ impl BtVcpu {
         let fragment = bt::translate(&unit, &page, facts, sites, links, &announced);
         // The bytes are traced only now that it is known which; if they changed meanwhile, another time.
         let mut unchanged = self.trace(key.gfn, fragment.lines, &page, version);
-        let second_version = next.map_or(0, |(next, version)| {
-            unchanged &= self.trace(key.second, 1, &next, version);
-            version
+        let second_version = next.as_ref().map_or(0, |(next, version)| {
+            unchanged &= self.trace(key.second, 1, next, *version);
+            *version
         });
         self.absorb();
         if !unchanged {
             return None;
         }
         let number = self.cache.insert(&New { key, fragment: &fragment, version, second_version });
+        let head = next.as_ref().map_or(&[][..], |(next, _)| &next[..bt::unit::MAX_LEN]);
+        self.note_made(number, &observe::Made::new(&unit, &page, head, &fragment, facts, (sites, links)));
         if number.is_none() {
             self.flush_code();
         }
         self.bt.fragments += 1;
         self.bt.translated += fragment.map.len() as u64;
         self.bt.translated_bytes += fragment.code.len() as u64;
+        self.bt.guest_bytes += (unit.end - offset) as u64;
+        self.bt.direct_exits += fragment.exits.iter().filter(|e| e.place.is_some()).count() as u64;
         self.bt.translation_ns += u64::try_from(start.elapsed().as_nanos()).unwrap_or(0);
         number
     }
@@ -388,6 +416,7 @@ impl BtVcpu {
         unsafe {
             frame.enter(code, rip, self)
         };
+        self.note_leave();
         self.left();
     }
 
@@ -493,6 +522,10 @@ impl Vcpu for BtVcpu {
 
     fn stats(&self) -> &ExitStats {
         self.interp.stats()
+    }
+
+    fn report(&self) -> engine::Report {
+        self.make_report()
     }
 }
 

@@ -7,8 +7,10 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueHint};
 
 use crate::bench::BenchArgs;
 use crate::control::{self, ControlTarget};
+use crate::dump::DumpArgs;
 use crate::gdb::{self, GdbTarget};
 use crate::image::Arch;
+use crate::inside::InsideFlags;
 use crate::options::{
     CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VmFlags,
     parse_char_target, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
@@ -85,6 +87,18 @@ Examples:
 Values are nanoseconds per operation, medians on the host's clock; percent of native is native time by this time.
 
 Exit status: 0 all was measured (a mode that this host lacks is left out with a line); 1 something failed; 2 usage.";
+
+const DUMP_EXAMPLES: &str = "\
+Examples:
+  trellis dump --bytes '48 01 d8 48 8b 4f 08 c3'   a few instructions, as a kernel's
+  trellis dump --bytes '48 8b 4f 08' --user        as a program's: its address is not known
+  trellis dump --file /bin/true                    the first unit of a program
+  trellis dump --file vmlinux --symbol do_syscall_64
+                                                   a function, unit by unit
+  trellis dump --file code.bin --offset 1f0 --rip ffffffff81000000 --units 3 --json
+
+Guest code is on the left, the host code made of it on the right; then what is seldom executed, exits, places that
+call out. Addresses are hexadecimal. docs/inside.md explains how to read it.";
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
@@ -191,6 +205,13 @@ pub enum Command {
         /// What to measure.
         #[command(flatten)]
         bench: BenchArgs,
+    },
+    /// Show what the binary translator makes of code
+    #[command(after_help = DUMP_EXAMPLES)]
+    Dump {
+        /// What to translate.
+        #[command(flatten)]
+        dump: Box<DumpArgs>,
     },
     /// Print a completion script for your shell
     #[command(
@@ -309,9 +330,9 @@ pub struct MachineArgs {
     #[arg(long, value_name = "FILE", value_parser = parse_stats, num_args = 0..=1, require_equals = true,
           default_missing_value = "-", help_heading = "Run")]
     stats: Option<StatsTarget>,
-    /// Write a trace of exits and events
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Run")]
-    trace: Option<PathBuf>,
+    /// What looks inside.
+    #[command(flatten)]
+    inside: InsideFlags,
     /// Save and restore the whole machine whenever the guest asks for it
     #[arg(long, hide = true)]
     save_at_marker: bool,
@@ -343,7 +364,7 @@ impl MachineArgs {
             gdb: self.gdb,
             gdb_wait: self.gdb_wait,
             stats: self.stats,
-            trace: self.trace,
+            inside: self.inside,
             clock: self.clock,
             save_at_marker: self.save_at_marker,
         }

@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use crate::control::{self, ControlTarget};
 use crate::gdb::{self, GdbTarget, Place};
+use crate::inside::{InsideFlags, parse_range, parse_trace};
 use crate::options::{
     CharTarget, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VirtualExec, VmFlags, parse_char_target,
     parse_choice, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
@@ -38,6 +39,9 @@ const KEYS: &[&str] = &[
     "gdb_wait",
     "stats",
     "trace",
+    "trace_range",
+    "perf_map",
+    "jitdump",
     "clock",
     "monitor",
 ];
@@ -110,7 +114,11 @@ struct File {
     #[serde(default)]
     gdb_wait: bool,
     stats: Option<Switch>,
-    trace: Option<PathBuf>,
+    trace: Option<String>,
+    trace_range: Option<String>,
+    #[serde(default)]
+    perf_map: bool,
+    jitdump: Option<PathBuf>,
     clock: Option<String>,
     #[serde(default)]
     monitor: MonitorTable,
@@ -226,6 +234,12 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         Some(OneOrMany::Many(disks)) => disks,
     };
     let disks: Result<Vec<DiskSpec>, String> = disks.iter().map(|disk| relative_disk(base, disk)).collect();
+    let inside = InsideFlags {
+        trace: value(text, "trace", file.trace, |name| parse_trace(&name))?,
+        trace_range: value(text, "trace_range", file.trace_range, |range| parse_range(&range))?,
+        perf_map: file.perf_map,
+        jitdump: file.jitdump,
+    };
     Ok(VmFlags {
         image: file.image,
         kernel: file.kernel.map(|path| base.join(path)),
@@ -248,7 +262,7 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         gdb: value(text, "gdb", file.gdb, |switch| relative_gdb(base, switch))?.flatten(),
         gdb_wait: file.gdb_wait,
         stats: value(text, "stats", file.stats, |switch| stats_of(base, switch))?.flatten(),
-        trace: file.trace.map(|path| base.join(path)),
+        inside: inside.relative_to(base),
         clock: value(text, "clock", file.clock, |name| parse_choice(&name))?,
         save_at_marker: false,
     })
@@ -365,6 +379,8 @@ mod tests {
             ("no-reboot = true", "did you mean 'no_reboot'"),
             ("\ncpus = 1000", ":2: cpus: a machine cannot have 1000 CPUs"),
             ("memory = 0", "too little"),
+            ("trace = 'fragment'", ":1: trace: 'fragment' is no level; did you mean 'fragments'"),
+            ("trace_range = 'x'", "trace_range: 'x' is no range"),
             ("memory = []", "'memory'"),
             ("cpu = 3", "'cpu'"),
             ("no_reboot = 'yes'", "'no_reboot'"),

@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use vmm::boot::{self, BootSource, Protocol};
 use vmm::gdb::Stub;
-use vmm::{ClockMode, DiskConfig, EngineKind, Outcome, Sink, Stats, Vm, VmConfig, VmHandle};
+use vmm::{ClockMode, DiskConfig, EngineKind, Outcome, Sink, Stats, TraceWhat, Vm, VmConfig, VmHandle};
 
 use crate::control::{Info, server};
 use crate::display::{self, Display};
@@ -176,6 +176,13 @@ fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
     // The machine opens and locks its disks itself; the locks that were to find them busy go first.
     let disks =
         prepared.disks.into_iter().map(|d| DiskConfig { path: d.path, read_only: d.read_only }).collect();
+    let inside = prepared.inside;
+    let trace_what = inside.trace.as_ref().map(|trace| TraceWhat {
+        events: trace.events,
+        engine: trace.engine,
+        range: inside.trace_range.unwrap_or_default(),
+    });
+    let trace_what = trace_what.unwrap_or_default();
     Ok(VmConfig {
         memory_bytes: prepared.memory_bytes,
         cpus: prepared.cpus,
@@ -199,9 +206,20 @@ fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
         // The contract suite tests it.
         save_at_marker: prepared.save_at_marker || prepared.is_contract,
         input: wiring.reads_input(),
-        trace: prepared.trace.map(|file: File| -> Sink { Box::new(FileWriter(file)) }),
+        trace: inside.trace.map(|_| trace_sink(prepared.trace_file)),
+        trace_what,
+        perf_map: inside.perf_map,
+        jitdump: inside.jitdump,
         ..VmConfig::new(source)
     })
+}
+
+/// Where the trace goes: a file, or standard error.
+fn trace_sink(file: Option<File>) -> Sink {
+    match file {
+        Some(file) => Box::new(FileWriter(file)),
+        None => Box::new(std::io::stderr()),
+    }
 }
 
 /// Initrd or modules, as the kernel's protocol has them.

@@ -9,8 +9,10 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod display;
+pub mod dump;
 pub mod gdb;
 pub mod image;
+pub mod inside;
 pub mod launch;
 pub mod options;
 pub mod prepare;
@@ -127,6 +129,7 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
             print_out(text.as_bytes())?;
             Ok(status)
         }
+        Command::Dump { dump } => print_out(dump::run(&dump)?.as_bytes()),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             cli::completions(shell, &mut script);

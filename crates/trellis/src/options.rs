@@ -10,6 +10,7 @@ use x86::cpuid::{CpuModel, ModelError};
 
 use crate::control::ControlTarget;
 use crate::gdb::GdbTarget;
+use crate::inside::InsideFlags;
 use crate::suggest;
 
 /// Guest memory without `--memory`.
@@ -154,8 +155,8 @@ pub struct VmFlags {
     pub gdb_wait: bool,
     /// Statistics at the end.
     pub stats: Option<StatsTarget>,
-    /// A trace of events into a file.
-    pub trace: Option<PathBuf>,
+    /// Traces, and files for perf.
+    pub inside: InsideFlags,
     /// Clock.
     pub clock: Option<ClockChoice>,
     /// Save and restore the whole machine whenever the guest asks (contract suite).
@@ -190,7 +191,7 @@ impl VmFlags {
             gdb: self.gdb.or(file.gdb),
             gdb_wait: self.gdb_wait || file.gdb_wait,
             stats: self.stats.or(file.stats),
-            trace: self.trace.or(file.trace),
+            inside: self.inside.or(file.inside),
             clock: self.clock.or(file.clock),
             save_at_marker: self.save_at_marker || file.save_at_marker,
         }
@@ -221,7 +222,7 @@ impl VmFlags {
             gdb: self.gdb.or_else(|| self.gdb_wait.then(GdbTarget::default)),
             gdb_wait: self.gdb_wait,
             stats: self.stats,
-            trace: self.trace,
+            inside: self.inside,
             clock: self.clock.unwrap_or(ClockChoice::Host),
             save_at_marker: self.save_at_marker,
         }
@@ -253,7 +254,7 @@ pub struct VmOptions {
     pub gdb: Option<GdbTarget>,
     pub gdb_wait: bool,
     pub stats: Option<StatsTarget>,
-    pub trace: Option<PathBuf>,
+    pub inside: InsideFlags,
     pub clock: ClockChoice,
     pub save_at_marker: bool,
 }

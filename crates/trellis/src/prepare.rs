@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use crate::control::ControlTarget;
 use crate::gdb::GdbTarget;
 use crate::image::{self, ImageSpec, Progress};
+use crate::inside::InsideFlags;
 use crate::options::{
     CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VmOptions,
 };
@@ -101,8 +102,10 @@ pub struct Prepared {
     pub gdb_wait: bool,
     /// Statistics at the end.
     pub stats: Option<StatsTarget>,
-    /// Trace file, open.
-    pub trace: Option<File>,
+    /// Traces, and files for perf.
+    pub inside: InsideFlags,
+    /// The file of the trace, open.
+    pub trace_file: Option<File>,
     /// Clock.
     pub clock: ClockChoice,
     /// Save and restore the machine at the guest's marker.
@@ -148,7 +151,13 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         None => Vec::new(),
     };
     check_fits(&guest, &modules, options.memory_bytes)?;
-    let trace = options.trace.as_deref().map(|path| create(path, "trace")).transpose()?;
+    if let (Some(option), true) = (options.inside.needs_translator(), engine != EngineChoice::Bt) {
+        return Err(Usage(format!(
+            "{option} is of the translator's work; give --engine bt (it has no --clock icount)"
+        )));
+    }
+    let trace_file = options.inside.trace.as_ref().and_then(|trace| trace.file.as_deref());
+    let trace_file = trace_file.map(|path| create(path, "trace")).transpose()?;
     if let Some(StatsTarget::File(path)) = &options.stats {
         // Better now than after an hour's run.
         create(path, "statistics")?;
@@ -175,7 +184,8 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         gdb: options.gdb,
         gdb_wait: options.gdb_wait,
         stats: options.stats,
-        trace,
+        inside: options.inside,
+        trace_file,
         clock: options.clock,
         save_at_marker: options.save_at_marker,
         is_contract: guest.is_contract,

@@ -54,6 +54,11 @@ fn usage_errors_end_with_2() {
         (&["image", "fetch", "debian", "--arch", "i386", "--flavour", "cloud"], &["686-pae"]),
         (&["image", "fetch", "debian", "--suite", "x"], &["--mirror"]),
         (&["run", "/nonexistent/vm.toml"], &["/nonexistent/vm.toml"]),
+        (&["boot", "contract", "--trace", "fragment"], &["did you mean 'fragments'"]),
+        (&["boot", "contract", "--trace-range", "2-1"], &["ends before it begins"]),
+        (&["boot", "contract", "--engine", "interp", "--trace", "exits"], &["--engine bt"]),
+        (&["boot", "contract", "--clock", "icount", "--perf-map"], &["--perf-map", "--engine bt"]),
+        (&["dump"], &["--bytes"]),
     ];
     for (arguments, parts) in cases {
         assert_error(arguments, 2, parts);
@@ -63,11 +68,14 @@ fn usage_errors_end_with_2() {
 #[test]
 fn what_the_host_cannot_give_ends_with_1() {
     assert_error(&["boot", "contract", "--memory", "1024T"], 1, &["more than this host has"]);
-    assert_error(&["boot", "contract", "--engine", "bt", "--cpus", "2"], 1, &["--engine interp"]);
+    assert_error(&["boot", "contract", "--engine", "bt", "--clock", "icount"], 1, &["--engine interp"]);
     assert_error(&["boot", "contract", "--engine", "kvm"], 1, &["use --engine interp"]);
     assert_error(&["boot", "contract", "--mmu", "hardware"], 1, &["use --mmu software"]);
     assert_error(&["boot", "contract", "--serial", "file:/nonexistent/x"], 1, &["/nonexistent/x"]);
     assert_error(&["boot", "contract", "--trace", "/nonexistent/x"], 1, &["/nonexistent/x"]);
+    assert_error(&["boot", "contract", "--jitdump=/nonexistent"], 1, &["/nonexistent/jit-"]);
+    assert_error(&["dump", "--bytes", "06"], 1, &["no 64-bit instruction"]);
+    assert_error(&["dump", "--file", "/nonexistent/x"], 1, &["/nonexistent/x"]);
     assert_error(&["boot", "contract", "--stats=/nonexistent/x"], 1, &["/nonexistent/x"]);
     assert_error(&["boot", "contract", "--clock", "icount", "--cpus", "2"], 1, &["exactly one CPU"]);
     assert_error(&["boot", "--kernel", "/bin/sh"], 1, &["a program for Linux, not a kernel"]);

@@ -4,6 +4,8 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use engine_bt::trace::{AddressRange, Levels};
+
 use crate::boot::BootSource;
 
 /// Which engine executes the guest.
@@ -37,6 +39,23 @@ pub struct DiskConfig {
 
 /// Where a device writes what the guest sends.
 pub type Sink = Box<dyn Write + Send>;
+
+/// What is traced.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TraceWhat {
+    /// Port and device-memory accesses, interrupts.
+    pub events: bool,
+    /// The translator's doings.
+    pub engine: Levels,
+    /// Where in the guest the engine is traced.
+    pub range: AddressRange,
+}
+
+impl Default for TraceWhat {
+    fn default() -> Self {
+        Self { events: true, engine: Levels::default(), range: AddressRange::default() }
+    }
+}
 
 /// A VM.
 pub struct VmConfig {
@@ -74,6 +93,12 @@ pub struct VmConfig {
     pub input: bool,
     /// A line per event goes here.
     pub trace: Option<Sink>,
+    /// Which events.
+    pub trace_what: TraceWhat,
+    /// `/tmp/perf-PID.map` tells `perf` what fragments are.
+    pub perf_map: bool,
+    /// `jit-PID.dump` in this directory tells `perf` everything about fragments.
+    pub jitdump: Option<PathBuf>,
 }
 
 impl VmConfig {
@@ -98,6 +123,9 @@ impl VmConfig {
             save_at_marker: false,
             input: false,
             trace: None,
+            trace_what: TraceWhat::default(),
+            perf_map: false,
+            jitdump: None,
         }
     }
 }

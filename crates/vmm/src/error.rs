@@ -31,6 +31,9 @@ pub enum VmError {
     /// No memory for translated code.
     #[error("cannot get memory for translated code: {0}; use --engine interp")]
     CodeMemory(#[source] std::io::Error),
+    /// A file for `perf`.
+    #[error(transparent)]
+    Profile(#[from] engine_bt::perf_map::ProfileError),
     /// A vCPU thread could not be made.
     #[error("cannot start a thread for the machine: {0}")]
     Thread(#[source] std::io::Error),

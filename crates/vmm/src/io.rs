@@ -155,7 +155,10 @@ impl CpuIo for MachineIo {
             msr::APIC_BASE => Ok(lapic.apic_base()),
             _ => lapic.msr_read(index),
         };
-        self.trace(vcpu, format_args!("rdmsr {index:#x} {:#x?}", value.ok()));
+        match &value {
+            Ok(value) => self.trace(vcpu, format_args!("rdmsr {index:#x} {value:#x}")),
+            Err(_) => self.trace(vcpu, format_args!("rdmsr {index:#x} refused")),
+        }
         value.map_err(|_| GeneralProtection)
     }
 

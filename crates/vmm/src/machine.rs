@@ -51,12 +51,14 @@ use devices::virtio::console::{Console, ConsoleHandle};
 use devices::virtio::rng::{Entropy, Rng};
 use devices::virtio::{Flavor, VirtioDevice, VirtioPci};
 use engine::{Signals, Vcpu};
+use engine_bt::perf_map::Profile;
+use engine_bt::trace::Trace;
 use guestmem::{Gpa, GuestMemory, HOLE_END, HOLE_START};
 use x86::cpuid::{CpuModel, Feature};
 use x86_interp::{Interp, Parts};
 
 use crate::clock::GuestClock;
-use crate::config::{ClockMode, DiskConfig, EngineKind};
+use crate::config::{ClockMode, DiskConfig, EngineKind, TraceWhat};
 use crate::control::Control;
 use crate::error::VmError;
 use crate::input::Input;
@@ -80,6 +82,8 @@ pub(crate) struct Blueprint {
     pub isa_debug_exit: bool,
     pub save_at_marker: bool,
     pub tracer: Option<Arc<Tracer>>,
+    pub trace_what: TraceWhat,
+    pub profile: Option<Shared<Profile>>,
     pub control: Arc<Control>,
     pub input: Arc<Input>,
 }
@@ -315,7 +319,7 @@ impl Machine {
         for lapic in apics.lapics() {
             stateful.push(Arc::new(Mutex::new(Arc::clone(lapic))));
         }
-        let io = Arc::new(MachineIo::new(bus, Arc::clone(&router), Arc::clone(&clock), plan.tracer.clone()));
+        let io = Arc::new(MachineIo::new(bus, Arc::clone(&router), Arc::clone(&clock), plan.event_tracer()));
         Ok(Self {
             mem,
             clock,
@@ -353,7 +357,20 @@ impl Machine {
             signals: Arc::clone(signals),
             model: Arc::clone(&plan.model),
         };
-        self.signals.iter().enumerate().map(parts).map(|parts| new_vcpu(plan.engine, parts)).collect()
+        self.signals.iter().enumerate().map(parts).map(|parts| self.vcpu(plan, parts)).collect()
+    }
+
+    /// An engine's vCPU.
+    fn vcpu(&self, plan: &Blueprint, parts: Parts) -> Result<Box<dyn Vcpu>, VmError> {
+        let index = parts.index;
+        Ok(match plan.engine {
+            EngineKind::Interp => Box::new(Interp::new(parts)),
+            EngineKind::Bt => {
+                let mut vcpu = engine_bt::BtVcpu::new(parts).map_err(|e| VmError::CodeMemory(e.into()))?;
+                vcpu.observe(plan.engine_trace(index, &self.clock), plan.profile.clone());
+                Box::new(vcpu)
+            }
+        })
     }
 
     /// The state of every device. The vCPUs stand still. Requests in flight come to rest first.
@@ -408,12 +425,18 @@ impl Machine {
     }
 }
 
-/// An engine's vCPU.
-fn new_vcpu(engine: EngineKind, parts: Parts) -> Result<Box<dyn Vcpu>, VmError> {
-    Ok(match engine {
-        EngineKind::Interp => Box::new(Interp::new(parts)),
-        EngineKind::Bt => Box::new(engine_bt::BtVcpu::new(parts).map_err(|e| VmError::CodeMemory(e.into()))?),
-    })
+impl Blueprint {
+    /// The tracer, if it wants the devices' events.
+    fn event_tracer(&self) -> Option<Arc<Tracer>> {
+        self.tracer.clone().filter(|_| self.trace_what.events)
+    }
+
+    /// The tracer of a vCPU's engine, if it wants that.
+    fn engine_trace(&self, vcpu: usize, clock: &Arc<GuestClock>) -> Option<Trace> {
+        let TraceWhat { engine: levels, range, .. } = self.trace_what;
+        let (tracer, clock) = (self.tracer.clone().filter(|_| levels.any())?, Arc::clone(clock));
+        Some(Trace { levels, range, write: Box::new(move |event| tracer.line(&*clock, vcpu, event)) })
+    }
 }
 
 fn apic_model(model: &CpuModel) -> ApicModel {

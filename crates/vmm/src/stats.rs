@@ -3,18 +3,22 @@
 use std::fmt;
 use std::time::Duration;
 
-use engine::{ExitStats, Vcpu};
+use engine::{ExitStats, Report, Vcpu};
 use serde_json::{Value, json};
+
+use crate::report;
 
 /// One vCPU's counts, over all lives of the machine.
 #[derive(Clone, Debug, Default)]
 pub struct VcpuStats {
-    /// Instructions executed.
+    /// Instructions executed; with [`Report::interpreted_only`], those that were interpreted.
     pub instructions: u64,
     /// Time that it did not sleep in HLT.
     pub busy: Duration,
     /// Exits and other events by cause.
     pub exits: ExitStats,
+    /// What the engine says of its own work.
+    pub engine: Report,
 }
 
 impl VcpuStats {
@@ -22,6 +26,14 @@ impl VcpuStats {
     pub(crate) fn add(&mut self, vcpu: &dyn Vcpu) {
         self.instructions += vcpu.instructions();
         self.exits.add(vcpu.stats());
+        self.engine.add(&vcpu.report());
+    }
+
+    /// As [`VcpuStats::add`], for a vCPU whose life ends.
+    pub(crate) fn add_ended(&mut self, vcpu: &dyn Vcpu) {
+        self.instructions += vcpu.instructions();
+        self.exits.add(vcpu.stats());
+        self.engine.add(&vcpu.report().ended());
     }
 }
 
@@ -77,23 +89,41 @@ impl Stats {
         all
     }
 
+    /// The engines of all vCPUs.
+    #[must_use]
+    pub fn engine(&self) -> Report {
+        let mut all = Report::default();
+        self.vcpus.iter().for_each(|v| all.add(&v.engine));
+        all
+    }
+
+    /// The counts of instructions. Where only interpreted ones are counted, they are not called `instructions`.
+    fn json_of_instructions(&self, engine: &Report) -> Value {
+        let (all, interpreted) = (self.instructions(), engine.interpreted_only);
+        json!({
+            "instructions": (!interpreted).then_some(all),
+            "interpreted_instructions": interpreted.then_some(all),
+            "mips": (!interpreted).then(|| self.mips()),
+        })
+    }
+
     /// Everything, for programs.
     #[must_use]
     pub fn to_json(&self) -> Value {
         let exits = |exits: &ExitStats| -> Value {
             exits.iter().map(|(c, n)| (c.name().to_owned(), json!(n))).collect()
         };
-        let vcpu = |v: &VcpuStats| json!({"instructions": v.instructions, "busy_seconds": v.busy.as_secs_f64(), "exits": exits(&v.exits)});
+        let vcpu = |v: &VcpuStats| json!({"instructions": v.instructions, "interpreted_only": v.engine.interpreted_only, "busy_seconds": v.busy.as_secs_f64(), "exits": exits(&v.exits)});
         let device = |(name, counters): &(String, Vec<(&str, u64)>)| -> (String, Value) {
             (name.clone(), counters.iter().map(|&(n, v)| (n.to_owned(), json!(v))).collect())
         };
-        json!({
+        let engine = self.engine();
+        let mut all = json!({
             "elapsed_seconds": self.elapsed.as_secs_f64(),
             "busy_seconds": self.busy().as_secs_f64(),
             "guest_ns": self.guest_ns,
-            "instructions": self.instructions(),
-            "mips": self.mips(),
             "exits": exits(&self.exits()),
+            "engine": report::to_json(&engine, self.busy()),
             "vcpus": self.vcpus.iter().map(vcpu).collect::<Vec<_>>(),
             "devices": self.devices.iter().map(device).collect::<serde_json::Map<_, _>>(),
             "memory_bytes": self.memory_bytes,
@@ -101,7 +131,12 @@ impl Stats {
             "resets": self.resets,
             "restores": self.restores,
             "serial_lost_bytes": self.serial_lost_bytes,
-        })
+        });
+        if let (Some(all), Value::Object(counts)) = (all.as_object_mut(), self.json_of_instructions(&engine))
+        {
+            all.extend(counts);
+        }
+        all
     }
 }
 
@@ -109,8 +144,14 @@ impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "time                {:>18.3} s", self.elapsed.as_secs_f64())?;
         writeln!(f, "  vCPUs not asleep  {:>18.3} s", self.busy().as_secs_f64())?;
-        writeln!(f, "instructions        {:>18}", self.instructions())?;
-        writeln!(f, "million per second  {:>18.1}", self.mips())?;
+        let engine = self.engine();
+        if engine.interpreted_only {
+            // Translated code does not count what it executes.
+            writeln!(f, "interpreted instructions  {:>12}", self.instructions())?;
+        } else {
+            writeln!(f, "instructions        {:>18}", self.instructions())?;
+            writeln!(f, "million per second  {:>18.1}", self.mips())?;
+        }
         if self.vcpus.len() > 1 {
             for (index, vcpu) in self.vcpus.iter().enumerate() {
                 writeln!(f, "  vcpu{index:<13} {:>18}", vcpu.instructions)?;
@@ -134,6 +175,7 @@ impl fmt::Display for Stats {
         for (cause, count) in rows {
             writeln!(f, "  {:<18}{count:>18}", cause.name())?;
         }
+        report::table(&engine, self.busy(), f)?;
         for (name, counters) in &self.devices {
             let used: Vec<_> =
                 counters.iter().filter(|(_, v)| *v > 0).map(|(n, v)| format!("{n} {v}")).collect();
@@ -154,7 +196,12 @@ mod tests {
     fn table_and_json_show_every_exit_that_happened() {
         let mut exits = ExitStats::default();
         exits.count(Cause::PortWrite);
-        let vcpu = VcpuStats { instructions: 2_000_000, busy: Duration::from_millis(500), exits };
+        let vcpu = VcpuStats {
+            instructions: 2_000_000,
+            busy: Duration::from_millis(500),
+            exits,
+            ..VcpuStats::default()
+        };
         let stats =
             Stats { elapsed: Duration::from_secs(1), vcpus: vec![vcpu.clone(), vcpu], ..Stats::default() };
         let table = stats.to_string();
@@ -163,5 +210,18 @@ mod tests {
         assert_eq!(json["exits"]["port-write"], 2);
         assert_eq!(json["vcpus"][1]["instructions"], 2_000_000);
         assert!((stats.mips() - 4.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn instructions_that_were_interpreted_only_are_called_so() {
+        let mut vcpu = VcpuStats { instructions: 7, ..VcpuStats::default() };
+        let of = |vcpu: &VcpuStats| Stats { vcpus: vec![vcpu.clone()], ..Stats::default() };
+        assert_eq!(of(&vcpu).to_json()["instructions"], 7);
+        assert!(of(&vcpu).to_json()["interpreted_instructions"].is_null());
+        vcpu.engine.interpreted_only = true;
+        let (json, table) = (of(&vcpu).to_json(), of(&vcpu).to_string());
+        assert_eq!(json["interpreted_instructions"], 7);
+        assert!(json["instructions"].is_null() && json["mips"].is_null());
+        assert!(table.contains("interpreted instructions") && !table.contains("million per second"));
     }
 }

@@ -5,6 +5,7 @@
 //! Lock order: slot → device → interrupt controllers → local APIC → control.
 
 use std::any::Any;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use devices::clock::Clock;
 use devices::snapshot::{Snapshot as _, StateBlob};
 use engine::signals::Signal;
 use engine::{Signals, Vcpu};
+use engine_bt::perf_map::Profile;
 use guestmem::GuestMemory;
 use x86::cpuid::CpuModel;
 
@@ -132,6 +134,8 @@ impl Vm {
             isa_debug_exit: config.isa_debug_exit,
             save_at_marker: config.save_at_marker,
             tracer: config.trace.map(|sink| Arc::new(Tracer::new(sink))),
+            trace_what: config.trace_what,
+            profile: profile(config.perf_map, config.jitdump.as_deref())?,
             control: Arc::default(),
             input: Arc::default(),
         };
@@ -221,7 +225,7 @@ impl Vm {
     /// Drops the machine; its counts are kept.
     fn drop_machine(&mut self) {
         for (past, vcpu) in self.past.vcpus.iter_mut().zip(&self.vcpus) {
-            past.add(vcpu.as_ref());
+            past.add_ended(vcpu.as_ref());
         }
         self.vcpus.clear();
         if let Some(machine) = lock(&self.slot).take() {
@@ -474,6 +478,14 @@ impl Vm {
         }
         stats
     }
+}
+
+/// The files that tell `perf` about fragments, if any are wanted.
+fn profile(map: bool, jitdump: Option<&Path>) -> Result<Option<Arc<Mutex<Profile>>>, VmError> {
+    if !map && jitdump.is_none() {
+        return Ok(None);
+    }
+    Ok(Some(Arc::new(Mutex::new(Profile::open(map, jitdump)?))))
 }
 
 impl Drop for Vm {

@@ -167,6 +167,8 @@ pub struct Fragment {
     pub sites: Vec<Site>,
     /// The guest-to-host map: every guest instruction with the host code that begins it.
     pub map: Vec<Place>,
+    /// Where the straight line ends: behind it is what is seldom executed.
+    pub straight: usize,
     /// How many guest instructions always call out.
     pub callouts: usize,
     /// The page's 64-byte lines that the fragment depends on.
@@ -268,6 +270,7 @@ pub fn translate(
         l.poll_after_shadow(unit.end as u64, live.last().copied().unwrap_or(STATUS));
         l.leave_to(unit.end as u64, live.last().copied().unwrap_or(STATUS));
     }
+    let straight = l.asm.here();
     l.finish_plain_exits();
     l.finish_misses();
     l.finish_exits();
@@ -286,6 +289,7 @@ pub fn translate(
         exits: l.exits,
         sites: l.sites,
         map: l.map,
+        straight,
         callouts: l.callouts,
         lines: lines_of(unit),
     }

@@ -9,11 +9,11 @@ const DT_NEEDED: u64 = 1;
 const DT_STRTAB: u64 = 5;
 
 /// A program header, as far as it matters here.
-struct Segment {
-    kind: u32,
-    offset: u64,
-    address: u64,
-    len: u64,
+pub(crate) struct Segment {
+    pub kind: u32,
+    pub offset: u64,
+    pub address: u64,
+    pub len: u64,
 }
 
 /// The names in `DT_NEEDED`; none for a static program, `None` for what is no well-formed ELF64 file.
@@ -35,7 +35,7 @@ pub fn needed(file: &[u8]) -> Option<Vec<String>> {
     names.map(|(_, at)| string(file, table.checked_add(*at)?)).collect()
 }
 
-fn segments(file: &[u8]) -> Option<Vec<Segment>> {
+pub(crate) fn segments(file: &[u8]) -> Option<Vec<Segment>> {
     let (table, size, count) = (u64_at(file, 32)?, u16_at(file, 54)?, u16_at(file, 56)?);
     let segment = |index: u16| {
         let at = table.checked_add(u64::from(index) * u64::from(size))?;
@@ -69,7 +69,7 @@ fn file_offset(segments: &[Segment], address: u64) -> Option<u64> {
     segment.offset.checked_add(address - segment.address)
 }
 
-fn string(file: &[u8], at: u64) -> Option<String> {
+pub(crate) fn string(file: &[u8], at: u64) -> Option<String> {
     let rest = file.get(usize::try_from(at).ok()?..)?;
     let len = rest.iter().position(|byte| *byte == 0)?;
     String::from_utf8(rest[..len].to_vec()).ok()
@@ -80,15 +80,15 @@ fn bytes_at<const N: usize>(file: &[u8], at: u64) -> Option<[u8; N]> {
     file.get(at..at.checked_add(N)?)?.try_into().ok()
 }
 
-fn u16_at(file: &[u8], at: u64) -> Option<u16> {
+pub(crate) fn u16_at(file: &[u8], at: u64) -> Option<u16> {
     bytes_at(file, at).map(u16::from_le_bytes)
 }
 
-fn u32_at(file: &[u8], at: u64) -> Option<u32> {
+pub(crate) fn u32_at(file: &[u8], at: u64) -> Option<u32> {
     bytes_at(file, at).map(u32::from_le_bytes)
 }
 
-fn u64_at(file: &[u8], at: u64) -> Option<u64> {
+pub(crate) fn u64_at(file: &[u8], at: u64) -> Option<u64> {
     bytes_at(file, at).map(u64::from_le_bytes)
 }
 
