@@ -1,6 +1,6 @@
 //! Stress knobs: what the suites turn to make rare paths common. For tests and for bisecting a wrong translation; no user needs them.
 //!
-//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K` sets them for a process.
+//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,keep=off` sets them for a process.
 
 /// The knobs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,11 +15,23 @@ pub struct Knobs {
     pub fp: bool,
     /// Bytes of code memory.
     pub code_bytes: usize,
+    /// The TLB keeps its entries from one entry into translated code to the next.
+    pub tlb: bool,
+    /// Translations are kept from one entry to the next.
+    pub keep: bool,
 }
 
 impl Default for Knobs {
     fn default() -> Self {
-        Self { unit: bt::unit::MAX_INSTRUCTIONS, warm: 20, chain: true, fp: true, code_bytes: 64 << 20 }
+        Self {
+            unit: bt::unit::MAX_INSTRUCTIONS,
+            warm: 20,
+            chain: true,
+            fp: true,
+            code_bytes: 64 << 20,
+            tlb: true,
+            keep: true,
+        }
     }
 }
 
@@ -41,6 +53,8 @@ impl Knobs {
                 ("code", Ok(n)) => k.code_bytes = (n << 10).clamp(64 << 10, 1 << 30),
                 ("chain", _) => k.chain = on,
                 ("fp", _) => k.fp = on,
+                ("tlb", _) => k.tlb = on,
+                ("keep", _) => k.keep = on,
                 _ => {}
             }
         }
@@ -54,8 +68,16 @@ mod tests {
 
     #[test]
     fn parse_sets_what_it_knows() {
-        let k = Knobs::parse("unit=1,warm=0,chain=off,fp=off,code=256K,nonsense=1");
-        let expected = Knobs { unit: 1, warm: 0, chain: false, fp: false, code_bytes: 256 << 10 };
+        let k = Knobs::parse("unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,keep=off,nonsense=1");
+        let expected = Knobs {
+            unit: 1,
+            warm: 0,
+            chain: false,
+            fp: false,
+            code_bytes: 256 << 10,
+            tlb: false,
+            keep: false,
+        };
         assert_eq!(k, expected);
         assert_eq!(Knobs::parse(""), Knobs::default());
     }

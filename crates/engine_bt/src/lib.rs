@@ -165,6 +165,7 @@ impl BtVcpu {
                 self.block(LONG_BLOCK);
                 continue;
             }
+            self.stress();
             let fragment = self.find();
             if self.tables.take_upper_changed() {
                 self.cache.unlink_pages();
@@ -173,6 +174,16 @@ impl BtVcpu {
                 Some(fragment) => self.enter(fragment),
                 None => self.block(1),
             }
+        }
+    }
+
+    /// Forgets what the knobs say, before an entry.
+    fn stress(&mut self) {
+        if !self.knobs.tlb {
+            self.tables.apply(x86_interp::tlb::TlbEvent::FlushAll);
+        }
+        if !self.knobs.keep {
+            self.flush_code();
         }
     }
 
