@@ -27,6 +27,7 @@ mod rng;
 #[path = "../../../x86_interp/tests/differential/state.rs"]
 mod state;
 mod subject;
+mod special;
 #[path = "../../../x86_interp/tests/differential/undefined_flags.rs"]
 mod undefined_flags;
 

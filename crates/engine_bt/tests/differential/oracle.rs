@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic as M, RflagsBits};
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic as M, RflagsBits};
 use x86::CpuState;
 use x86::bits::rflags;
 use x86_interp::Interp;
@@ -92,6 +92,26 @@ impl Oracle {
         (!i.is_invalid()).then_some(i)
     }
 
+    /// Flags that the code at `rip` may overwrite before it reads them.
+    ///
+    /// DEVIATION of the translator: such flags are not kept (`bt::unit::live_at`), so an exception's stack frame may show others. What the
+    /// interrupted code itself sees is the same. At conditional jumps this looks only at the way that goes on, which makes it a superset.
+    fn dead_flags(&self, mut rip: u64) -> u64 {
+        let (mut dead, mut open) = (0, rflags::STATUS);
+        for _ in 0..64 {
+            let Some(i) = self.fetch(rip) else { return dead };
+            open &= !if shows_flags(&i) { rflags::STATUS } else { status(i.rflags_read()) };
+            dead |= open & status(i.rflags_modified());
+            open &= !dead;
+            rip = match i.flow_control() {
+                FlowControl::Next | FlowControl::ConditionalBranch => i.next_ip(),
+                FlowControl::UnconditionalBranch if i.is_jmp_short_or_near() => i.near_branch_target(),
+                _ => return dead,
+            };
+        }
+        dead
+    }
+
     /// Runs a program to its end.
     pub fn run(&mut self, image: &Image<'_>) -> Result<End, Unfit> {
         let state = self.machine.lay(image);
@@ -108,7 +128,8 @@ impl Oracle {
         let (mut undefined, mut framed) = (0u64, 0u64);
         for steps in 0..STEPS {
             if self.vcpu.attend().is_some() {
-                return Ok((undefined, framed, steps));
+                let rip = self.vcpu.cpu().rip;
+                return Ok((undefined | self.dead_flags(rip), framed, steps));
             }
             let (rip, cl) = (self.vcpu.cpu().rip, self.vcpu.cpu().gpr[1] as u8);
             let i = self.fetch(rip);
@@ -131,7 +152,7 @@ impl Oracle {
             }
             self.vcpu.step();
             if is_handler(self.vcpu.cpu().rip) && !is_handler(rip) {
-                undefined |= before;
+                undefined |= before | self.dead_flags(rip);
                 framed = undefined;
             } else if let Some(i) = &i {
                 self.executed.insert(i.code());

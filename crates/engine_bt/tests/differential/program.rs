@@ -327,6 +327,8 @@ impl Program {
                 _ => b.ordinary(),
             }
         }
+        // The flags at the end are shown.
+        b.items.extend(plain_bytes(&[0x9c]));
         let resume = b.rng.below(b.items.len() as u64 + 1) as usize;
         let mut items = b.items;
         let count = items.len();
@@ -334,6 +336,23 @@ impl Program {
             item.label = item.label.min(count);
         }
         Self { seed, setup, regs, data, read_only, items, resume }
+    }
+
+    /// Given instructions on a random state without anything special, at a level.
+    pub fn of_bytes(bytes: &[u8], seed: u64, supervisor: bool) -> Self {
+        let mut rng = Rng::new(seed);
+        let roles = initial::roles(&mut rng, Mode::Long);
+        let mut setup = setup(&mut rng);
+        (setup.supervisor, setup.smap, setup.task_switched, setup.survive) = (supervisor, false, false, 0);
+        (setup.syscall, setup.sfmask) = (0, 0x4_7700);
+        let mut regs = initial::initial(&mut rng, &roles);
+        regs.rflags &= !(rflags::DF | rflags::TF | rflags::AC);
+        regs.fpu[0..4].copy_from_slice(&[0x7f, 0x03, 0, 0]);
+        regs.fpu[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
+        let data = initial::memory(&mut rng, &regs, DATA_BYTES);
+        let read_only = initial::memory(&mut rng, &regs, READ_ONLY_BYTES);
+        regs.rip = CODE + 0x40;
+        Self { seed, setup, regs, data, read_only, items: plain_bytes(bytes), resume: 0 }
     }
 
     /// The program in memory; None if a branch does not reach its label.
