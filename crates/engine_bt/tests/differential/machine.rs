@@ -280,3 +280,13 @@ pub fn compared_address(mut at: usize) -> u64 {
     }
     0
 }
+
+/// Whether a byte is the low one of a data page's entry.
+pub fn is_data_entry(address: u64) -> bool {
+    address & !0xfff == PT_DATA && address & 7 == 0
+}
+
+/// Where data lies in physical memory.
+pub fn data_physical(la: u64) -> Option<u64> {
+    la.checked_sub(DATA).filter(|o| *o < DATA_BYTES as u64).map(|o| DATA_GPA + o)
+}
