@@ -180,8 +180,9 @@ impl Lowering<'_> {
     }
 
     fn call_indirect(&mut self, i: &Instruction) -> bool {
-        let mark = (self.asm.here(), self.misses.len(), self.sites.len());
+        // The spill stays if the rest is undone.
         self.spill(STATUS);
+        let mark = (self.asm.here(), self.misses.len(), self.sites.len());
         if !self.target_to(i, frame::TEMP) {
             self.asm.code.truncate(mark.0);
             self.misses.truncate(mark.1);
@@ -195,8 +196,9 @@ impl Lowering<'_> {
     }
 
     fn jump_indirect(&mut self, i: &Instruction) -> bool {
-        let mark = (self.asm.here(), self.misses.len(), self.sites.len());
+        // The spill stays if the rest is undone.
         self.spill(STATUS);
+        let mark = (self.asm.here(), self.misses.len(), self.sites.len());
         if !self.target_to(i, frame::TEMP) {
             self.asm.code.truncate(mark.0);
             self.misses.truncate(mark.1);

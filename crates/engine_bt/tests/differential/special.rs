@@ -52,3 +52,13 @@ fn jump_to_a_non_canonical_alias_of_supervisor_code_faults() {
         agree(&[0x0f, 0x05, 0xff, 0xe3], false, |p| p.regs.gpr[3] = ENTRY ^ bits << 58);
     }
 }
+
+#[test]
+fn flags_before_an_indirect_jump_that_is_interpreted_are_kept() {
+    // cmp rax, rbx; jmp [esi - 28h] (a negative displacement of 32 bits is not translated) to whatever is there; and call.
+    for jump in [[0x67, 0xff, 0x66, 0xd8], [0x67, 0xff, 0x56, 0xd8]] {
+        let code = [&[0x48, 0x39, 0xd8], &jump[..]].concat();
+        agree(&code, false, |_| {});
+        agree(&code, true, |_| {});
+    }
+}
