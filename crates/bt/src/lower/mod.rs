@@ -167,6 +167,10 @@ pub struct Fragment {
     pub sites: Vec<Site>,
     /// The guest-to-host map: every guest instruction with the host code that begins it.
     pub map: Vec<Place>,
+    /// Offset behind the host code of the last guest instruction, where the unit is left if control falls through its end.
+    pub leave: usize,
+    /// Offset behind the straight line: what follows is seldom executed.
+    pub straight: usize,
     /// How many guest instructions always call out.
     pub callouts: usize,
     /// The page's 64-byte lines that the fragment depends on.
@@ -264,10 +268,12 @@ pub fn translate(
         l.last = i.next_ip() == unit.end as u64;
         open = l.instruction(i, live_after, announced(i));
     }
+    let leave = l.asm.here();
     if open {
         l.poll_after_shadow(unit.end as u64, live.last().copied().unwrap_or(STATUS));
         l.leave_to(unit.end as u64, live.last().copied().unwrap_or(STATUS));
     }
+    let straight = l.asm.here();
     l.finish_plain_exits();
     l.finish_misses();
     l.finish_exits();
@@ -286,6 +292,8 @@ pub fn translate(
         exits: l.exits,
         sites: l.sites,
         map: l.map,
+        leave,
+        straight,
         callouts: l.callouts,
         lines: lines_of(unit),
     }
