@@ -41,12 +41,13 @@ fn number_behind(i: &Instruction) -> Option<usize> {
         return None;
     }
     let refills = frame::REFILL..frame::REFILL + 16 * frame::VARIANTS;
+    let group_refills = frame::REFILL_GROUP..frame::REFILL_GROUP + 16 * frame::VARIANTS;
     let lookups = frame::LOOKUP..frame::LOOKUP + 8 * frame::VARIANTS;
     match frame_field(i)? {
         frame::CALLOUT | frame::TAKE_EXIT => Some(0),
         at if lookups.contains(&at) => Some(0),
         // The jump that tries again.
-        at if refills.contains(&at) => Some(1),
+        at if refills.contains(&at) || group_refills.contains(&at) => Some(1),
         _ => None,
     }
 }
@@ -139,6 +140,9 @@ pub fn field_name(at: i32) -> String {
     }
     if let Some((n, kind)) = within(frame::REFILL, 16, frame::VARIANTS) {
         return format!("REFILL_{}_{}", rights(n), if kind == 0 { "read" } else { "write" });
+    }
+    if let Some((n, kind)) = within(frame::REFILL_GROUP, 16, frame::VARIANTS) {
+        return format!("REFILL_GROUP_{}_{}", rights(n), if kind == 0 { "read" } else { "write" });
     }
     if let Some((n, part)) = within(frame::TLB, frame::TLB_STRIDE, frame::VARIANTS) {
         let field = match part {
