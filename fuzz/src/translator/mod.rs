@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn verifier_takes_what_the_translator_makes() {
-        check_with(&[], &[]);
+        check_with(&[0x4a, 0x8b, 0x04, 0x3b], &[0x4a, 0x8b, 0x04, 0x3b]);
     }
 
     #[test]
