@@ -225,7 +225,7 @@ impl Verifier<'_> {
             .iter()
             .filter(|i| i.ip() >= straight && is_jump(i))
             .map(Instruction::near_branch_target)
-            .chain(self.fragment.sites.iter().map(|s| u64::from(s.done)))
+            .chain(self.fragment.sites.iter().map(|s| u64::from(s.done)).filter(|at| *at != 0))
             .collect();
         let backward: Vec<(u64, u64)> = instructions
             .iter()
@@ -629,7 +629,7 @@ impl Verifier<'_> {
             Code::Mov_rm64_r64 => self.get(i.op1_register()),
             _ => self.fresh(),
         };
-        if matches!(value, Value::Linear(f) if f.index.is_some()) {
+        if value == Value::Unknown || matches!(value, Value::Linear(f) if f.index.is_some()) {
             value = self.fresh();
         }
         self.state.slots.insert(slot, value);
