@@ -1,6 +1,6 @@
 //! Stress knobs: what the suites turn to make rare paths common. For tests and for bisecting a wrong translation; no user needs them.
 //!
-//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,keep=off` sets them for a process.
+//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9` sets them for a process.
 
 /// The knobs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -17,8 +17,8 @@ pub struct Knobs {
     pub code_bytes: usize,
     /// The TLB keeps its entries from one entry into translated code to the next.
     pub tlb: bool,
-    /// Translations are kept from one entry to the next.
-    pub keep: bool,
+    /// All translations are forgotten at every so many entries; 0: never.
+    pub forget: u64,
 }
 
 impl Default for Knobs {
@@ -30,7 +30,7 @@ impl Default for Knobs {
             fp: true,
             code_bytes: 64 << 20,
             tlb: true,
-            keep: true,
+            forget: 0,
         }
     }
 }
@@ -54,7 +54,7 @@ impl Knobs {
                 ("chain", _) => k.chain = on,
                 ("fp", _) => k.fp = on,
                 ("tlb", _) => k.tlb = on,
-                ("keep", _) => k.keep = on,
+                ("forget", Ok(n)) => k.forget = n as u64,
                 _ => {}
             }
         }
@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn parse_sets_what_it_knows() {
-        let k = Knobs::parse("unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,keep=off,nonsense=1");
+        let k = Knobs::parse("unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,nonsense=1");
         let expected = Knobs {
             unit: 1,
             warm: 0,
@@ -76,7 +76,7 @@ mod tests {
             fp: false,
             code_bytes: 256 << 10,
             tlb: false,
-            keep: false,
+            forget: 9,
         };
         assert_eq!(k, expected);
         assert_eq!(Knobs::parse(""), Knobs::default());

@@ -182,7 +182,7 @@ impl BtVcpu {
         if !self.knobs.tlb {
             self.tables.apply(x86_interp::tlb::TlbEvent::FlushAll);
         }
-        if !self.knobs.keep {
+        if self.knobs.forget != 0 && self.bt.entries.is_multiple_of(self.knobs.forget) {
             self.flush_code();
         }
     }

@@ -127,6 +127,12 @@ impl Oracle {
         self.vcpu.cpu().holder.leave();
         let mut end = end?;
         end.memory = self.machine.snapshot();
+        // DEVIATION of the translator: code that makes flags live by patching what follows finds those that were dead.
+        let code = snapshot_of_code(&end.memory);
+        if code != image.code {
+            end.undefined |= rflags::STATUS;
+            end.frame_undefined |= rflags::STATUS;
+        }
         end.state = self.vcpu.save();
         Ok(end)
     }
@@ -181,6 +187,12 @@ impl Oracle {
         }
         Err(Unfit::Endless)
     }
+}
+
+/// The code in a snapshot.
+fn snapshot_of_code(memory: &[u8]) -> &[u8] {
+    let at = COMPARED[0].1;
+    &memory[at..at + COMPARED[1].1]
 }
 
 /// The differences between the ends of both engines, one a line; empty if there are none.
