@@ -69,5 +69,5 @@ fn virtqueue_takes_any_rings() {
 
 #[test]
 fn translator_takes_any_bytes() {
-    run("translator", translator::target, 20_000, 700);
+    run("translator", translator::target, 60_000, 700);
 }

@@ -161,7 +161,7 @@ pub const fn no_page(entry: i32) -> u64 {
 /// The tag of an empty entry of the jump cache (given by its displacement): an address that belongs to another (INV-TAG-1).
 #[must_use]
 pub const fn no_target(entry: i32) -> u64 {
-    let set = (entry - JUMPS) / 8 & (JUMP_ENTRIES as i32 - 1);
+    let set = ((entry - JUMPS) / 8) & (JUMP_ENTRIES as i32 - 1);
     if set == 0 { 1 } else { u64::MAX }
 }
 

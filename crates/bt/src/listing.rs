@@ -31,7 +31,8 @@ impl Part {
 #[must_use]
 pub fn frame_field(i: &Instruction) -> Option<i32> {
     let absolute = i.memory_base() == Register::None && i.memory_index() == Register::None;
-    let there = i.memory_segment() == Register::GS && absolute && i.op_kinds().any(|k| k == iced_x86::OpKind::Memory);
+    let there =
+        i.memory_segment() == Register::GS && absolute && i.op_kinds().any(|k| k == iced_x86::OpKind::Memory);
     there.then(|| i32::try_from(i.memory_displacement64()).ok()).flatten()
 }
 
@@ -155,7 +156,8 @@ pub fn field_name(at: i32) -> String {
         return format!("TLB_{}.{field}", rights(n));
     }
     if let Some((n, part)) = within(frame::JUMPS, frame::JUMP_STRIDE, frame::VARIANTS) {
-        let (field, set) = if part < frame::JUMP_HOSTS { ("rip", part) } else { ("host", part - frame::JUMP_HOSTS) };
+        let (field, set) =
+            if part < frame::JUMP_HOSTS { ("rip", part) } else { ("host", part - frame::JUMP_HOSTS) };
         return format!("JUMPS_{}.{field}+{:#x}", rights(n), set / 8);
     }
     format!("{at:#x}")

@@ -111,7 +111,7 @@ fn regenerate(file: &str) -> String {
     let (mut words, mut header) = (String::new(), true);
     for line in file.lines() {
         if let Some(name) = line.strip_prefix("== ") {
-            let _ = write!(out, "{}== {name}\n", if header { "" } else { "\n" });
+            let _ = writeln!(out, "{}== {name}", if header { "" } else { "\n" });
             (words, header) = (String::new(), false);
         } else if let Some(rest) = line.strip_prefix("facts: ") {
             words = rest.to_owned();

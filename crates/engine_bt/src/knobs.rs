@@ -69,15 +69,8 @@ mod tests {
     #[test]
     fn parse_sets_what_it_knows() {
         let k = Knobs::parse("unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,nonsense=1");
-        let expected = Knobs {
-            unit: 1,
-            warm: 0,
-            chain: false,
-            fp: false,
-            code_bytes: 256 << 10,
-            tlb: false,
-            forget: 9,
-        };
+        let expected =
+            Knobs { unit: 1, warm: 0, chain: false, fp: false, code_bytes: 256 << 10, tlb: false, forget: 9 };
         assert_eq!(k, expected);
         assert_eq!(Knobs::parse(""), Knobs::default());
     }

@@ -93,7 +93,11 @@ fn assert_all_pass_under(knobs: &str) {
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "TRELLIS_BT={knobs}:\n{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "TRELLIS_BT={knobs}:\n{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     assert!(text.contains("2 passed"), "the suite ran:\n{text}");
 }
 

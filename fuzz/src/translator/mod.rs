@@ -31,7 +31,7 @@ pub fn target(data: &[u8]) {
     let mut next = [0; MAX_LEN];
     input.fill(&mut next);
     let limit = 1 + usize::from(input.byte() % 64);
-    let announce = input.byte() % 16 != 0;
+    let announce = !input.byte().is_multiple_of(16);
     let unit = form(&page, offset, limit, facts.amd);
     let crossing = form_crossing(&page, &next, offset, facts.amd);
     for unit in [unit, crossing] {
@@ -47,7 +47,7 @@ fn facts(input: &mut Input<'_>) -> Facts {
     let variant = [Variant::Supervisor, Variant::SupervisorAc, Variant::User][usize::from(input.byte() % 3)];
     let fp = [FpLevel::None, FpLevel::X87, FpLevel::Sse, FpLevel::Avx, FpLevel::Avx512]
         [usize::from(input.byte() % 5)];
-    let pages = [0, 0xffff_ffff_8123_4000, 0x7fff_ffff_f000, u64::MAX & !0xfff, 0x40_0000, 1 << 63];
+    let pages = [0, 0xffff_ffff_8123_4000, 0x7fff_ffff_f000, !0xfff, 0x40_0000, 1 << 63];
     let known = variant != Variant::User || bits & 64 != 0;
     Facts {
         page_rip: known.then(|| pages[usize::from(input.byte()) % pages.len()]),

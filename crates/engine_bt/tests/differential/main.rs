@@ -24,10 +24,10 @@ mod oracle;
 mod program;
 #[path = "../../../x86_interp/tests/differential/rng.rs"]
 mod rng;
+mod special;
 #[path = "../../../x86_interp/tests/differential/state.rs"]
 mod state;
 mod subject;
-mod special;
 #[path = "../../../x86_interp/tests/differential/undefined_flags.rs"]
 mod undefined_flags;
 
@@ -84,7 +84,14 @@ fn judge(program: &Program, oracle: &mut Oracle, subject: &mut Subject) -> Verdi
         program.setup,
         program.listing(&layout),
         program.regs.rflags,
-        program.regs.gpr.iter().zip(&end.state.gpr).zip(&state.gpr).map(|((a, b), c)| (*a, *b, *c)).collect::<Vec<_>>(),
+        program
+            .regs
+            .gpr
+            .iter()
+            .zip(&end.state.gpr)
+            .zip(&state.gpr)
+            .map(|((a, b), c)| (*a, *b, *c))
+            .collect::<Vec<_>>(),
     ))
 }
 

@@ -5,14 +5,15 @@
 
 use std::collections::BTreeSet;
 
+use engine::Vcpu as _;
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic as M, RflagsBits};
 use x86::CpuState;
 use x86::bits::rflags;
 use x86_interp::Interp;
-use engine::Vcpu as _;
 
 use crate::machine::{
-    COMPARED, HANDLERS, HIGH, Image, Machine, STACK_TOP, compared_address, data_physical, is_data_entry, physical,
+    COMPARED, HANDLERS, HIGH, Image, Machine, STACK_TOP, compared_address, data_physical, is_data_entry,
+    physical,
 };
 use crate::undefined_flags;
 

@@ -1,9 +1,7 @@
 //! A random program: instructions, labels, loops, indirect jumps, system instructions, stores into its own code; and the machine
 //! around it. All of it follows from a seed.
 
-use iced_x86::{
-    Code, Decoder, DecoderOptions, Encoder, FastFormatter, Instruction, OpKind, Register,
-};
+use iced_x86::{Code, Decoder, DecoderOptions, Encoder, FastFormatter, Instruction, OpKind, Register};
 use x86::bits::rflags;
 
 use crate::generate::{Catalogue, Group, Roles, instance};
@@ -78,22 +76,22 @@ const ANYBODY: &[&[u8]] = &[
 
 /// Instructions of level 0.
 const SUPERVISOR: &[&[u8]] = &[
-    &[0xfa],                         // cli
-    &[0xfb],                         // sti
-    &[0x0f, 0x01, 0xf8],             // swapgs
-    &[0x0f, 0x01, 0xcb],             // stac
-    &[0x0f, 0x01, 0xca],             // clac
-    &[0x0f, 0x01, 0xcb],             // stac
-    &[0x48, 0x0f, 0x07],             // sysretq
-    &[0x0f, 0x06],                   // clts
-    &[0x0f, 0x20, 0xd8],             // mov rax, cr3
-    &[0x0f, 0x20, 0xc1],             // mov rcx, cr0
-    &[0x0f, 0x01, 0x3e],             // invlpg [rsi]
-    &[0x0f, 0x20, 0xd8, 0x0f, 0x22, 0xd8], // mov rax, cr3; mov cr3, rax
+    &[0xfa],                                                       // cli
+    &[0xfb],                                                       // sti
+    &[0x0f, 0x01, 0xf8],                                           // swapgs
+    &[0x0f, 0x01, 0xcb],                                           // stac
+    &[0x0f, 0x01, 0xca],                                           // clac
+    &[0x0f, 0x01, 0xcb],                                           // stac
+    &[0x48, 0x0f, 0x07],                                           // sysretq
+    &[0x0f, 0x06],                                                 // clts
+    &[0x0f, 0x20, 0xd8],                                           // mov rax, cr3
+    &[0x0f, 0x20, 0xc1],                                           // mov rcx, cr0
+    &[0x0f, 0x01, 0x3e],                                           // invlpg [rsi]
+    &[0x0f, 0x20, 0xd8, 0x0f, 0x22, 0xd8],                         // mov rax, cr3; mov cr3, rax
     &[0x0f, 0x20, 0xc0, 0x48, 0x83, 0xf0, 0x08, 0x0f, 0x22, 0xc0], // toggles CR0.TS
-    &[0x48, 0xcf],                   // iretq
-    &[0xec],                         // in al, dx
-    &[0x44, 0x0f, 0x20, 0xc0],       // mov rax, cr8
+    &[0x48, 0xcf],                                                 // iretq
+    &[0xec],                                                       // in al, dx
+    &[0x44, 0x0f, 0x20, 0xc0],                                     // mov rax, cr8
 ];
 
 fn decode(bytes: &[u8]) -> Vec<Instruction> {
@@ -124,8 +122,7 @@ fn with_register(code: Code, register: Register) -> Item {
     plain(Instruction::with1(code, register).unwrap())
 }
 
-const SCRATCH: [Register; 5] =
-    [Register::RAX, Register::R10, Register::R13, Register::R14, Register::R15];
+const SCRATCH: [Register; 5] = [Register::RAX, Register::R10, Register::R13, Register::R14, Register::R15];
 
 struct Builder<'a> {
     rng: Rng,
@@ -148,11 +145,8 @@ impl Builder<'_> {
     }
 
     fn ordinary(&mut self) {
-        let group = if self.flavour != Group::Integer && self.rng.chance(35) {
-            Group::Integer
-        } else {
-            self.flavour
-        };
+        let group =
+            if self.flavour != Group::Integer && self.rng.chance(35) { Group::Integer } else { self.flavour };
         let codes = self.catalogue.codes(group);
         if codes.is_empty() {
             return;
@@ -445,4 +439,3 @@ fn encode(item: &Item, at: u64, target: u64) -> Option<Vec<u8>> {
     encoder.encode(&i, at).ok()?;
     Some(encoder.take_buffer())
 }
-

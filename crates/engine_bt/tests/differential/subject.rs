@@ -1,7 +1,7 @@
 //! The translator that is tested, with a watch over it: it may not run for ever.
 
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use engine::signals::Signal;
