@@ -46,6 +46,16 @@ const WITH_ERROR: u32 = 1 << 8 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 13 | 1 << 14
 pub const COMPARED: [(u64, usize); 3] =
     [(0x1000, 0xf000), (CODE_GPA, CODE_BYTES), (DATA_GPA, DATA_BYTES + READ_ONLY_BYTES)];
 
+/// Frames that are mapped twice.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Alias {
+    None,
+    /// The last writable data page is the first one.
+    Data,
+    /// The second data page is the first page of code: whoever writes there changes the code.
+    Code,
+}
+
 /// How the machine is set up for a case.
 #[derive(Clone, Debug)]
 pub struct Setup {
@@ -55,6 +65,8 @@ pub struct Setup {
     pub code_writable: bool,
     /// Which of the five data pages are user pages (supervisor code only; user code has them all).
     pub user_pages: u8,
+    /// What the second and the last writable data page are: pages of their own, or the frame of another.
+    pub alias: Alias,
     /// CR4.SMAP.
     pub smap: bool,
     /// CR0.TS.
@@ -201,7 +213,12 @@ fn lay_tables(low: &mut [u8], setup: &Setup) {
     for i in 0..=DATA_BYTES as u64 >> 12 {
         let level = if setup.supervisor && setup.user_pages >> i & 1 == 0 { 0 } else { USER };
         let write = if i < DATA_BYTES as u64 >> 12 { WRITE } else { 0 };
-        put(low, PT_DATA + 8 * i, (DATA_GPA + (i << 12)) | used | write | level | NX);
+        let frame = match (setup.alias, i) {
+            (Alias::Data, 3) => DATA_GPA,
+            (Alias::Code, 1) => CODE_GPA,
+            _ => DATA_GPA + (i << 12),
+        };
+        put(low, PT_DATA + 8 * i, frame | used | write | level | NX);
     }
 }
 

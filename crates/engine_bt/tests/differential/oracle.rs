@@ -12,8 +12,8 @@ use x86::bits::rflags;
 use x86_interp::Interp;
 
 use crate::machine::{
-    COMPARED, HANDLERS, HIGH, Image, Machine, STACK_TOP, compared_address, data_physical, is_data_entry,
-    physical,
+    Alias, COMPARED, HANDLERS, HIGH, Image, Machine, STACK_TOP, compared_address, data_physical,
+    is_data_entry, physical,
 };
 use crate::undefined_flags;
 
@@ -127,6 +127,9 @@ impl Oracle {
         let end = self.run_steps();
         self.vcpu.cpu().holder.leave();
         let mut end = end?;
+        if end.refused_push.is_some() && image.setup.alias != Alias::None {
+            return Err(Unfit::Undefined);
+        }
         end.memory = self.machine.snapshot();
         // DEVIATION of the translator: code that makes flags live by patching what follows finds those that were dead.
         let code = snapshot_of_code(&end.memory);

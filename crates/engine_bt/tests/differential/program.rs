@@ -6,7 +6,7 @@ use x86::bits::rflags;
 
 use crate::generate::{Catalogue, Group, Roles, instance};
 use crate::initial;
-use crate::machine::Setup;
+use crate::machine::{Alias, Setup};
 use crate::rng::Rng;
 use crate::state::{CODE, CODE_BYTES, DATA, DATA_BYTES, Mode, READ_ONLY_BYTES, Registers};
 
@@ -408,6 +408,11 @@ fn setup(rng: &mut Rng) -> Setup {
         supervisor,
         code_writable: rng.chance(30),
         user_pages: if rng.chance(60) { 0 } else { rng.next() as u8 },
+        alias: match rng.below(12) {
+            0 => Alias::Data,
+            1 => Alias::Code,
+            _ => Alias::None,
+        },
         smap: supervisor && rng.chance(50),
         task_switched: rng.chance(3),
         fresh: rng.chance(20),
