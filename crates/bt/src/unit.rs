@@ -115,8 +115,9 @@ pub fn live_at(page: &[u8; 4096], offset: usize, amd: bool) -> u32 {
     for i in &unit.instructions {
         let (read, written) = flag_effects(i);
         live |= read & unknown;
-        // An instruction that can fault or call out shows the flags to a handler; only its own state is precise, so that
-        // they are dead for the code itself is enough: handlers save and restore what they find.
+        // DEVIATION: an instruction that can fault or call out shows flags that are dead to a handler, and they are not kept: that they are dead
+        // for the code itself is enough, for handlers save and restore what they find. Code that then patches what follows so that it
+        // reads them finds others.
         if i.flow_control() != FlowControl::Next {
             break;
         }

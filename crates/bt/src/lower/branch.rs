@@ -179,6 +179,8 @@ impl Lowering<'_> {
         self.asm.lea(SP, SP, None, -8);
     }
 
+    /// DEVIATION: if the target is not canonical, the return address was pushed (RSP is put back) before the exception, as AMD's processors
+    /// do and Intel's do not (SDM 2A CALL).
     fn call_indirect(&mut self, i: &Instruction) -> bool {
         // The spill stays if the rest is undone.
         self.spill(STATUS);

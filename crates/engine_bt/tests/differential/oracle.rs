@@ -101,7 +101,7 @@ impl Oracle {
 
     /// Flags that the code at `rip` may overwrite before it reads them.
     ///
-    /// DEVIATION of the translator: such flags are not kept (`bt::unit::live_at`), so an exception's stack frame may show others. What the
+    /// The translator (`docs/deviations.md`): such flags are not kept (`bt::unit::live_at`), so an exception's stack frame may show others. What the
     /// interrupted code itself sees is the same. At conditional jumps this looks only at the way that goes on, which makes it a superset.
     fn dead_flags(&self, mut rip: u64) -> u64 {
         let (mut dead, mut open) = (0, rflags::STATUS);
@@ -131,7 +131,7 @@ impl Oracle {
             return Err(Unfit::Undefined);
         }
         end.memory = self.machine.snapshot();
-        // DEVIATION of the translator: code that makes flags live by patching what follows finds those that were dead.
+        // The translator (`docs/deviations.md`): code that makes flags live by patching what follows finds those that were dead.
         let code = snapshot_of_code(&end.memory);
         if code != image.code {
             end.undefined |= rflags::STATUS;
@@ -232,7 +232,7 @@ pub fn differences(oracle: &End, translated: &CpuState, memory: &[u8]) -> String
     let mask = oracle.frame_undefined.to_le_bytes();
     for (at, (x, y)) in oracle.memory.iter().zip(memory).enumerate().filter(|(_, (x, y))| x != y).take(400) {
         let address = compared_address(at);
-        // Accessed bits may be set for accesses that are not made in the end (SDM 3A 4.8). DEVIATION of the translator: so may dirty bits, of
+        // Accessed bits may be set for accesses that are not made in the end (SDM 3A 4.8). The translator (`docs/deviations.md`): so may dirty bits, of
         // pages that may be written, because accesses share a check (`bt::lower::group`), and misaligned ones are looked at afterwards.
         let accessed = is_data_entry(address) && (x | 0x20 == *y || x | 0x60 == *y);
         let pushed = oracle.refused_push.is_some_and(|s| (s..s + 8).contains(&address));
