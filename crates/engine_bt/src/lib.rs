@@ -447,7 +447,8 @@ impl BtVcpu {
         }
     }
 
-    /// An indirect jump to an address that is none: the instruction itself faults (SDM 2A JMP), so it is undone and interpreted.
+    /// An indirect jump to an address that is none: the instruction itself faults (SDM 2A JMP), so it is undone. It is not executed again: a
+    /// call may have pushed its return address over its target.
     fn refuse_target(&mut self) {
         let Some(site) = self.cache.site(self.frame.get32(frame::SITE)) else { return };
         let SiteKind::Branch { popped } = site.site.kind else { return };
@@ -455,7 +456,7 @@ impl BtVcpu {
         let cpu = self.interp.cpu();
         cpu.gpr[4] = cpu.gpr[4].wrapping_sub(i64::from(popped) as u64);
         cpu.rip = rip;
-        self.interp.step();
+        x86_interp::system::interrupt::deliver_exception(cpu, x86::Exception::GP0);
         self.absorb();
     }
 

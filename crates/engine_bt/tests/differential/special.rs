@@ -62,3 +62,12 @@ fn flags_before_an_indirect_jump_that_is_interpreted_are_kept() {
         agree(&code, true, |_| {});
     }
 }
+
+#[test]
+fn refused_call_that_pushes_over_its_target_faults() {
+    // mov rax, 1 << 62; mov [rsp - 8], rax; call [rsp - 8]
+    let mut code = vec![0x48, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0x40];
+    code.extend([0x48, 0x89, 0x44, 0x24, 0xf8, 0xff, 0x54, 0x24, 0xf8]);
+    agree(&code, false, |p| p.regs.gpr[4] = crate::state::DATA + 0x1800);
+    agree(&code, true, |p| p.regs.gpr[4] = crate::state::DATA + 0x1800);
+}
