@@ -8,4 +8,5 @@ pub mod decoder;
 pub mod input;
 pub mod interpreter;
 pub mod loaders;
+pub mod translator;
 pub mod virtqueue;

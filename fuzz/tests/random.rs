@@ -1,7 +1,7 @@
 //! Every target on some thousand seeded random inputs. A failing input's number is printed; `TRELLIS_SEED=n` runs it
 //! alone, `TRELLIS_CASES=n` runs more of them.
 
-use trellis_fuzz::{decoder, interpreter, loaders, virtqueue};
+use trellis_fuzz::{decoder, interpreter, loaders, translator, virtqueue};
 
 /// Input number `n`: up to `longest` bytes.
 fn input(n: u64, longest: u64) -> Vec<u8> {
@@ -65,4 +65,9 @@ fn loaders_take_any_file() {
 #[test]
 fn virtqueue_takes_any_rings() {
     run("virtqueue", virtqueue::target, 8_000, 1_500);
+}
+
+#[test]
+fn translator_takes_any_bytes() {
+    run("translator", translator::target, 60_000, 700);
 }

@@ -10,6 +10,9 @@ const IMAGES: &[&str] =
 /// Cases of each mode that the differential tests run, from a new seed.
 const DIFFERENTIAL_CASES: &str = "1000000";
 
+/// Programs per stress knob that the translator's differential tests run, from a new seed.
+const TRANSLATOR_CASES: &str = "300000";
+
 /// Runs the long suite: the machine tests marked `#[ignore = "long: …"]`, and the differential tests with more cases.
 pub fn run() -> anyhow::Result<()> {
     let mut steps = vec![ladder::build()?];
@@ -21,6 +24,9 @@ pub fn run() -> anyhow::Result<()> {
         let mut differential = cargo(&["test", "--release", "--package", "x86_interp", "--no-fail-fast"]);
         differential.env("TRELLIS_CASES", DIFFERENTIAL_CASES);
         steps.push(step("differential tests, long", differential)?);
+        let mut translator = cargo(&["test", "--release", "--package", "engine_bt", "--no-fail-fast"]);
+        translator.env("TRELLIS_CASES", TRANSLATOR_CASES);
+        steps.push(step("differential tests of the translator, long", translator)?);
     }
     summary(&steps)
 }

@@ -150,8 +150,23 @@ pub const fn frame_of(entry: i32) -> i32 {
 /// Rights with which accesses are made: supervisor, supervisor with AC, user.
 pub const VARIANTS: i32 = 3;
 
-/// A tag that no page has.
-pub const NO_TAG: u64 = u64::MAX;
+/// The tag of an empty TLB entry (given by its displacement): a page that belongs to another set, so that no access asks this entry for it.
+/// INV-TAG-1: there is no value that a guest could not ask for, so what marks an empty place must be what nobody asks this place for.
+#[must_use]
+pub const fn no_page(entry: i32) -> u64 {
+    let set = ((entry - TLB) / 32) as u64 & (TLB_ENTRIES as u64 - 1);
+    !(set << 12)
+}
+
+/// The tag of an empty entry of the jump cache (given by its displacement): an address that belongs to another (INV-TAG-1).
+#[must_use]
+pub const fn no_target(entry: i32) -> u64 {
+    let set = ((entry - JUMPS) / 8) & (JUMP_ENTRIES as i32 - 1);
+    if set == 0 { 1 } else { u64::MAX }
+}
+
+/// The tag of an empty entry of the second-level jump table: bits 63 and 47 of a tag are those of a canonical address, and equal (INV-TAG-1).
+pub const NO_SECOND_TAG: u64 = 1 << 63;
 
 /// The number of a jump target in the jump cache, as the inline lookup computes it.
 #[must_use]
@@ -168,8 +183,34 @@ pub const fn second_set(rip: u64, context: u64) -> u64 {
     (rip ^ (rip >> 15) ^ (context << 6)) & (SECOND_JUMP_ENTRIES - 1)
 }
 
-/// The tag in the second-level jump table: RIP, with the context in the bits that a canonical address has to spare.
+/// The tag in the second-level jump table: RIP, with the context in the bits that a canonical address has to spare. Only canonical addresses
+/// are looked up: another would meet an entry of another context or variant.
 #[must_use]
 pub const fn second_tag(rip: u64, context: u64, variant: u64) -> u64 {
     rip ^ (context << 48 | variant << 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tags_of_empty_entries_are_asked_for_elsewhere() {
+        for variant in 0..VARIANTS {
+            for set in 0..TLB_ENTRIES as i32 {
+                let tag = no_page(TLB + variant * TLB_STRIDE + 32 * set);
+                assert_ne!((tag >> 12) & (u64::from(TLB_ENTRIES) - 1), set as u64);
+            }
+            for set in 0..JUMP_ENTRIES as i32 {
+                let tag = no_target(JUMPS + variant * JUMP_STRIDE + 8 * set);
+                assert_ne!(jump_set(tag), set as u32);
+            }
+        }
+        for (rip, context) in [(1u64 << 63, 0), (0, 4095), (0x7fff_ffff_ffff, 4095), (u64::MAX << 47, 1)] {
+            let canonical = ((rip.cast_signed() << 16) >> 16).cast_unsigned();
+            for variant in 0..3 {
+                assert_ne!(second_tag(canonical, context, variant), NO_SECOND_TAG);
+            }
+        }
+    }
 }

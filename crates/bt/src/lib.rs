@@ -5,6 +5,7 @@
 
 pub mod emit;
 pub mod frame;
+pub mod listing;
 pub mod lower;
 pub mod unit;
 

@@ -91,7 +91,8 @@ pub fn flag_effects(i: &Instruction) -> (u32, u32) {
     (read, written)
 }
 
-/// Shifts by a count that may be zero leave the flags alone then; REP string instructions with a count of zero too.
+/// Shifts by a count that may be zero leave the flags alone then; REP string instructions with a count of zero too. MOV of control and
+/// debug registers leaves them undefined by the manual (SDM 2B MOV), alone on every processor.
 fn may_leave_flags(i: &Instruction) -> bool {
     use iced_x86::Mnemonic as M;
     let shift = matches!(
@@ -99,7 +100,7 @@ fn may_leave_flags(i: &Instruction) -> bool {
         M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
     );
     if !shift {
-        return i.has_rep_prefix() || i.has_repne_prefix();
+        return i.mnemonic() == M::Mov || i.has_rep_prefix() || i.has_repne_prefix();
     }
     let last = i.op_count().saturating_sub(1);
     i.op_kind(last) == iced_x86::OpKind::Register || i.immediate(last) & 0x1f == 0
@@ -114,8 +115,9 @@ pub fn live_at(page: &[u8; 4096], offset: usize, amd: bool) -> u32 {
     for i in &unit.instructions {
         let (read, written) = flag_effects(i);
         live |= read & unknown;
-        // An instruction that can fault or call out shows the flags to a handler; only its own state is precise, so that
-        // they are dead for the code itself is enough: handlers save and restore what they find.
+        // DEVIATION: an instruction that can fault or call out shows flags that are dead to a handler, and they are not kept: that they are dead
+        // for the code itself is enough, for handlers save and restore what they find. Code that then patches what follows so that it
+        // reads them finds others.
         if i.flow_control() != FlowControl::Next {
             break;
         }

@@ -165,7 +165,7 @@ macro_rules! refill {
             "add qword ptr gs:[rdx*8 + {log}], 4",
             "lea edx, [r14 + {table}]\nmov [rbx], edx",
             "mov gs:[r14 + {table}], r15",
-            "mov rdx, -1\ncmp [rax + {base} + 8], rcx\ncmove rdx, r15",
+            "mov rdx, r15\nnot rdx\ncmp [rax + {base} + 8], rcx\ncmove rdx, r15",
             "mov gs:[r14 + {table} + 8], rdx",
             "mov rdx, [rax + {base} + 16]\nadd rdx, gs:[{memory}]",
             "mov gs:[r14 + {table} + 24], rdx",
@@ -219,6 +219,8 @@ macro_rules! lookup {
             concat!($name, ":"),
             "pop r15\nmov r15d, [r15]\nmov gs:[{site}], r15d",
             "cmp dword ptr gs:[{alarm}], 0\njne 6f",
+            // The second level is asked for canonical addresses only (`bt::frame::second_tag`).
+            "mov r15, r14\nshl r15, 16\nsar r15, 16\ncmp r15, r14\njne 6f",
             "push rax\npush rcx",
             "mov rcx, r14\nshr rcx, 63",
             "mov rax, gs:[rcx*8 + {context}]",

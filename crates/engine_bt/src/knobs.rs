@@ -1,6 +1,6 @@
 //! Stress knobs: what the suites turn to make rare paths common. For tests and for bisecting a wrong translation; no user needs them.
 //!
-//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K` sets them for a process.
+//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9` sets them for a process.
 
 /// The knobs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,11 +15,23 @@ pub struct Knobs {
     pub fp: bool,
     /// Bytes of code memory.
     pub code_bytes: usize,
+    /// The TLB keeps its entries from one entry into translated code to the next.
+    pub tlb: bool,
+    /// All translations are forgotten at every so many entries; 0: never.
+    pub forget: u64,
 }
 
 impl Default for Knobs {
     fn default() -> Self {
-        Self { unit: bt::unit::MAX_INSTRUCTIONS, warm: 20, chain: true, fp: true, code_bytes: 64 << 20 }
+        Self {
+            unit: bt::unit::MAX_INSTRUCTIONS,
+            warm: 20,
+            chain: true,
+            fp: true,
+            code_bytes: 64 << 20,
+            tlb: true,
+            forget: 0,
+        }
     }
 }
 
@@ -41,6 +53,8 @@ impl Knobs {
                 ("code", Ok(n)) => k.code_bytes = (n << 10).clamp(64 << 10, 1 << 30),
                 ("chain", _) => k.chain = on,
                 ("fp", _) => k.fp = on,
+                ("tlb", _) => k.tlb = on,
+                ("forget", Ok(n)) => k.forget = n as u64,
                 _ => {}
             }
         }
@@ -54,8 +68,9 @@ mod tests {
 
     #[test]
     fn parse_sets_what_it_knows() {
-        let k = Knobs::parse("unit=1,warm=0,chain=off,fp=off,code=256K,nonsense=1");
-        let expected = Knobs { unit: 1, warm: 0, chain: false, fp: false, code_bytes: 256 << 10 };
+        let k = Knobs::parse("unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,nonsense=1");
+        let expected =
+            Knobs { unit: 1, warm: 0, chain: false, fp: false, code_bytes: 256 << 10, tlb: false, forget: 9 };
         assert_eq!(k, expected);
         assert_eq!(Knobs::parse(""), Knobs::default());
     }

@@ -180,6 +180,7 @@ impl BtVcpu {
                 self.block(LONG_BLOCK);
                 continue;
             }
+            self.stress();
             let fragment = self.find();
             if self.tables.take_upper_changed() {
                 self.cache.unlink_pages();
@@ -188,6 +189,16 @@ impl BtVcpu {
                 Some(fragment) => self.enter(fragment),
                 None => self.block(1),
             }
+        }
+    }
+
+    /// Forgets what the knobs say, before an entry.
+    fn stress(&mut self) {
+        if !self.knobs.tlb {
+            self.tables.apply(x86_interp::tlb::TlbEvent::FlushAll);
+        }
+        if self.knobs.forget != 0 && self.bt.entries.is_multiple_of(self.knobs.forget) {
+            self.flush_code();
         }
     }
 
@@ -465,7 +476,8 @@ impl BtVcpu {
         }
     }
 
-    /// An indirect jump to an address that is none: the instruction itself faults (SDM 2A JMP), so it is undone and interpreted.
+    /// An indirect jump to an address that is none: the instruction itself faults (SDM 2A JMP), so it is undone. It is not executed again: a
+    /// call may have pushed its return address over its target.
     fn refuse_target(&mut self) {
         let Some(site) = self.cache.site(self.frame.get32(frame::SITE)) else { return };
         let SiteKind::Branch { popped } = site.site.kind else { return };
@@ -473,7 +485,7 @@ impl BtVcpu {
         let cpu = self.interp.cpu();
         cpu.gpr[4] = cpu.gpr[4].wrapping_sub(i64::from(popped) as u64);
         cpu.rip = rip;
-        self.interp.step();
+        x86_interp::system::interrupt::deliver_exception(cpu, x86::Exception::GP0);
         self.absorb();
     }
 

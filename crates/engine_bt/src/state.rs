@@ -33,7 +33,11 @@ impl Host {
 
 /// RF only keeps instruction breakpoints quiet, and ends with the next instruction (SDM 3B 17.3.1.1): without breakpoints nobody can tell.
 pub fn drop_resume_flag(cpu: &mut Cpu) {
-    if cpu.system_flag(rflags::RF) && cpu.s.dr7 & x86::bits::dr::DR7_ENABLES == 0 {
+    // A single-step trap in the middle of a repeated instruction shows it.
+    if cpu.system_flag(rflags::RF)
+        && !cpu.system_flag(rflags::TF)
+        && cpu.s.dr7 & x86::bits::dr::DR7_ENABLES == 0
+    {
         cpu.system_flags &= !rflags::RF;
     }
 }

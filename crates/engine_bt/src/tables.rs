@@ -49,7 +49,7 @@ enum Log {
 impl Tables {
     /// Empty tables.
     pub fn new(frame: Frame) -> Self {
-        let second = vec![[frame::NO_TAG, 0]; frame::SECOND_JUMP_ENTRIES as usize];
+        let second = vec![[frame::NO_SECOND_TAG, 0]; frame::SECOND_JUMP_ENTRIES as usize];
         let t = Self {
             frame,
             second: second.into_boxed_slice(),
@@ -61,7 +61,7 @@ impl Tables {
                 t.clear_entry(frame::TLB + variant * frame::TLB_STRIDE + 32 * i);
             }
             for i in 0..frame::JUMP_ENTRIES as i32 {
-                t.frame.set(frame::JUMPS + variant * frame::JUMP_STRIDE + 8 * i, frame::NO_TAG);
+                t.clear_jump(frame::JUMPS + variant * frame::JUMP_STRIDE + 8 * i);
             }
         }
         t.frame.set(frame::SECOND_JUMPS, t.second.as_ptr() as u64);
@@ -104,8 +104,12 @@ impl Tables {
     }
 
     fn clear_entry(&self, at: i32) {
-        self.frame.set(at, frame::NO_TAG);
-        self.frame.set(at + 8, frame::NO_TAG);
+        self.frame.set(at, frame::no_page(at));
+        self.frame.set(at + 8, frame::no_page(at));
+    }
+
+    fn clear_jump(&self, at: i32) {
+        self.frame.set(at, frame::no_target(at));
     }
 
     /// Whether a TLB log has no room, so that nothing can be filled.
@@ -154,13 +158,13 @@ impl Tables {
     pub fn forget_jumps(&mut self) {
         self.forget_cached_jumps(0);
         self.forget_cached_jumps(1);
-        self.second.fill([frame::NO_TAG, 0]);
+        self.second.fill([frame::NO_SECOND_TAG, 0]);
         self.pages.fill(0);
     }
 
     fn forget_cached_jumps(&mut self, half: usize) {
         for &at in self.logged(Log::Jumps, half) {
-            self.frame.set(at as i32, frame::NO_TAG);
+            self.clear_jump(at as i32);
         }
         self.clear_log(Log::Jumps, half);
     }
@@ -169,7 +173,7 @@ impl Tables {
         for &at in self.logged(Log::Tlb, which) {
             // The slot may hold the other half's entry by now.
             let tag = self.frame.get(at as i32);
-            if tag == frame::NO_TAG || half(tag) == which {
+            if tag == frame::no_page(at as i32) || half(tag) == which {
                 self.clear_entry(at as i32);
             }
         }
@@ -242,12 +246,12 @@ impl Tables {
         }
         for e in &mut self.second {
             if e[0] & PAGE == page & PAGE {
-                e[0] = frame::NO_TAG;
+                e[0] = frame::NO_SECOND_TAG;
             }
         }
         for &at in self.logged(Log::Jumps, half(page)) {
             if self.frame.get(at as i32) & !OFFSETS == page {
-                self.frame.set(at as i32, frame::NO_TAG);
+                self.clear_jump(at as i32);
             }
         }
     }
@@ -256,7 +260,7 @@ impl Tables {
         for half in 0..2 {
             for &at in self.logged(Log::Tlb, half) {
                 if self.frame.get(frame::frame_of(at as i32)) == gfn {
-                    self.frame.set(at as i32 + 8, frame::NO_TAG);
+                    self.frame.set(at as i32 + 8, frame::no_page(at as i32));
                 }
             }
         }

@@ -84,3 +84,39 @@ fn translated_all_tests_pass() {
 fn translated_all_tests_pass_with_two_vcpus() {
     assert_all_pass(EngineKind::Bt, Protocol::Multiboot, 2);
 }
+
+/// The suite on the translator with one and two vCPUs in a process of its own, with stress knobs (`engine_bt::Knobs`).
+fn assert_all_pass_under(knobs: &str) {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "translated_all_tests_pass", "translated_all_tests_pass_with_two_vcpus"])
+        .env("TRELLIS_BT", knobs)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "TRELLIS_BT={knobs}:\n{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(text.contains("2 passed"), "the suite ran:\n{text}");
+}
+
+macro_rules! stressed {
+    ($($name:ident: $knobs:literal),* $(,)?) => {
+        $(#[test]
+        fn $name() {
+            assert_all_pass_under($knobs);
+        })*
+    };
+}
+
+stressed! {
+    translated_all_tests_pass_without_interpreted_code: "warm=0",
+    translated_all_tests_pass_instruction_by_instruction: "warm=0,unit=1",
+    translated_all_tests_pass_in_short_units: "warm=0,unit=3",
+    translated_all_tests_pass_without_links: "warm=0,chain=off",
+    translated_all_tests_pass_with_interpreted_vectors: "warm=0,fp=off",
+    translated_all_tests_pass_in_a_tiny_cache: "warm=0,code=64K",
+    translated_all_tests_pass_with_a_forgetful_tlb: "warm=0,tlb=off,chain=off",
+    translated_all_tests_pass_when_all_is_forgotten: "warm=0,forget=40",
+}

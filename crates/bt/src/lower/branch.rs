@@ -182,9 +182,12 @@ impl Lowering<'_> {
         self.asm.lea(SP, SP, None, -8);
     }
 
+    /// DEVIATION: if the target is not canonical, the return address was pushed (RSP is put back) before the exception, as AMD's processors
+    /// do and Intel's do not (SDM 2A CALL).
     fn call_indirect(&mut self, i: &Instruction) -> bool {
-        let mark = self.mark();
+        // The spill stays if the rest is undone.
         self.spill(STATUS);
+        let mark = self.mark();
         if !self.target_to_s0(i) {
             self.back_to(mark);
             return false;
@@ -198,8 +201,9 @@ impl Lowering<'_> {
     }
 
     fn jump_indirect(&mut self, i: &Instruction) -> bool {
-        let mark = self.mark();
+        // The spill stays if the rest is undone.
         self.spill(STATUS);
+        let mark = self.mark();
         if !self.target_to_s0(i) {
             self.back_to(mark);
             return false;

@@ -5,6 +5,9 @@
 //! its page ([`frame::DELTAS`]); the others add that. A range that does not lie in one page, or is not plain writable memory, leaves to a fragment
 //! that begins with this instruction and has no groups ([`super::Facts::plain`]).
 //!
+//! DEVIATION: the check of a group with a write sets the dirty bit of its page though the write may not come to pass (a fault or a jump in
+//! between), as the check of a misaligned access does before the access faults. Only pages that may be written are concerned.
+//!
 //! INV-GROUP-1: a remembered difference is used only while no translation was taken back since its check: the engine leaves the fragment when
 //! an instruction that it did for it took back any.
 

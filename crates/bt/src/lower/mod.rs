@@ -167,7 +167,9 @@ pub struct Fragment {
     pub sites: Vec<Site>,
     /// The guest-to-host map: every guest instruction with the host code that begins it.
     pub map: Vec<Place>,
-    /// Where the straight line ends: behind it is what is seldom executed.
+    /// Offset behind the host code of the last guest instruction, where the unit is left if control falls through its end.
+    pub leave: usize,
+    /// Offset behind the straight line: what follows is seldom executed.
     pub straight: usize,
     /// How many guest instructions always call out.
     pub callouts: usize,
@@ -266,6 +268,7 @@ pub fn translate(
         l.last = i.next_ip() == unit.end as u64;
         open = l.instruction(i, live_after, announced(i));
     }
+    let leave = l.asm.here();
     if open {
         l.poll_after_shadow(unit.end as u64, live.last().copied().unwrap_or(STATUS));
         l.leave_to(unit.end as u64, live.last().copied().unwrap_or(STATUS));
@@ -289,6 +292,7 @@ pub fn translate(
         exits: l.exits,
         sites: l.sites,
         map: l.map,
+        leave,
         straight,
         callouts: l.callouts,
         lines: lines_of(unit),

@@ -16,6 +16,7 @@ mod common;
 mod excluded;
 mod generate;
 mod guest;
+mod initial;
 mod known;
 mod native;
 mod rng;

@@ -114,7 +114,7 @@ const NAMES: [&str; 16] = [
     "r15",
 ];
 
-fn area_name(at: usize) -> String {
+pub fn area_name(at: usize) -> String {
     match at {
         0..2 => "fcw".into(),
         2..4 => "fsw".into(),

@@ -1,0 +1,159 @@
+//! Golden translations: `golden/*.txt` say what host code a few guest instructions become, and how many host instructions each guest
+//! instruction costs on the straight line. A change of either is meant to be seen.
+//!
+//! A case begins with `== name`, may say which facts hold (`facts: user fp=none …`), and gives its guest bytes (`bytes: 48 01 d8`); the rest
+//! is written by `TRELLIS_GOLDEN=write cargo test -p bt --test golden`.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test of small numbers")]
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use bt::listing::{Part, parts, text};
+use bt::{Facts, FpLevel, Fragment, Variant, translate};
+use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction};
+
+/// Where the code lies if the facts say that it knows.
+const PAGE: u64 = 0xffff_ffff_8123_4000;
+/// Where in its page.
+const OFFSET: usize = 0x100;
+
+fn facts(words: &str) -> Facts {
+    let mut f = Facts {
+        page_rip: Some(PAGE),
+        variant: Variant::Supervisor,
+        fp: FpLevel::Avx512,
+        amd: true,
+        syscall: true,
+        smap: true,
+        fsgsbase: true,
+        rdtsc: true,
+        bmi2: true,
+        plain: false,
+    };
+    for word in words.split_whitespace() {
+        match word {
+            "kernel" => {}
+            "user" => (f.page_rip, f.variant) = (None, Variant::User),
+            "ac" => f.variant = Variant::SupervisorAc,
+            "plain" => f.plain = true,
+            "bmi2=off" => f.bmi2 = false,
+            "fp=none" => f.fp = FpLevel::None,
+            other => panic!("no such fact: {other}"),
+        }
+    }
+    f
+}
+
+fn bytes(hex: &str) -> Vec<u8> {
+    hex.split_whitespace().map(|b| u8::from_str_radix(b, 16).unwrap()).collect()
+}
+
+fn guest_text(i: &Instruction) -> String {
+    let mut out = String::new();
+    FastFormatter::new().format(i, &mut out);
+    out
+}
+
+/// Host instructions from `from` to `to`.
+fn count(parts: &[Part], from: usize, to: usize) -> usize {
+    parts.iter().filter(|p| matches!(p, Part::Instruction(_)) && (from..to).contains(&p.offset())).count()
+}
+
+fn host_lines(out: &mut String, parts: &[Part], from: usize, to: usize) {
+    for part in parts.iter().filter(|p| (from..to).contains(&p.offset())) {
+        let _ = match part {
+            Part::Instruction(i) => writeln!(out, "  {:4x}  {}", part.offset(), text(i)),
+            Part::Number(at, n) => writeln!(out, "  {at:4x}  .number {n}"),
+        };
+    }
+}
+
+fn describe(code: &[u8], facts: Facts) -> String {
+    let mut page = [0xcc; 4096];
+    page[OFFSET..OFFSET + code.len()].copy_from_slice(code);
+    // What follows overwrites all flags: cmp eax, eax.
+    page[OFFSET + code.len()..OFFSET + code.len() + 2].copy_from_slice(&[0x39, 0xc0]);
+    let guest: Vec<Instruction> =
+        Decoder::with_ip(64, code, OFFSET as u64, DecoderOptions::AMD).into_iter().collect();
+    let unit = bt::unit::form(&page, OFFSET, guest.len(), facts.amd);
+    assert_eq!(unit.instructions.len(), guest.len(), "the unit takes all instructions");
+    let f: Fragment = translate(&unit, &page, facts, 0, 0, &|_| true);
+    let parts = parts(&f.code).expect("a fragment consists of instructions and numbers");
+    let mut out = String::new();
+    let _ = writeln!(out, "entry: {} host instructions", count(&parts, 0, f.inner));
+    host_lines(&mut out, &parts, 0, f.inner);
+    for (n, i) in guest.iter().enumerate() {
+        let from = f.map[n].host as usize;
+        let to = f.map.get(n + 1).map_or(f.leave, |p| p.host as usize);
+        let _ = writeln!(out, "guest: {}: {} host instructions", guest_text(i), count(&parts, from, to));
+        host_lines(&mut out, &parts, from, to);
+    }
+    let _ = writeln!(out, "leave: {} host instructions", count(&parts, f.leave, f.straight));
+    host_lines(&mut out, &parts, f.leave, f.straight);
+    let _ = writeln!(
+        out,
+        "out of line: {} host instructions, {} bytes of {}; {} sites, {} exits, {} callouts",
+        count(&parts, f.straight, f.code.len()),
+        f.code.len() - f.straight,
+        f.code.len(),
+        f.sites.len(),
+        f.exits.len(),
+        f.callouts
+    );
+    host_lines(&mut out, &parts, f.straight, f.code.len());
+    out
+}
+
+/// The file as the translator makes it.
+fn regenerate(file: &str) -> String {
+    let mut out = String::new();
+    let (mut words, mut header) = (String::new(), true);
+    for line in file.lines() {
+        if let Some(name) = line.strip_prefix("== ") {
+            let _ = writeln!(out, "{}== {name}", if header { "" } else { "\n" });
+            (words, header) = (String::new(), false);
+        } else if let Some(rest) = line.strip_prefix("facts: ") {
+            words = rest.to_owned();
+            let _ = writeln!(out, "facts: {rest}");
+        } else if let Some(rest) = line.strip_prefix("bytes: ") {
+            let _ = writeln!(out, "bytes: {rest}");
+            out += &describe(&bytes(rest), facts(&words));
+        } else if header {
+            let _ = writeln!(out, "{line}");
+        }
+    }
+    out
+}
+
+#[test]
+fn translations_are_golden() {
+    let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden");
+    let write = std::env::var("TRELLIS_GOLDEN").as_deref() == Ok("write");
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|e| e == "txt"));
+    files.sort();
+    assert!(files.len() > 10, "the golden files are there");
+    let mut wrong = Vec::new();
+    for path in files {
+        let old = std::fs::read_to_string(&path).unwrap();
+        let new = regenerate(&old);
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if write {
+            std::fs::write(&path, new).unwrap();
+        } else if old != new {
+            let differing = old.lines().zip(new.lines()).enumerate().find(|(_, (a, b))| a != b);
+            let place = differing.map_or_else(
+                || "its length".to_owned(),
+                |(n, (a, b))| format!("line {}:\n  golden:     {a}\n  translated: {b}", n + 1),
+            );
+            wrong.push(format!("{name} differs at {place}"));
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "{}\nIf that is meant: TRELLIS_GOLDEN=write cargo test -p bt --test golden, and look at the difference",
+        wrong.join("\n")
+    );
+}
