@@ -1,4 +1,4 @@
-//! What a debugger outside of the guest wants of a vCPU: [`Debug`], and how the vCPU answers: [`DebugStop`].
+//! What a debugger outside of the guest wants of a vCPU: [`struct@Debug`], and how the vCPU answers: [`DebugStop`].
 //!
 //! INV-DEBUG-1: nothing of this can be seen from inside. No byte of guest memory, no debug register, no flag and no
 //! counter changes; an engine compares addresses before an instruction (breakpoints) and with each access (watchpoints).

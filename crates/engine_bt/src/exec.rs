@@ -90,6 +90,7 @@ global_asm!(
     "push rax\nmovzx eax, word ptr gs:[{status}]\nadd al, 0x7f\nsahf\npop rax",
     "3:\nret",
     // All general registers are in the frame. The instruction pointers that XSAVE found are the host's: they are wiped.
+    // DEVIATION: so FIP, FDP and FOP of x87 instructions that ran in fragments read as zero.
     "trellis_bt_fp_store:",
     "mov rcx, gs:[{area}]\nmov eax, gs:[{mask}]\nxor edx, edx",
     "xsave64 [rcx]",

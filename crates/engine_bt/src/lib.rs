@@ -41,6 +41,8 @@ use x86_interp::{Interp, Parts};
 
 /// Places whose heat is remembered, by hash.
 const HEAT_ENTRIES: usize = 1 << 15;
+/// Pages whose decoded code the interpreter keeps: only what is cold comes to it.
+const DECODED_PAGES: usize = 256;
 /// Instructions that the interpreter may do in one go where nothing can be translated.
 const LONG_BLOCK: u64 = 1000;
 
@@ -146,6 +148,7 @@ impl BtVcpu {
         let mut interp = Interp::new(parts);
         interp.cpu().tlb.events = Some(Vec::new());
         interp.cpu().holder.watch_code();
+        interp.limit_decoded_pages(DECODED_PAGES);
         let host = Host::detect();
         Ok(Self {
             interp,

@@ -108,6 +108,11 @@ impl Interp {
         Self { cpu, cache: DecodeCache::default(), crossing: HashMap::new() }
     }
 
+    /// Keeps the decoded code of at most so many pages.
+    pub const fn limit_decoded_pages(&mut self, pages: usize) {
+        self.cache.limit(pages);
+    }
+
     /// The vCPU's insides, for tests and tools.
     pub const fn cpu(&mut self) -> &mut Cpu {
         &mut self.cpu

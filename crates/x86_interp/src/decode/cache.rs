@@ -77,8 +77,8 @@ impl Page {
 }
 
 /// Decoded pages; all are forgotten when there are too many.
-#[derive(Default)]
 pub struct DecodeCache {
+    max_pages: usize,
     pages: Vec<Page>,
     by_key: HashMap<PageKey, usize>,
     total_ops: usize,
@@ -89,7 +89,18 @@ const MAX_TOTAL_OPS: usize = 2_000_000;
 /// 8 KiB of index each: 64 MiB at most.
 const MAX_PAGES: usize = 8192;
 
+impl Default for DecodeCache {
+    fn default() -> Self {
+        Self { max_pages: MAX_PAGES, pages: Vec::new(), by_key: HashMap::new(), total_ops: 0 }
+    }
+}
+
 impl DecodeCache {
+    /// Keeps at most so many pages: for who translates what is executed often.
+    pub const fn limit(&mut self, pages: usize) {
+        self.max_pages = pages;
+    }
+
     /// The number of the page, made if need be.
     pub fn page(&mut self, key: PageKey, version: u32) -> usize {
         if let Some(&at) = self.by_key.get(&key) {
@@ -118,7 +129,7 @@ impl DecodeCache {
 
     /// Whether it is time to forget everything.
     pub fn is_full(&self) -> bool {
-        self.total_ops > MAX_TOTAL_OPS || self.pages.len() > MAX_PAGES
+        self.total_ops > MAX_TOTAL_OPS || self.pages.len() > self.max_pages
     }
 
     /// Forgets everything.
