@@ -41,6 +41,8 @@ use x86_interp::{Interp, Parts};
 
 /// Places whose heat is remembered, by hash.
 const HEAT_ENTRIES: usize = 1 << 15;
+/// Blocks of 16- and 32-bit code between two looks of the dispatcher.
+const LEGACY_BLOCKS: u32 = 64;
 /// Pages whose decoded code the interpreter keeps: only what is cold comes to it.
 const DECODED_PAGES: usize = 256;
 /// Instructions that the interpreter may do in one go where nothing can be translated.
@@ -209,8 +211,14 @@ impl BtVcpu {
         if self.is_stepped() {
             return self.step_traced();
         }
-        self.bt.blocks += 1;
-        self.interp.run_block(limit);
+        // Whole runs of legacy code at once: nothing of it is translated.
+        for _ in 0..LEGACY_BLOCKS {
+            self.bt.blocks += 1;
+            self.interp.run_block(limit);
+            if !state::only_legacy(self.interp.cpu()) {
+                break;
+            }
+        }
         self.absorb();
     }
 

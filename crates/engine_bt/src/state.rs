@@ -52,6 +52,15 @@ pub fn eligible(cpu: &Cpu) -> bool {
         && cpu.s.activity == Activity::Running
 }
 
+/// Whether the interpreter may go on without a look at anything else: 16- or 32-bit code that runs undisturbed.
+pub fn only_legacy(cpu: &Cpu) -> bool {
+    cpu.code_size != CodeSize::Bits64
+        && cpu.s.activity == Activity::Running
+        && !cpu.careful()
+        && !cpu.poll()
+        && !cpu.code_changed
+}
+
 /// Rights of the code at RIP.
 pub const fn variant(cpu: &Cpu) -> Variant {
     match cpu.variant {
