@@ -215,7 +215,7 @@ impl BtVcpu {
         for _ in 0..LEGACY_BLOCKS {
             self.bt.blocks += 1;
             self.interp.run_block(limit);
-            if !state::only_legacy(self.interp.cpu()) {
+            if !state::only_legacy(self.interp.cpu()) || self.is_stepped() {
                 break;
             }
         }
