@@ -212,10 +212,6 @@ impl Asm {
     pub fn jmp_index8(&mut self, index: u8, disp: i32) {
         self.gs_index_op(false, 0xff, 4, (index, 3), disp);
     }
-    /// `cmp gs:[disp], reg`
-    pub fn cmp_gs(&mut self, disp: i32, reg: u8) {
-        self.gs_op(true, &[0x39], reg, disp);
-    }
     /// `cmp dword gs:[disp], imm8`
     pub fn cmp_gs32_imm8(&mut self, disp: i32, imm: u8) {
         self.gs_op(false, &[0x83], 7, disp);
@@ -316,10 +312,6 @@ impl Asm {
         self.code.push(scale << 6 | low3(index) << 3 | 5);
         self.imm32(disp);
     }
-    /// `mov [base + index], reg`, 64 bits.
-    pub fn store_sum(&mut self, base: u8, index: u8, reg: u8) {
-        self.memory_op(true, &[0x89], reg, base, Some((index, 0)), 0);
-    }
     /// `mov reg, [base + index]`, 64 bits.
     pub fn load_sum(&mut self, reg: u8, base: u8, index: u8) {
         self.memory_op(true, &[0x8b], reg, base, Some((index, 0)), 0);
@@ -327,15 +319,6 @@ impl Asm {
     /// `mov [base + disp], reg`, 64 bits.
     pub fn store_at(&mut self, base: u8, disp: i32, reg: u8) {
         self.memory_op(true, &[0x89], reg, base, None, disp);
-    }
-    /// `mov reg, [base + disp]`, 64 bits.
-    pub fn load_at(&mut self, reg: u8, base: u8, disp: i32) {
-        self.memory_op(true, &[0x8b], reg, base, None, disp);
-    }
-    /// `mov qword [base + disp], imm32` (sign-extended).
-    pub fn store_imm_at(&mut self, base: u8, disp: i32, imm: i32) {
-        self.memory_op(true, &[0xc7], 0, base, None, disp);
-        self.imm32(imm);
     }
     /// `mov reg, [base + index]` in `size` bytes (1, 2, 4, 8), zero-extended.
     pub fn load_sized(&mut self, size: usize, reg: u8, base: u8, index: u8) {

@@ -68,8 +68,6 @@ pub const TSC_AUX: i32 = 0x128;
 pub const TEMP: i32 = 0x130;
 /// Address of the code that leaves the cache by an exit whose number stands behind the call.
 pub const TAKE_EXIT: i32 = 0x2f8;
-/// How many eight-byte temporaries there are.
-pub const TEMPS: usize = 4;
 /// Addresses of the code that looks a jump target up, by variant.
 pub const LOOKUP: i32 = 0x150;
 /// Addresses of the code that fills the TLB for a read or a write, by variant: `REFILL + 16 * variant + 8 * write`.
@@ -96,8 +94,6 @@ pub const SECOND_JUMPS: i32 = 0x1f8;
 pub const COUNT_REFILLS: i32 = 0x200;
 /// See [`COUNT_REFILLS`].
 pub const COUNT_LOOKUPS: i32 = 0x208;
-/// RIP (in its page, or whole) of the last x87 instruction.
-pub const FP_SITE: i32 = 0x210;
 
 /// Selectors of ES, CS, SS, DS, FS, GS, four bytes each.
 pub const SELECTORS: i32 = 0x218;

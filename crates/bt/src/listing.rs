@@ -83,7 +83,7 @@ pub fn parts(code: &[u8]) -> Option<Vec<Part>> {
 #[must_use]
 pub fn field_name(at: i32) -> String {
     const RIGHTS: [&str; 3] = ["supervisor", "ac", "user"];
-    const NAMES: [(i32, &str); 31] = [
+    const NAMES: [(i32, &str); 30] = [
         (frame::RIP, "RIP"),
         (frame::FLAGS, "FLAGS"),
         (frame::SITE, "SITE"),
@@ -111,7 +111,6 @@ pub fn field_name(at: i32) -> String {
         (frame::TSC_OFFSET, "TSC_OFFSET"),
         (frame::TSC_AUX, "TSC_AUX"),
         (frame::TAKE_EXIT, "TAKE_EXIT"),
-        (frame::FP_SITE, "FP_SITE"),
         (frame::DONE, "DONE"),
         (frame::MEMORY, "MEMORY"),
         (frame::SECOND_TLB, "SECOND_TLB"),

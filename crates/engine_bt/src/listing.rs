@@ -323,7 +323,6 @@ const FIELDS: &[(i32, &str)] = &[
     (frame::SYSCALL_KEEP_STATUS, "syscall keeps of flags"),
     (frame::TSC_OFFSET, "tsc offset"),
     (frame::TSC_AUX, "tsc aux"),
-    (frame::FP_SITE, "fp rip"),
     (frame::TAKE_EXIT, "take exit"),
     (frame::DONE, "done"),
 ];

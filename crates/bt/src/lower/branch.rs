@@ -7,6 +7,7 @@ use iced_x86::{Code, FlowControl, Instruction, OpKind};
 
 use x86::decode::condition;
 
+use super::stack::Value;
 use super::{Exit, Lowering, SiteKind};
 use crate::emit::{Asm, Fixup, Op, S0, S1, SP, cc};
 use crate::frame;
@@ -30,6 +31,11 @@ pub(super) struct PendingExit {
     plain: bool,
 }
 
+/// Whether a whole instruction lies at an offset of this page, so that a jump there may be linked.
+const fn in_page(offset: u64) -> bool {
+    offset < 4096 && !unit::may_cross(offset)
+}
+
 impl Lowering<'_> {
     /// A control transfer other than a conditional jump. False: not done here.
     pub(super) fn terminator(&mut self, i: &Instruction, live_after: u32) -> bool {
@@ -49,9 +55,9 @@ impl Lowering<'_> {
         true
     }
 
-    /// Whether a jump from the current instruction may close a loop.
-    fn is_backward(&self, offset: u64) -> bool {
-        offset <= self.current || offset >= 4096
+    /// Whether a jump from the current instruction may close a loop. Offsets beyond the page's ends are signed.
+    const fn is_backward(&self, offset: u64) -> bool {
+        offset as i64 <= self.current as i64
     }
 
     fn exit(&mut self, jump: Fixup, target: u64, entry: Entry) {
@@ -79,36 +85,22 @@ impl Lowering<'_> {
     /// Goes on at a known place of the page's address range (an offset; it may lie outside of the page).
     pub(super) fn leave_to(&mut self, offset: u64, live: u32) {
         self.spill(live);
-        if offset >= 4096 || unit::may_cross(offset) {
-            return self.leave_page(offset);
+        let backward = self.is_backward(offset);
+        if !in_page(offset) && !self.links_pages(offset) {
+            self.rip_to(S0, offset);
+            // Whoever goes forward only cannot come back without a jump that polls.
+            return self.leave_indirect(None, backward || self.facts.page_rip.is_some());
         }
-        if self.is_backward(offset) {
-            let poll = self.poll();
-            self.exit(poll, offset, Entry::Poll);
+        if backward {
+            self.poll_at(offset);
         }
         let jump = self.asm.jmp();
         self.exit(jump, offset, Entry::Link);
     }
 
-    /// Goes on in another page.
-    fn leave_page(&mut self, offset: u64) {
-        let Some(page_rip) = self.facts.page_rip else {
-            self.rip_to(S0, offset);
-            // Whoever goes forward only cannot come back without a jump that polls.
-            return self.leave_indirect(None, offset as i64 <= self.current as i64);
-        };
-        let target = page_rip.wrapping_add(offset);
-        if page_rip >> 63 == 0 || i32::try_from(offset as i64).is_err() {
-            self.asm.mov_imm(S0, target);
-            return self.leave_indirect(None, true);
-        }
-        // Kernel code: linked too, until the mapping of some code in the upper half changes.
-        if offset as i64 <= self.current as i64 {
-            let poll = self.poll();
-            self.exit(poll, offset, Entry::Poll);
-        }
-        let jump = self.asm.jmp();
-        self.exit(jump, offset, Entry::Link);
+    /// Whether a jump to another page may be linked: in kernel code, until the mapping of some code in the upper half changes.
+    fn links_pages(&self, offset: u64) -> bool {
+        self.facts.page_rip.is_some_and(|rip| rip >> 63 == 1) && i32::try_from(offset as i64).is_ok()
     }
 
     /// A conditional jump; the straight line goes on where it is not taken.
@@ -120,13 +112,13 @@ impl Lowering<'_> {
         let target = i.near_branch_target();
         let live = self.targets.live(target);
         let code = condition(i);
-        if live == 0 && !self.is_backward(target) && !unit::may_cross(target) {
+        if live == 0 && in_page(target) && !self.is_backward(target) {
             let jump = self.asm.jcc(code);
             self.delta_in_s1 = self.held;
             return self.exit(jump, target, Entry::Link);
         }
         let not_taken = self.asm.jcc(code ^ 1);
-        if self.is_backward(target) && target < 4096 && !unit::may_cross(target) {
+        if in_page(target) && self.is_backward(target) {
             self.spill(live);
             // The loop's own way: one compare, and one jump that the engine links.
             self.asm.cmp_gs32_imm8(frame::ALARM, 0);
@@ -144,42 +136,8 @@ impl Lowering<'_> {
 
     fn call(&mut self, i: &Instruction) {
         self.spill(STATUS);
-        if let Some(operand) = self.grouped(i, 0) {
-            let at = (operand.base, operand.index, operand.disp);
-            match self.return_immediate(i) {
-                Some(rip) => self.asm.store_imm_to(at, rip),
-                None => {
-                    self.rip_to(S0, i.next_ip());
-                    self.asm.store_to(at, S0);
-                }
-            }
-            self.asm.lea(SP, SP, None, -8);
-        } else {
-            self.push_return(i);
-        }
+        self.push_value(i, Value::Rip(i.next_ip()), 0);
         self.leave_to(i.near_branch_target(), 0);
-    }
-
-    /// The return address, if it is known and fits an immediate.
-    fn return_immediate(&self, i: &Instruction) -> Option<i32> {
-        let rip = self.facts.page_rip?.wrapping_add(i.next_ip());
-        i32::try_from(rip as i64).ok()
-    }
-
-    /// Pushes the return address; guest flags are in the frame.
-    fn push_return(&mut self, i: &Instruction) {
-        let retry = self.asm.here();
-        self.asm.lea(S0, SP, None, -8);
-        self.check(8, true, retry);
-        self.asm.lea(S0, S0, Some((S1, 0)), 0);
-        match self.return_immediate(i) {
-            Some(rip) => self.asm.store_imm_at(S0, 0, rip),
-            None => {
-                self.rip_to(S1, i.next_ip());
-                self.asm.store_at(S0, 0, S1);
-            }
-        }
-        self.asm.lea(SP, SP, None, -8);
     }
 
     /// DEVIATION: if the target is not canonical, the return address was pushed (RSP is put back) before the exception, as AMD's processors
@@ -194,7 +152,7 @@ impl Lowering<'_> {
         }
         // The push needs both scratch registers.
         self.asm.store(frame::TEMP, S0);
-        self.push_return(i);
+        self.push_value(i, Value::Rip(i.next_ip()), 0);
         self.asm.load(S0, frame::TEMP);
         self.leave_indirect(Some(-8), true);
         true
@@ -233,14 +191,8 @@ impl Lowering<'_> {
             self.asm.jmp_gs(frame::LEAVE);
             return;
         }
-        if let Some(operand) = self.grouped(i, 0) {
-            self.asm.load_from(S0, (operand.base, operand.index, operand.disp));
-        } else {
-            let retry = self.asm.here();
-            self.asm.mov(S0, SP);
-            self.check(8, false, retry);
-            self.asm.load_sum(S0, S0, S1);
-        }
+        let top = self.stack_top(i, 0);
+        self.asm.load_from(S0, top.place());
         self.asm.lea(SP, SP, None, 8 + more);
         self.leave_indirect(Some(8 + more as i8), true);
     }

@@ -260,7 +260,7 @@ impl Lowering<'_> {
             self.in_host = true;
         }
         let flags_in_host = self.in_host;
-        self.complete_own(operand.first, flags_in_host);
+        self.complete(operand.first, flags_in_host);
         true
     }
 

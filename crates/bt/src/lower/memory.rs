@@ -49,6 +49,11 @@ impl Operand {
         Self { base: S0, index: Some(S1), disp: 0, first }
     }
 
+    /// As the assembler takes it.
+    pub const fn place(&self) -> (u8, Option<u8>, i32) {
+        (self.base, self.index, self.disp)
+    }
+
     pub fn uses(&self, register: u8) -> bool {
         self.base == register || self.index == Some(register)
     }
@@ -141,12 +146,11 @@ impl Lowering<'_> {
     /// As [`Lowering::check`]; `aligned`: a misaligned address misses too.
     pub(super) fn check_aligned(&mut self, size: usize, write: bool, retry: usize, aligned: bool) -> usize {
         let kind = SiteKind::Access { size: size as u8, write };
+        self.lookup_tag(write);
         let jump = if aligned {
-            self.lookup_tag(write);
             self.asm.test_imm(S0, -4096 | (size as i32 - 1));
             self.asm.jcc(cc::NE)
         } else {
-            self.lookup_tag(write);
             self.asm.cmp_imm(S0, 4096 - size as i32);
             self.asm.jcc(cc::A)
         };
@@ -208,16 +212,8 @@ impl Lowering<'_> {
         self.misses.len() - 1
     }
 
-    /// The instruction of the misses from number `from` on is complete here.
+    /// The instruction of the misses from number `from` on is complete here; those of groups go on elsewhere.
     pub(super) fn complete(&mut self, from: usize, flags_in_host: bool) {
-        let here = self.asm.here();
-        for n in from..self.misses.len() {
-            self.complete_one(n, here, flags_in_host);
-        }
-    }
-
-    /// As [`Lowering::complete`], but for the misses of groups, which go on elsewhere.
-    pub(super) fn complete_own(&mut self, from: usize, flags_in_host: bool) {
         let here = self.asm.here();
         for n in from..self.misses.len() {
             if !self.plain_exits.contains(&n) {

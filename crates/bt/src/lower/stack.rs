@@ -3,6 +3,7 @@
 use iced_x86::{Code, Instruction, OpKind, Register};
 
 use super::Lowering;
+use super::memory::Operand;
 use super::registers::{frame_slot, host_number, in_frame};
 use crate::emit::{S0, S1, SP};
 use crate::frame;
@@ -17,10 +18,10 @@ impl Lowering<'_> {
                 let r = i.op0_register();
                 let value =
                     if in_frame(r) { Value::Frame(frame_slot(r)) } else { Value::Host(host_number(r)) };
-                self.push_grouped(i, value, live_before);
+                self.push_one(i, value, live_before);
             }
             Code::Pushq_imm32 | Code::Pushq_imm8 => {
-                self.push_grouped(i, Value::Immediate(i.immediate(0) as i32), live_before);
+                self.push_one(i, Value::Immediate(i.immediate(0) as i32), live_before);
             }
             Code::Push_rm64 if i.op0_kind() == OpKind::Memory => {
                 let first = self.misses.len();
@@ -30,7 +31,7 @@ impl Lowering<'_> {
                 }
                 self.asm.load_sum(S0, S0, S1);
                 self.asm.store(frame::TEMP, S0);
-                self.push_value(Value::Frame(frame::TEMP), 0);
+                self.push_value(i, Value::Frame(frame::TEMP), 0);
                 self.complete(first, false);
             }
             _ => return false,
@@ -38,43 +39,64 @@ impl Lowering<'_> {
         true
     }
 
-    /// Pushes a value, with a check shared with others if there are any.
-    pub(super) fn push_grouped(&mut self, i: &Instruction, value: Value, live_before: u32) {
-        let Some(operand) = self.grouped(i, live_before) else {
-            return self.push_value(value, live_before);
-        };
-        let at = (operand.base, operand.index, operand.disp);
-        match value {
-            Value::Host(r) => self.asm.store_to(at, r),
-            Value::Immediate(v) => self.asm.store_imm_to(at, v),
-            Value::Frame(slot) => {
-                self.asm.load(S0, slot);
-                self.asm.store_to(at, S0);
-            }
-        }
-        self.asm.lea(SP, SP, None, -8);
+    /// An instruction that does nothing but push a value.
+    pub(super) fn push_one(&mut self, i: &Instruction, value: Value, live_before: u32) {
+        let first = self.push_value(i, value, live_before);
+        self.complete(first, false);
     }
 
-    /// Pushes a value. What the frame holds of it stays there until the push is done.
-    pub(super) fn push_value(&mut self, value: Value, live_before: u32) {
-        self.spill(live_before);
-        let retry = self.asm.here();
-        self.asm.lea(S0, SP, None, -8);
-        let miss = self.check(8, true, retry);
-        match value {
-            Value::Host(r) => self.asm.store_sum(S0, S1, r),
-            Value::Frame(at) => {
-                self.asm.lea(S0, S0, Some((S1, 0)), 0);
-                self.asm.load(S1, at);
-                self.asm.store_at(S0, 0, S1);
-            }
-            Value::Immediate(v) => {
-                self.asm.lea(S0, S0, Some((S1, 0)), 0);
-                self.asm.store_imm_at(S0, 0, v);
+    /// Pushes a value, with a check shared with others if there are any. What the frame holds of it stays there until the push is done. The
+    /// number of its first miss.
+    pub(super) fn push_value(&mut self, i: &Instruction, value: Value, live_before: u32) -> usize {
+        let grouped = self.grouped(i, live_before);
+        let mut to = grouped.unwrap_or_else(|| {
+            self.spill(live_before);
+            let retry = self.asm.here();
+            self.asm.lea(S0, SP, None, -8);
+            Operand::checked(self.check(8, true, retry))
+        });
+        let first = to.first;
+        let register = if let Value::Host(r) = value { Some(r) } else { None };
+        // All but a register needs a scratch register beside the operand's own.
+        let mut scratch = S0;
+        if register.is_none() && to.uses(S0) {
+            self.asm.lea(S0, to.base, to.index.map(|x| (x, 0)), to.disp);
+            to = Operand { base: S0, index: None, disp: 0, first };
+            scratch = S1;
+        }
+        match self.immediate(value) {
+            Some(v) => self.asm.store_imm_to(to.place(), v),
+            None => {
+                let from = register.unwrap_or(scratch);
+                match value {
+                    Value::Frame(slot) => self.asm.load(from, slot),
+                    Value::Rip(offset) => self.rip_to(from, offset),
+                    Value::Host(_) | Value::Immediate(_) => {}
+                }
+                self.asm.store_to(to.place(), from);
             }
         }
         self.asm.lea(SP, SP, None, -8);
-        self.complete(miss, false);
+        first
+    }
+
+    /// The value as an immediate, if it is one that fits.
+    fn immediate(&self, value: Value) -> Option<i32> {
+        match value {
+            Value::Immediate(v) => Some(v),
+            Value::Rip(offset) => i32::try_from(self.facts.page_rip?.wrapping_add(offset) as i64).ok(),
+            Value::Host(_) | Value::Frame(_) => None,
+        }
+    }
+
+    /// The operand at the top of the stack, to be read.
+    pub(super) fn stack_top(&mut self, i: &Instruction, live_before: u32) -> Operand {
+        self.grouped(i, live_before).unwrap_or_else(|| {
+            self.spill(live_before);
+            let retry = self.asm.here();
+            self.asm.mov(S0, SP);
+            Operand::checked(self.check(8, false, retry))
+        })
     }
 
     pub(super) fn pop(&mut self, i: &Instruction, live_before: u32) -> bool {
@@ -82,31 +104,16 @@ impl Lowering<'_> {
             return false;
         }
         let r = i.op0_register();
-        if let Some(operand) = self.grouped(i, live_before) {
-            let at = (operand.base, operand.index, operand.disp);
-            let host = if in_frame(r) { S0 } else { host_number(r) };
-            self.asm.load_from(host, at);
-            if in_frame(r) {
-                self.asm.store(frame_slot(r), S0);
-            }
-            self.asm.lea(SP, SP, None, 8);
-            return true;
+        let top = self.stack_top(i, live_before);
+        let host = if in_frame(r) { S0 } else { host_number(r) };
+        self.asm.load_from(host, top.place());
+        if in_frame(r) {
+            self.asm.store(frame_slot(r), S0);
         }
-        self.spill(live_before);
-        let retry = self.asm.here();
-        self.asm.mov(S0, SP);
-        let miss = self.check(8, false, retry);
-        if r == Register::RSP {
-            self.asm.load_sum(SP, S0, S1);
-        } else {
-            let host = if in_frame(r) { S0 } else { host_number(r) };
-            self.asm.load_sum(host, S0, S1);
-            if in_frame(r) {
-                self.asm.store(frame_slot(r), S0);
-            }
+        if r != Register::RSP {
             self.asm.lea(SP, SP, None, 8);
         }
-        self.complete(miss, false);
+        self.complete(top.first, false);
         true
     }
 
@@ -136,4 +143,6 @@ pub(super) enum Value {
     Frame(i32),
     /// A sign-extended immediate.
     Immediate(i32),
+    /// The RIP of an offset in the page.
+    Rip(u64),
 }

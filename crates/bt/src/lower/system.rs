@@ -50,7 +50,7 @@ impl Lowering<'_> {
                 self.spill(STATUS);
                 self.compose_flags();
                 self.asm.store(frame::TEMP, S1);
-                self.push_value(Value::Frame(frame::TEMP), 0);
+                self.push_one(i, Value::Frame(frame::TEMP), 0);
             }
             Mnemonic::Popfq => self.pop_flags(supervisor),
             Mnemonic::Swapgs if supervisor => {
