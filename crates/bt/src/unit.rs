@@ -21,36 +21,69 @@ pub struct Unit {
     pub end: usize,
 }
 
-/// Decodes one instruction that lies within the page.
-fn decode(page: &[u8; 4096], offset: usize, options: u32) -> Option<Instruction> {
-    let end = (offset + 15).min(4096);
-    let mut decoder = Decoder::with_ip(64, page.get(offset..end)?, offset as u64, options);
-    let i = decoder.decode();
-    (decoder.last_error() == DecoderError::None).then_some(i)
+/// Reads the instructions of a page of 64-bit code. One decoder for all: making one costs more than an instruction.
+pub struct Reader<'a>(Decoder<'a>);
+
+impl<'a> Reader<'a> {
+    /// Reads `page`.
+    #[must_use]
+    pub fn new(page: &'a [u8; 4096], amd: bool) -> Self {
+        let options = if amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
+        Self(Decoder::with_ip(64, page, 0, options))
+    }
+
+    /// The instruction at `offset`, if it lies within the page.
+    fn at(&mut self, offset: usize) -> Option<Instruction> {
+        self.0.set_position(offset).ok()?;
+        self.0.set_ip(offset as u64);
+        let i = self.0.decode();
+        (self.0.last_error() == DecoderError::None).then_some(i)
+    }
+
+    /// The unit at `offset`. `limit` bounds its instructions (1 for bisecting). Empty if the first instruction cannot be decoded within
+    /// the page.
+    #[must_use]
+    pub fn form(&mut self, offset: usize, limit: usize) -> Unit {
+        let mut unit = Unit { instructions: Vec::with_capacity(16), end: offset };
+        while unit.instructions.len() < limit.clamp(1, MAX_INSTRUCTIONS) {
+            let Some(i) = self.at(unit.end) else { break };
+            unit.end += i.len();
+            unit.instructions.push(i);
+            if ends_unit(&i) {
+                break;
+            }
+        }
+        unit
+    }
+
+    /// Flags that may be read before they are overwritten, from `offset` on; all of them where that is not seen.
+    #[must_use]
+    pub fn live_at(&mut self, offset: usize) -> u32 {
+        let (mut live, mut unknown, mut at) = (0, STATUS, offset);
+        for _ in 0..PEEK {
+            let Some(i) = self.at(at) else { break };
+            at += i.len();
+            let (read, written) = flag_effects(&i);
+            live |= read & unknown;
+            // DEVIATION: an instruction that can fault or call out shows flags that are dead to a handler, and they are not kept: that they
+            // are dead for the code itself is enough, for handlers save and restore what they find. Code that then patches what follows
+            // so that it reads them finds others.
+            if i.flow_control() != FlowControl::Next {
+                break;
+            }
+            unknown &= !written;
+            if unknown == 0 {
+                break;
+            }
+        }
+        live | unknown
+    }
 }
 
 /// Whether a unit ends with this instruction. It goes on behind a conditional jump that is not taken.
 #[must_use]
 pub fn ends_unit(i: &Instruction) -> bool {
     i.flow_control() != FlowControl::Next && !i.is_jcc_short_or_near()
-}
-
-/// The unit at `offset` of a page of 64-bit code. `limit` bounds its instructions (1 for bisecting). Empty if the first
-/// instruction cannot be decoded within the page.
-#[must_use]
-pub fn form(page: &[u8; 4096], offset: usize, limit: usize, amd: bool) -> Unit {
-    let options = if amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
-    let mut unit = Unit { instructions: Vec::new(), end: offset };
-    while unit.instructions.len() < limit.clamp(1, MAX_INSTRUCTIONS) {
-        let Some(i) = decode(page, unit.end, options) else { break };
-        unit.end += i.len();
-        let ends = ends_unit(&i);
-        unit.instructions.push(i);
-        if ends {
-            break;
-        }
-    }
-    unit
 }
 
 /// The longest instruction (SDM 2A 2.3.11).
@@ -104,27 +137,4 @@ fn may_leave_flags(i: &Instruction) -> bool {
     }
     let last = i.op_count().saturating_sub(1);
     i.op_kind(last) == iced_x86::OpKind::Register || i.immediate(last) & 0x1f == 0
-}
-
-/// Flags that may be read before they are overwritten, from `offset` on; all of them where that is not seen.
-#[must_use]
-pub fn live_at(page: &[u8; 4096], offset: usize, amd: bool) -> u32 {
-    let unit = form(page, offset, PEEK, amd);
-    let mut live = 0;
-    let mut unknown = STATUS;
-    for i in &unit.instructions {
-        let (read, written) = flag_effects(i);
-        live |= read & unknown;
-        // DEVIATION: an instruction that can fault or call out shows flags that are dead to a handler, and they are not kept: that they are dead
-        // for the code itself is enough, for handlers save and restore what they find. Code that then patches what follows so that it
-        // reads them finds others.
-        if i.flow_control() != FlowControl::Next {
-            break;
-        }
-        unknown &= !written;
-        if unknown == 0 {
-            return live;
-        }
-    }
-    live | unknown
 }

@@ -76,9 +76,10 @@ fn describe(code: &[u8], facts: Facts) -> String {
     page[OFFSET + code.len()..OFFSET + code.len() + 2].copy_from_slice(&[0x39, 0xc0]);
     let guest: Vec<Instruction> =
         Decoder::with_ip(64, code, OFFSET as u64, DecoderOptions::AMD).into_iter().collect();
-    let unit = bt::unit::form(&page, OFFSET, guest.len(), facts.amd);
+    let mut reader = bt::unit::Reader::new(&page, facts.amd);
+    let unit = reader.form(OFFSET, guest.len());
     assert_eq!(unit.instructions.len(), guest.len(), "the unit takes all instructions");
-    let f: Fragment = translate(&unit, &page, facts, 0, 0, &|_| true);
+    let f: Fragment = translate(&unit, &mut reader, facts, 0, 0, &|_| true);
     let parts = parts(&f.code).expect("a fragment consists of instructions and numbers");
     let mut out = String::new();
     let _ = writeln!(out, "entry: {} host instructions", count(&parts, 0, f.inner));

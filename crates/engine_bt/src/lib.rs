@@ -360,7 +360,8 @@ impl BtVcpu {
         let start = std::time::Instant::now();
         let (page, version) = self.read_frame(key.gfn)?;
         let offset = usize::from(key.offset);
-        let unit = bt::unit::form(&page, offset, self.knobs.unit, self.amd);
+        let mut reader = bt::unit::Reader::new(&page, self.amd);
+        let unit = reader.form(offset, self.knobs.unit);
         let (unit, key, next) = if unit.instructions.is_empty() {
             let second = self.second_frame(key.offset)?;
             let (next, second_version) = self.read_frame(second)?;
@@ -378,7 +379,7 @@ impl BtVcpu {
         let gates = std::cell::RefCell::new(&mut self.announced);
         let announced = |i: &Instruction| gates.borrow_mut().ask(i, &model);
         let (sites, links) = self.cache.bases();
-        let fragment = bt::translate(&unit, &page, facts, sites, links, &announced);
+        let fragment = bt::translate(&unit, &mut reader, facts, sites, links, &announced);
         // The bytes are traced only now that it is known which; if they changed meanwhile, another time.
         let mut unchanged = self.trace(key.gfn, fragment.lines, &page, version);
         let second_version = next.as_ref().map_or(0, |(next, version)| {

@@ -461,7 +461,8 @@ mod tests {
     fn listing(code: &[u8], variant: Variant) -> Listing {
         let mut page = [6; 4096];
         page[0x100..0x100 + code.len()].copy_from_slice(code);
-        let unit = bt::unit::form(&page, 0x100, 48, false);
+        let mut reader = bt::unit::Reader::new(&page, false);
+        let unit = reader.form(0x100, 48);
         let user = variant == Variant::User;
         let facts = Facts {
             page_rip: (!user).then_some(0xffff_ffff_8100_0000),
@@ -475,7 +476,7 @@ mod tests {
             bmi2: true,
             plain: false,
         };
-        let fragment = bt::translate(&unit, &page, facts, 7, 3, &|_| true);
+        let fragment = bt::translate(&unit, &mut reader, facts, 7, 3, &|_| true);
         Listing::new(&Source {
             unit: &unit,
             bytes: &page[0x100..],

@@ -7,7 +7,7 @@
 mod verify;
 
 use bt::listing::{Part, parts};
-use bt::unit::{MAX_INSTRUCTIONS, MAX_LEN, Unit, form, form_crossing};
+use bt::unit::{MAX_INSTRUCTIONS, MAX_LEN, Reader, Unit, form_crossing};
 use bt::{Facts, FpLevel, Fragment, Variant, translate};
 
 use crate::input::Input;
@@ -32,11 +32,12 @@ pub fn target(data: &[u8]) {
     input.fill(&mut next);
     let limit = 1 + usize::from(input.byte() % 64);
     let announce = !input.byte().is_multiple_of(16);
-    let unit = form(&page, offset, limit, facts.amd);
+    let mut reader = Reader::new(&page, facts.amd);
+    let unit = reader.form(offset, limit);
     let crossing = form_crossing(&page, &next, offset, facts.amd);
     for unit in [unit, crossing] {
         if !unit.instructions.is_empty() {
-            let fragment = translate(&unit, &page, facts, 1000, 2000, &|_| announce);
+            let fragment = translate(&unit, &mut reader, facts, 1000, 2000, &|_| announce);
             check(&unit, &fragment, facts);
         }
     }
@@ -170,8 +171,9 @@ mod tests {
         let mut page = [0x90; 4096];
         page[..8].copy_from_slice(&[0x48, 0x8b, 0x03, 0x48, 0x89, 0x4b, 0x08, 0xc3]);
         let facts = facts(&mut Input::new(&[0x20, 0, 0, 1]));
-        let unit = form(&page, 0, 3, true);
-        let mut f = translate(&unit, &page, facts, 0, 0, &|_| true);
+        let mut reader = Reader::new(&page, true);
+        let unit = reader.form(0, 3);
+        let mut f = translate(&unit, &mut reader, facts, 0, 0, &|_| true);
         let at = f.code.windows(from.len()).position(|w| w == from).expect("the code is there");
         f.code[at..at + to.len()].copy_from_slice(to);
         check(&unit, &f, facts);

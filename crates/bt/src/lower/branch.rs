@@ -36,7 +36,7 @@ const fn in_page(offset: u64) -> bool {
     offset < 4096 && !unit::may_cross(offset)
 }
 
-impl Lowering<'_> {
+impl Lowering<'_, '_> {
     /// A control transfer other than a conditional jump. False: not done here.
     pub(super) fn terminator(&mut self, i: &Instruction, live_after: u32) -> bool {
         if !self.reachable(i.near_branch_target()) {

@@ -6,7 +6,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use super::Lowering;
 use crate::emit::{Op, RAX, RDX, S0, S1, cc};
 
-impl Lowering<'_> {
+impl Lowering<'_, '_> {
     pub(super) fn divide(&mut self, i: &Instruction, live_before: u32) -> bool {
         let memory = i.op0_kind() == OpKind::Memory;
         let size = if memory { i.memory_size().size() } else { i.op0_register().size() };

@@ -234,7 +234,7 @@ impl Plan {
     }
 }
 
-impl Lowering<'_> {
+impl Lowering<'_, '_> {
     /// The operand of the current instruction's access at `disp` off the given base and index, if it shares a check with others. Guest flags
     /// are spilled where the check is; otherwise they stay.
     pub(super) fn grouped(&mut self, i: &Instruction, live_before: u32) -> Option<Operand> {

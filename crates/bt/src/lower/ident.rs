@@ -113,7 +113,7 @@ fn set_memory(i: &mut Instruction, at: Operand) {
     });
 }
 
-impl Lowering<'_> {
+impl Lowering<'_, '_> {
     pub(super) fn ident(&mut self, i: &Instruction, live_before: u32, reads: bool) -> bool {
         let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
         let (_, written) = unit::flag_effects(i);

@@ -59,7 +59,7 @@ impl Operand {
     }
 }
 
-impl Lowering<'_> {
+impl Lowering<'_, '_> {
     /// The linear address of the memory operand into [`S0`]. May use [`S1`]; flags stay.
     pub(super) fn address(&mut self, i: &Instruction) -> bool {
         let Ok(disp) = i32::try_from(i.memory_displacement64() as i64) else {

@@ -25,7 +25,7 @@ use iced_x86::{Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic}
 
 use crate::emit::{Asm, S0};
 use crate::frame;
-use crate::unit::{self, STATUS, Unit};
+use crate::unit::{self, Reader, STATUS, Unit};
 
 use branch::PendingExit;
 use memory::Miss;
@@ -177,10 +177,10 @@ pub struct Fragment {
     pub lines: u64,
 }
 
-struct Lowering<'a> {
+struct Lowering<'a, 'p> {
     asm: Asm,
     facts: Facts,
-    targets: Targets<'a>,
+    targets: Targets<'a, 'p>,
     info: InstructionInfoFactory,
     /// Rights at the current instruction.
     variant: Variant,
@@ -215,12 +215,12 @@ struct Lowering<'a> {
     next: u64,
 }
 
-/// Translates `unit`. Sites and exits are numbered from the bases, which the engine keeps. `announced` says which instructions
+/// Translates `unit` of the page that `reader` reads. Sites and exits are numbered from the bases, which the engine keeps. `announced` says which instructions
 /// the CPU model has.
 #[must_use]
 pub fn translate(
     unit: &Unit,
-    page: &[u8; 4096],
+    reader: &mut Reader<'_>,
     facts: Facts,
     site_base: u32,
     exit_base: u32,
@@ -229,7 +229,7 @@ pub fn translate(
     let mut l = Lowering {
         asm: Asm::new(facts.bmi2),
         facts,
-        targets: Targets { page, amd: facts.amd, known: Vec::with_capacity(8) },
+        targets: Targets { reader, known: Vec::with_capacity(8) },
         info: InstructionInfoFactory::new(),
         variant: facts.variant,
         in_host: false,
@@ -324,7 +324,7 @@ const fn lines(start: u64, end: u64) -> u64 {
 }
 
 /// Live flags before each instruction, and after the last.
-fn liveness(unit: &Unit, targets: &mut Targets<'_>) -> Vec<u32> {
+fn liveness(unit: &Unit, targets: &mut Targets<'_, '_>) -> Vec<u32> {
     let count = unit.instructions.len();
     let mut live = vec![0; count + 1];
     let last = unit.instructions.last();
@@ -345,13 +345,12 @@ fn liveness(unit: &Unit, targets: &mut Targets<'_>) -> Vec<u32> {
 }
 
 /// Live flags at places of the page, found once each.
-struct Targets<'a> {
-    page: &'a [u8; 4096],
-    amd: bool,
+struct Targets<'a, 'p> {
+    reader: &'a mut Reader<'p>,
     known: Vec<(u64, u32)>,
 }
 
-impl Targets<'_> {
+impl Targets<'_, '_> {
     fn live(&mut self, offset: u64) -> u32 {
         let Ok(at) = usize::try_from(offset) else { return STATUS };
         if at >= 4096 {
@@ -360,13 +359,13 @@ impl Targets<'_> {
         if let Some(known) = self.known.iter().find(|k| k.0 == offset) {
             return known.1;
         }
-        let live = unit::live_at(self.page, at, self.amd);
+        let live = self.reader.live_at(at);
         self.known.push((offset, live));
         live
     }
 }
 
-impl Lowering<'_> {
+impl Lowering<'_, '_> {
     /// The RIP of an offset in the page (it may lie outside) into a register; flags stay.
     fn rip_to(&mut self, register: u8, offset: u64) {
         if let Some(page_rip) = self.facts.page_rip {

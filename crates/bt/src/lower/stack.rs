@@ -11,7 +11,7 @@ use crate::frame;
 /// RBP.
 const BP: u8 = 5;
 
-impl Lowering<'_> {
+impl Lowering<'_, '_> {
     pub(super) fn push(&mut self, i: &Instruction, live_before: u32) -> bool {
         match i.code() {
             Code::Push_r64 => {

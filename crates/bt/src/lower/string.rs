@@ -19,7 +19,7 @@ fn element(i: &Instruction) -> Option<usize> {
     (plain && flat).then(|| i.memory_size().size()).filter(|s| matches!(s, 1 | 2 | 4 | 8))
 }
 
-impl Lowering<'_> {
+impl Lowering<'_, '_> {
     pub(super) fn string(&mut self, i: &Instruction, live_before: u32) -> bool {
         let Some(size) = element(i) else { return false };
         let repeated = i.has_rep_prefix();

@@ -26,7 +26,7 @@ const ARITHMETIC: u32 = 0x8d5;
 /// LAHF's flags.
 const LOW_STATUS: u32 = 0xd5;
 
-impl Lowering<'_> {
+impl Lowering<'_, '_> {
     /// An instruction that falls through. False: not done here.
     pub(super) fn system(&mut self, i: &Instruction, live_before: u32) -> bool {
         let supervisor = self.variant != Variant::User;

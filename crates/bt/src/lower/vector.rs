@@ -110,7 +110,7 @@ pub(super) fn group_access(i: &Instruction, facts: super::Facts) -> Option<bool>
     done_here.then(|| must_align(i, memory.size()))
 }
 
-impl Lowering<'_> {
+impl Lowering<'_, '_> {
     pub(super) fn vector(&mut self, i: &Instruction, live_before: u32, reads: bool) -> bool {
         match i.mnemonic() {
             Mnemonic::Fldcw => return self.load_control(i, live_before, FpLevel::X87),

@@ -165,7 +165,8 @@ impl Translator {
         let page_rip = rip & !(PAGE - 1);
         let (page, next) = (code.page(page_rip), code.page(page_rip.wrapping_add(PAGE)));
         let offset = usize::try_from(rip - page_rip).ok()?;
-        let mut unit = bt::unit::form(&page, offset, self.limit, self.facts.amd);
+        let mut reader = bt::unit::Reader::new(&page, self.facts.amd);
+        let mut unit = reader.form(offset, self.limit);
         let mut bytes = page.get(offset..)?.to_vec();
         if unit.instructions.is_empty() {
             let mut head = [0; bt::unit::MAX_LEN];
@@ -179,7 +180,7 @@ impl Translator {
         let user = self.facts.variant == Variant::User;
         let facts = Facts { page_rip: (!user).then_some(page_rip), ..self.facts };
         let announced = |i: &_| self.model.gate(i) == Gate::Announced;
-        let fragment = bt::translate(&unit, &page, facts, 0, 0, &announced);
+        let fragment = bt::translate(&unit, &mut reader, facts, 0, 0, &announced);
         let source = Source {
             unit: &unit,
             bytes: &bytes,
