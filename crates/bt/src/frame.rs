@@ -115,7 +115,7 @@ pub const MODE_SYSCALL: u32 = 1;
 pub const MODE_SYSRET: u32 = 2;
 
 /// Entries of the jump cache of one variant.
-pub const JUMP_ENTRIES: u32 = 4096;
+pub const JUMP_ENTRIES: u32 = 16384;
 /// The jump caches: for each variant the guest RIPs, then the host addresses.
 pub const JUMPS: i32 = 0x1000;
 /// Bytes from the RIPs to the host addresses.
@@ -125,7 +125,7 @@ pub const JUMP_STRIDE: i32 = 2 * JUMP_HOSTS;
 /// The software TLB: entries of 32 bytes: read tag, write tag, host page, host minus guest address.
 pub const TLB: i32 = JUMPS + VARIANTS * JUMP_STRIDE;
 /// Entries per variant.
-pub const TLB_ENTRIES: u32 = 1024;
+pub const TLB_ENTRIES: u32 = 4096;
 /// Bytes from one variant's table to the next.
 pub const TLB_STRIDE: i32 = 32 * TLB_ENTRIES as i32;
 /// Entries of each log of filled entries, four bytes each.

@@ -133,7 +133,6 @@ impl Callouts for BtVcpu {
         let filled = if self.is_known(la, variant, write) { Fill::Unfit } else { self.fill(la, size, write) };
         if filled == Fill::Done {
             self.apply_events();
-            self.tables.make_room();
             return again(&placed.site);
         }
         if group && filled == Fill::Unfit {

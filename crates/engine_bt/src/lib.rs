@@ -430,7 +430,6 @@ impl BtVcpu {
         if !self.cache.is_plain(fragment) {
             self.tables.set_jump(rip, code, variant);
         }
-        self.tables.make_room();
         self.frame.set32(frame::EXIT, 0);
         let frame = self.frame.clone();
         #[expect(unsafe_code, reason = "runs translated code")]

@@ -91,12 +91,29 @@ impl Tables {
             }
     }
 
-    /// What was logged, as displacements in the frame.
-    fn logged(&self, log: Log, half: usize) -> &[u32] {
+    /// What was logged, as displacements in the frame. None: the log is full, so anything may have been filled.
+    fn logged(&self, log: Log, half: usize) -> Option<&[u32]> {
         let start = self.log_start(log, half);
         let len = (self.frame.get(Self::log_field(log, half)).saturating_sub(start) / 4) as usize;
         // SAFETY: the assembly advances the pointer only up to the log's end, having written what lies below; no translated code runs now.
-        unsafe { std::slice::from_raw_parts(start as *const u32, len.min(frame::LOG_ENTRIES as usize)) }
+        (len < frame::LOG_ENTRIES as usize)
+            .then(|| unsafe { std::slice::from_raw_parts(start as *const u32, len) })
+    }
+
+    /// Every entry that may have been filled for a half, as displacements in the frame: those logged, or all of the table.
+    fn for_each_filled(&self, log: Log, half: usize, mut act: impl FnMut(i32)) {
+        if let Some(logged) = self.logged(log, half) {
+            return logged.iter().for_each(|&at| act(at as i32));
+        }
+        let (table, stride, entries, size) = match log {
+            Log::Tlb => (frame::TLB, frame::TLB_STRIDE, frame::TLB_ENTRIES, 32),
+            Log::Jumps => (frame::JUMPS, frame::JUMP_STRIDE, frame::JUMP_ENTRIES, 8),
+        };
+        for variant in 0..frame::VARIANTS {
+            for entry in 0..entries as i32 {
+                act(table + variant * stride + size * entry);
+            }
+        }
     }
 
     fn clear_log(&self, log: Log, half: usize) {
@@ -112,18 +129,6 @@ impl Tables {
         self.frame.set(at, frame::no_target(at));
     }
 
-    /// Whether a TLB log has no room, so that nothing can be filled.
-    pub fn make_room(&mut self) {
-        for half in 0..2 {
-            if self.logged(Log::Tlb, half).len() >= frame::LOG_ENTRIES as usize {
-                self.forget_tlb(half);
-            }
-            if self.logged(Log::Jumps, half).len() >= frame::LOG_ENTRIES as usize {
-                self.forget_cached_jumps(half);
-            }
-        }
-    }
-
     /// Remembers where the code at `rip` is, under the context of its half.
     pub fn set_jump(&mut self, rip: u64, code: u64, variant: Variant) {
         let context = self.frame.get(frame::CONTEXT + 8 * half(rip) as i32);
@@ -136,7 +141,7 @@ impl Tables {
         self.cache_jump(rip, code, variant);
     }
 
-    /// Tells the frame's jump cache, unless its log is full.
+    /// Tells the frame's jump cache.
     fn cache_jump(&self, rip: u64, code: u64, variant: Variant) {
         let field = Self::log_field(Log::Jumps, half(rip));
         let at = frame::JUMPS + variant as i32 * frame::JUMP_STRIDE + 8 * frame::jump_set(rip) as i32;
@@ -144,12 +149,11 @@ impl Tables {
             return;
         }
         let next = self.frame.get(field);
-        if next >= self.frame.get(field - frame::JUMP_LOG + frame::JUMP_LOG_END) {
-            return;
+        if next < self.frame.get(field - frame::JUMP_LOG + frame::JUMP_LOG_END) {
+            // SAFETY: the log has room at its pointer.
+            unsafe { (next as *mut u32).write(at as u32) };
+            self.frame.set(field, next + 4);
         }
-        // SAFETY: the log has room at its pointer.
-        unsafe { (next as *mut u32).write(at as u32) };
-        self.frame.set(field, next + 4);
         self.frame.set(at + frame::JUMP_HOSTS, code);
         self.frame.set(at, rip);
     }
@@ -163,20 +167,23 @@ impl Tables {
     }
 
     fn forget_cached_jumps(&mut self, half: usize) {
-        for &at in self.logged(Log::Jumps, half) {
-            self.clear_jump(at as i32);
-        }
+        self.for_each_filled(Log::Jumps, half, |at| {
+            // The slot may hold the other half's entry by now.
+            if self::half(self.frame.get(at)) == half {
+                self.clear_jump(at);
+            }
+        });
         self.clear_log(Log::Jumps, half);
     }
 
     fn forget_tlb(&mut self, which: usize) {
-        for &at in self.logged(Log::Tlb, which) {
+        self.for_each_filled(Log::Tlb, which, |at| {
             // The slot may hold the other half's entry by now.
-            let tag = self.frame.get(at as i32);
-            if tag == frame::no_page(at as i32) || half(tag) == which {
-                self.clear_entry(at as i32);
+            let tag = self.frame.get(at);
+            if tag == frame::no_page(at) || half(tag) == which {
+                self.clear_entry(at);
             }
-        }
+        });
         self.clear_log(Log::Tlb, which);
     }
 
@@ -249,20 +256,20 @@ impl Tables {
                 e[0] = frame::NO_SECOND_TAG;
             }
         }
-        for &at in self.logged(Log::Jumps, half(page)) {
-            if self.frame.get(at as i32) & !OFFSETS == page {
-                self.clear_jump(at as i32);
+        self.for_each_filled(Log::Jumps, half(page), |at| {
+            if self.frame.get(at) & !OFFSETS == page {
+                self.clear_jump(at);
             }
-        }
+        });
     }
 
     fn write_protect(&mut self, gfn: u64) {
         for half in 0..2 {
-            for &at in self.logged(Log::Tlb, half) {
-                if self.frame.get(frame::frame_of(at as i32)) == gfn {
-                    self.frame.set(at as i32 + 8, frame::no_page(at as i32));
+            self.for_each_filled(Log::Tlb, half, |at| {
+                if self.frame.get(frame::frame_of(at)) == gfn {
+                    self.frame.set(at + 8, frame::no_page(at));
                 }
-            }
+            });
         }
     }
 }
