@@ -109,6 +109,13 @@ pub const DELTAS: i32 = 0x238;
 /// How many groups a fragment can have.
 pub const MAX_GROUPS: usize = 24;
 
+/// The table of code pages of user code.
+pub const CODE_PAGES: i32 = 0x400;
+/// The table of fragments of user code by frame.
+pub const FRAGMENTS: i32 = 0x408;
+/// What the tags in [`FRAGMENTS`] have besides the address: [`fragment_tag`] of the current environment.
+pub const FRAGMENT_TAG: i32 = 0x410;
+
 /// [`MODE`]: SYSCALL's segments.
 pub const MODE_SYSCALL: u32 = 1;
 /// [`MODE`]: SYSRET's segments.
@@ -184,6 +191,37 @@ pub const fn second_set(rip: u64, context: u64) -> u64 {
 #[must_use]
 pub const fn second_tag(rip: u64, context: u64, variant: u64) -> u64 {
     rip ^ (context << 48 | variant << 60)
+}
+
+/// Entries of the table of code pages: address of the page with the context number in its low bits, and the frame's address.
+pub const CODE_PAGE_ENTRIES: u64 = 1 << 12;
+
+/// The number of a page in the table of code pages.
+#[must_use]
+pub const fn code_page_set(page: u64, context: u64) -> u64 {
+    (page >> 12 ^ context << 5) & (CODE_PAGE_ENTRIES - 1)
+}
+
+/// The tag of an empty entry of the table of code pages: no canonical address, and only such are asked for (INV-TAG-1).
+pub const NO_CODE_PAGE: u64 = 1 << 63;
+
+/// Entries of the table of fragments. A place has two: the last and the one before.
+pub const FRAGMENT_ENTRIES: u64 = 1 << 18;
+
+/// The first of the two entries for the code at a guest physical address.
+#[must_use]
+pub const fn fragment_set(address: u64) -> u64 {
+    let mixed = (address ^ address >> 16) & 0xffff_ffff;
+    (((mixed * FRAGMENT_HASH) & 0xffff_ffff) >> (32 - FRAGMENT_ENTRIES.trailing_zeros())) & !1
+}
+
+/// Odd, with its bits spread.
+pub const FRAGMENT_HASH: u64 = 0x9e37_79b1;
+
+/// What the tag of a fragment has besides its guest physical address (below 2^52). Never 0, the tag of an empty entry.
+#[must_use]
+pub const fn fragment_tag(environment: u8) -> u64 {
+    1 << 63 | (environment as u64) << 52
 }
 
 #[cfg(test)]

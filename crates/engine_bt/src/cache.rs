@@ -175,9 +175,9 @@ impl Cache {
         self.entries.get(fragment as usize).map_or(0, |e| self.code.address(e.at as usize))
     }
 
-    /// Whether a fragment has no groups: it is for the ranges that cross pages, and jumps do not lead to it.
-    pub fn is_plain(&self, fragment: u32) -> bool {
-        self.entries.get(fragment as usize).is_some_and(|e| e.key.plain)
+    /// What a fragment is known by.
+    pub fn key(&self, fragment: u32) -> Option<Key> {
+        self.entries.get(fragment as usize).map(|e| e.key)
     }
 
     /// Adds a fragment; its number, or None if code memory is full.

@@ -210,10 +210,10 @@ refill!("trellis_bt_refill_group_1w", 1, 1, "add qword ptr [rsp], 9\nret");
 refill!("trellis_bt_refill_group_2r", 2, 0, "add qword ptr [rsp], 9\nret");
 refill!("trellis_bt_refill_group_2w", 2, 1, "add qword ptr [rsp], 9\nret");
 
-/// Goes on at the guest address in R14 if the second-level table knows it, and tells the jump cache; else leaves with RIP there. Fragments
-/// call this, with the number of the site behind the call; flags and R15 are free.
+/// Goes on at the guest address in R14 if a second-level table knows it, and tells the jump cache; else leaves with RIP there. Fragments
+/// call this, with the number of the site behind the call; flags and R15 are free. `$before` may jump to 5 with what it found in R15.
 macro_rules! lookup {
-    ($name:literal, $variant:literal) => {
+    ($name:literal, $variant:literal, $before:literal) => {
         global_asm!(
             concat!(".globl ", $name),
             concat!($name, ":"),
@@ -222,6 +222,7 @@ macro_rules! lookup {
             // The second level is asked for canonical addresses only (`bt::frame::second_tag`).
             "mov r15, r14\nshl r15, 16\nsar r15, 16\ncmp r15, r14\njne 6f",
             "push rax\npush rcx",
+            $before,
             "mov rcx, r14\nshr rcx, 63",
             "mov rax, gs:[rcx*8 + {context}]",
             "mov rcx, r14\nshr rcx, 15\nxor rcx, r14\nmov r15d, eax\nshl r15d, 6\nxor ecx, r15d\nand ecx, {sets} - 1",
@@ -229,7 +230,7 @@ macro_rules! lookup {
             "shl rcx, 4\nadd rcx, gs:[{second}]",
             "cmp [rcx], rax\njne 7f",
             "mov r15, [rcx + 8]",
-            "inc qword ptr gs:[{count}]",
+            "5:\ninc qword ptr gs:[{count}]",
             "mov rcx, r14\nror rcx, 10\nxor ecx, r14d\nand ecx, {entries} - 1",
             "push rdx",
             "mov rdx, r14\nshr rdx, 63",
@@ -260,9 +261,36 @@ macro_rules! lookup {
         );
     };
 }
-lookup!("trellis_bt_lookup_0", 0);
-lookup!("trellis_bt_lookup_1", 1);
-lookup!("trellis_bt_lookup_2", 2);
+lookup!("trellis_bt_lookup_0", 0, "");
+lookup!("trellis_bt_lookup_1", 1, "");
+lookup!("trellis_bt_lookup_2", 2, "call trellis_bt_user_code\ntest r15, r15\njne 5f");
+
+// The fragment of user code at the address in R14, by its frame (`user_code`): in R15, or 0. Uses RAX and RCX.
+global_asm!(
+    "trellis_bt_user_code:",
+    "mov rcx, r14\nshr rcx, 12",
+    "mov r15, gs:[{context}]",
+    "mov eax, r15d\nshl eax, 5\nxor eax, ecx\nand eax, {pages} - 1\nshl eax, 4",
+    "add rax, gs:[{code_pages}]",
+    "shl rcx, 12\nor rcx, r15",
+    "xor r15d, r15d",
+    "cmp [rax], rcx\njne 9f",
+    // The frame's address, with the offset in the page: the code's guest physical address.
+    "mov rax, [rax + 8]\nmov ecx, r14d\nand ecx, 0xfff\nor rcx, rax",
+    "mov rax, rcx\nshr rax, 16\nxor eax, ecx\nimul eax, eax, {hash}\nshr eax, 32 - {bits}\nand eax, -2\nshl eax, 4",
+    "add rax, gs:[{fragments}]",
+    "or rcx, gs:[{tag}]",
+    "cmp [rax], rcx\njne 8f\nmov r15, [rax + 8]\nret",
+    "8:\ncmp [rax + 16], rcx\ncmove r15, [rax + 24]",
+    "9:\nret",
+    context = const frame::CONTEXT,
+    pages = const frame::CODE_PAGE_ENTRIES,
+    code_pages = const frame::CODE_PAGES,
+    hash = const frame::FRAGMENT_HASH.cast_signed() as i32,
+    bits = const frame::FRAGMENT_ENTRIES.trailing_zeros(),
+    fragments = const frame::FRAGMENTS,
+    tag = const frame::FRAGMENT_TAG,
+);
 
 unsafe extern "C" {
     fn trellis_bt_enter(code: u64, rip: u64);

@@ -20,6 +20,7 @@ mod report;
 mod state;
 mod tables;
 pub mod trace;
+mod user_code;
 
 use std::sync::Arc;
 
@@ -286,7 +287,7 @@ impl BtVcpu {
         });
         if env != self.environment {
             self.environment = env;
-            self.tables.forget_jumps();
+            self.tables.set_environment(env);
         }
         let page_rip = facts.page_rip.unwrap_or(0);
         let plain = std::mem::take(&mut self.next_plain);
@@ -427,9 +428,7 @@ impl BtVcpu {
         let rip = cpu.rip;
         let variant = state::variant(cpu);
         state::fill(cpu, &self.frame, self.counter);
-        if !self.cache.is_plain(fragment) {
-            self.tables.set_jump(rip, code, variant);
-        }
+        self.remember(fragment, rip, code, variant);
         self.frame.set32(frame::EXIT, 0);
         let frame = self.frame.clone();
         #[expect(unsafe_code, reason = "runs translated code")]
@@ -440,6 +439,18 @@ impl BtVcpu {
         };
         self.note_leave();
         self.left();
+    }
+
+    /// Has jumps to `rip` find a fragment.
+    fn remember(&mut self, fragment: u32, rip: u64, code: u64, variant: bt::Variant) {
+        match self.cache.key(fragment) {
+            // For ranges that cross pages only: jumps do not lead to it.
+            Some(key) if key.plain => {}
+            Some(key) if variant == bt::Variant::User && key.second == NO_FRAME && rip >> 63 == 0 => {
+                self.tables.set_user_jump(rip, key.gfn, code);
+            }
+            _ => self.tables.set_jump(rip, code, variant),
+        }
     }
 
     /// Acts on where translated code left.

@@ -11,9 +11,11 @@
 #![expect(unsafe_code, reason = "shares the logs with assembly")]
 
 use bt::{Variant, frame};
+use guestmem::Gfn;
 use x86_interp::tlb::TlbEvent;
 
 use crate::exec::Frame;
+use crate::user_code::UserCode;
 
 /// Tag and host address.
 type SecondEntry = [u64; 2];
@@ -28,6 +30,7 @@ pub struct Tables {
     /// Hashed pages that have entries in the jump tables.
     pages: Box<[u64; PAGE_WORDS]>,
     upper_changed: bool,
+    user: UserCode,
 }
 
 const fn half(address: u64) -> usize {
@@ -51,6 +54,7 @@ impl Tables {
     pub fn new(frame: Frame) -> Self {
         let second = vec![[frame::NO_SECOND_TAG, 0]; frame::SECOND_JUMP_ENTRIES as usize];
         let t = Self {
+            user: UserCode::new(frame.clone()),
             frame,
             second: second.into_boxed_slice(),
             pages: Box::new([0; PAGE_WORDS]),
@@ -158,11 +162,32 @@ impl Tables {
         self.frame.set(at, rip);
     }
 
+    /// As [`Tables::set_jump`], for user code that lies in one frame: every process that has this frame finds it.
+    pub fn set_user_jump(&mut self, rip: u64, gfn: Gfn, code: u64) {
+        let (word, bit) = page_bit(rip);
+        self.pages[word] |= bit;
+        self.user.set(rip, gfn, code);
+        self.cache_jump(rip, code, Variant::User);
+    }
+
+    /// Fragments made for another environment are not found from now on.
+    pub fn set_environment(&mut self, environment: u8) {
+        self.forget_targets();
+        self.user.set_environment(environment);
+    }
+
     /// Forgets all code.
     pub fn forget_jumps(&mut self) {
+        self.forget_targets();
+        self.user.forget_fragments();
+    }
+
+    /// Forgets which code is at which address.
+    fn forget_targets(&mut self) {
         self.forget_cached_jumps(0);
         self.forget_cached_jumps(1);
         self.second.fill([frame::NO_SECOND_TAG, 0]);
+        self.user.forget_pages();
         self.pages.fill(0);
     }
 
@@ -208,9 +233,9 @@ impl Tables {
                 self.forget_half(1);
             }
             TlbEvent::ContextsAnew => {
-                self.forget_half(0);
-                self.forget_half(1);
-                self.forget_jumps();
+                self.forget_tlb(0);
+                self.forget_tlb(1);
+                self.forget_targets();
             }
             TlbEvent::Page(la) => {
                 for variant in 0..frame::VARIANTS {
@@ -250,6 +275,9 @@ impl Tables {
         const PAGE: u64 = 0x0000_ffff_ffff_f000;
         if !self.has_jumps(page) {
             return;
+        }
+        if half(page) == 0 {
+            self.user.forget_page(page);
         }
         for e in &mut self.second {
             if e[0] & PAGE == page & PAGE {

@@ -1,0 +1,97 @@
+//! Where user code is, for every process at once: the table of code pages (which frame an address space has at a page, as the guest's tables
+//! said), and behind it the table of fragments by frame and offset. A new process finds what others had translated as soon as its code
+//! pages are known; each of them comes to Rust once, not each jump target.
+//!
+//! Read by `trellis_bt_lookup_2`. Fragments that reach into a second page are in neither: two pages decide about them.
+//!
+//! INV-TAB-2: an entry of the table of code pages was made from the guest's tables under the context number in its tag, and goes with the event
+//! that takes that translation back. An entry of the table of fragments stays right without any event: whatever becomes of the fragment, its
+//! entry leads out of the cache or to what took its place (INV-TC-1).
+
+#![expect(clippy::cast_possible_truncation, reason = "masked to the number of entries")]
+
+use bt::frame;
+use guestmem::Gfn;
+
+use crate::exec::Frame;
+
+/// Tag, and what it stands for.
+type Entry = [u64; 2];
+
+/// Both tables.
+pub struct UserCode {
+    frame: Frame,
+    pages: Box<[Entry]>,
+    fragments: Box<[Entry]>,
+    /// Places in `fragments` that were filled, up to [`FEW`].
+    filled: Vec<u32>,
+}
+
+/// So many fragments are forgotten one by one; more, all at once.
+const FEW: usize = 4096;
+
+impl UserCode {
+    /// Empty tables.
+    pub fn new(frame: Frame) -> Self {
+        let pages = vec![[frame::NO_CODE_PAGE, 0]; frame::CODE_PAGE_ENTRIES as usize].into_boxed_slice();
+        // Zeroes, so that the host gives memory only for what is used.
+        let fragments = vec![[0, 0]; frame::FRAGMENT_ENTRIES as usize].into_boxed_slice();
+        frame.set(frame::CODE_PAGES, pages.as_ptr() as u64);
+        frame.set(frame::FRAGMENTS, fragments.as_ptr() as u64);
+        Self { frame, pages, fragments, filled: Vec::with_capacity(FEW) }
+    }
+
+    /// What fragments rely on from now on: those made for something else are not found.
+    pub fn set_environment(&self, environment: u8) {
+        self.frame.set(frame::FRAGMENT_TAG, frame::fragment_tag(environment));
+    }
+
+    /// Remembers the frame of the code page at `rip` in the current address space, and the fragment there.
+    pub fn set(&mut self, rip: u64, gfn: Gfn, code: u64) {
+        let context = self.frame.get(frame::CONTEXT);
+        let page = rip & !0xfff;
+        if let Some(e) = self.pages.get_mut(frame::code_page_set(page, context) as usize) {
+            *e = [page | context, gfn.0 << 12];
+        }
+        let address = gfn.0 << 12 | rip & 0xfff;
+        let tag = address | self.frame.get(frame::FRAGMENT_TAG);
+        let set = frame::fragment_set(address) as usize;
+        let Some([first, second]) =
+            self.fragments.get_mut(set..set + 2).and_then(|s| s.as_chunks_mut().0.first_mut())
+        else {
+            return;
+        };
+        if first[0] != tag {
+            *second = *first;
+            if self.filled.len() < FEW {
+                self.filled.push(set as u32);
+            }
+        }
+        *first = [tag, code];
+    }
+
+    /// Forgets what is at the page of an address, in every context.
+    pub fn forget_page(&mut self, la: u64) {
+        let page = la & !0xfff;
+        for e in self.pages.iter_mut().filter(|e| e[0] & !0xfff == page) {
+            e[0] = frame::NO_CODE_PAGE;
+        }
+    }
+
+    /// Forgets what is at every page.
+    pub fn forget_pages(&mut self) {
+        self.pages.fill([frame::NO_CODE_PAGE, 0]);
+    }
+
+    /// Forgets all fragments.
+    pub fn forget_fragments(&mut self) {
+        if self.filled.len() == FEW {
+            self.fragments.fill([0, 0]);
+        }
+        for set in self.filled.drain(..) {
+            if let Some(place) = self.fragments.get_mut(set as usize..set as usize + 2) {
+                place.fill([0, 0]);
+            }
+        }
+    }
+}
