@@ -33,6 +33,7 @@ mod sensitive;
 mod smc;
 mod smp;
 mod snapshot;
+mod string;
 mod syscalls;
 mod traps;
 
@@ -49,6 +50,7 @@ const GROUPS: &[&[harness::Test]] = &[
     crmsr::TESTS,
     syscalls::TESTS,
     integer::TESTS,
+    string::TESTS,
     smc::TESTS,
     irq::TESTS,
     fpu::TESTS,

@@ -71,3 +71,47 @@ fn refused_call_that_pushes_over_its_target_faults() {
     agree(&code, false, |p| p.regs.gpr[4] = crate::state::DATA + 0x1800);
     agree(&code, true, |p| p.regs.gpr[4] = crate::state::DATA + 0x1800);
 }
+
+/// A run over equal elements with one that differs, at `differs` bytes from RDI; every size.
+fn agree_on_runs(opcode: u8, repeat: u8, from: u64, differs: u64, count: u64) {
+    for prefix in [&[repeat][..], &[repeat, 0x66], &[repeat, 0x48]] {
+        for opcode in [opcode, opcode + 1] {
+            let code = [prefix, &[opcode]].concat();
+            agree(&code, differs % 2 == 0, |p| {
+                p.data.fill(0x5a);
+                p.read_only.fill(0x5a);
+                (p.regs.gpr[0], p.regs.gpr[1]) = (0x5a5a_5a5a_5a5a_5a5a, count);
+                (p.regs.gpr[6], p.regs.gpr[7]) = (crate::state::DATA + from / 2, crate::state::DATA + from);
+                if let Some(byte) = p.data.get_mut((from + differs) as usize) {
+                    *byte ^= 0x81;
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn repeated_comparisons_end_where_they_must() {
+    const REPE: u8 = 0xf3;
+    const REPNE: u8 = 0xf2;
+    for opcode in [0xa6, 0xae] {
+        // Within a page, in the third, at the last element, behind a page's end, never: then they run into what is not mapped.
+        for (from, differs, count) in [
+            (0x100, 0x40, 0x1000),
+            (0x100, 0x2345, 0x10_0000),
+            (0x103, 0x1fff, 0x2000),
+            (0xff8, 8, 9),
+            (0x7, 0x10_0000, u64::MAX),
+            (0x7, 0x10_0000, 3),
+            (0x200, 3, 0),
+        ] {
+            agree_on_runs(opcode, REPE, from, differs, count);
+            agree_on_runs(opcode, REPNE, from, differs, count);
+        }
+    }
+    for opcode in [0xa4, 0xaa, 0xac] {
+        for (from, count) in [(0x100, 0x7f3), (0xffd, 0x900), (0x7, u64::MAX)] {
+            agree_on_runs(opcode, REPE, from, 5, count);
+        }
+    }
+}
