@@ -208,6 +208,10 @@ under! {
     programs_agree_with_interpreted_vectors: "fp=off",
     programs_agree_in_a_tiny_cache: "code=64K",
     programs_agree_when_all_is_forgotten: "tlb=off,forget=1,chain=off",
+    programs_agree_with_a_tlb_of_one_entry: "tlb=one",
+    programs_agree_with_fragments_made_again: "again=2",
+    programs_agree_with_full_logs: "log=1",
+    programs_agree_without_trust_in_address_spaces: "context=off",
 }
 
 #[test]

@@ -77,7 +77,7 @@ fn agree_on_runs(opcode: u8, repeat: u8, from: u64, differs: u64, count: u64) {
     for prefix in [&[repeat][..], &[repeat, 0x66], &[repeat, 0x48]] {
         for opcode in [opcode, opcode + 1] {
             let code = [prefix, &[opcode]].concat();
-            agree(&code, differs % 2 == 0, |p| {
+            agree(&code, differs.is_multiple_of(2), |p| {
                 p.data.fill(0x5a);
                 p.read_only.fill(0x5a);
                 (p.regs.gpr[0], p.regs.gpr[1]) = (0x5a5a_5a5a_5a5a_5a5a, count);
