@@ -72,6 +72,38 @@ fn refused_call_that_pushes_over_its_target_faults() {
     agree(&code, true, |p| p.regs.gpr[4] = crate::state::DATA + 0x1800);
 }
 
+#[test]
+fn branches_of_16_bits_cut_their_target() {
+    // stc; jc, jmp, call with an operand-size prefix: on AMD the target is cut (APM 3 Jcc), and there is nothing.
+    for branch in [
+        &[0x66, 0x72, 0x20][..],
+        &[0x66, 0x73, 0x20],
+        &[0x66, 0xeb, 0x20],
+        &[0x66, 0xe8, 0x10, 0],
+        &[0x66, 0x0f, 0x82, 5, 0],
+    ] {
+        let code = [&[0xf9], branch].concat();
+        for supervisor in [false, true] {
+            agree_raw(&code, supervisor);
+        }
+    }
+}
+
+/// Runs bytes as they are (the assembler would know better), in both engines.
+fn agree_raw(code: &[u8], supervisor: bool) {
+    let (mut oracle, mut subject) = (Oracle::new(), Subject::new(Knobs::parse("warm=0")));
+    let mut program = Program::of_bytes(&[0x90], 1, supervisor);
+    program.regs.gpr[4] = crate::state::DATA + 0x1800;
+    let mut layout = program.layout().unwrap();
+    let at = (program.regs.rip - crate::state::CODE) as usize;
+    layout.code[at..at + code.len()].copy_from_slice(code);
+    match crate::judge_layout(&program, &layout, &mut oracle, &mut subject, false) {
+        Verdict::Same(_) => {}
+        Verdict::Different(text) => panic!("{code:02x?}:\n{text}"),
+        Verdict::Unfit(why) => panic!("{code:02x?}: {why:?}"),
+    }
+}
+
 /// A run over equal elements with one that differs, at `differs` bytes from RDI; every size.
 fn agree_on_runs(opcode: u8, repeat: u8, from: u64, differs: u64, count: u64) {
     for prefix in [&[repeat][..], &[repeat, 0x66], &[repeat, 0x48]] {
