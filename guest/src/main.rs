@@ -18,6 +18,7 @@ mod desc;
 mod faults;
 mod fpu;
 mod harness;
+mod hostile;
 mod integer;
 mod irq;
 mod legacy;
@@ -52,6 +53,7 @@ const GROUPS: &[&[harness::Test]] = &[
     integer::TESTS,
     string::TESTS,
     smc::TESTS,
+    hostile::TESTS,
     irq::TESTS,
     fpu::TESTS,
     snapshot::TESTS,
