@@ -83,7 +83,7 @@ impl Soak {
         if let Some(rest) = text.split("soak: ").nth(1) {
             return self.mark(rest, when);
         }
-        if COMPLAINTS.iter().any(|c| text.contains(c)) {
+        if !text.contains("stress-ng: ") && COMPLAINTS.iter().any(|c| text.contains(c)) {
             self.complaints.push(text.to_owned());
             return Event::Complaint;
         }
@@ -131,8 +131,11 @@ impl Soak {
         let begun = self.current.take().filter(|c| c.0 == name).map_or(up, |c| c.1);
         let operations = self.operations.remove(name);
         let said = self.errors.first().cloned().unwrap_or_default();
+        // What stress-ng says of a stressor that it counts among the pathological ones, or that needs what is not there.
+        let none = said.contains("No stress workers invoked");
         let verdict = match (status, operations) {
             ("3" | "4", _) => Verdict::Skipped,
+            _ if none => Verdict::Skipped,
             ("0", Some(0)) => Verdict::Failed("no operation in its time".to_owned()),
             // A stressor that finds nothing to do there says so and ends with 0.
             ("0", None) => Verdict::Skipped,
@@ -191,6 +194,9 @@ mod tests {
             "soak: begin a 6.00",
             "stress-ng: metrc: [9] a  0  2.00  3.9  0.0  6.0  3.0",
             "soak: end a 0 8.00",
+            "soak: begin d 8.00",
+            "stress-ng: error: [5] No stress workers invoked",
+            "soak: end d 1 8.00",
             "soak: done 8.00",
         ]);
         assert_eq!(soak.ended[0].verdict, Verdict::Passed);
@@ -198,13 +204,17 @@ mod tests {
         assert_eq!(soak.ended[1].verdict, Verdict::Skipped);
         assert!(matches!(&soak.ended[2].verdict, Verdict::Failed(why) if why.contains("checksum")));
         assert!(matches!(soak.ended[3].verdict, Verdict::Failed(_)), "no progress");
-        assert!(soak.complete && soak.count(|v| *v == Verdict::Skipped) == 1);
+        assert!(soak.complete && soak.count(|v| *v == Verdict::Skipped) == 2);
         assert_eq!(soak.clocks().map(|c| c.0), Some(7.0));
     }
 
     #[test]
     fn kernel_complaints_are_kept() {
-        let soak = read(&["[  1.0] watchdog: BUG: soft lockup - CPU#0 stuck", "[ 2.0] eth0: up"]);
+        let soak = read(&[
+            "[  1.0] watchdog: BUG: soft lockup - CPU#0 stuck",
+            "[ 2.0] eth0: up",
+            "stress-ng: warn: [1] env: WARNING: early",
+        ]);
         assert_eq!(soak.complaints.len(), 1);
         assert!(!soak.complete);
     }

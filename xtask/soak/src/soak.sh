@@ -19,11 +19,16 @@ names="$names fork vfork vforkmany clone daemon exec zombie pthread wait pidfd
 # bigheap, brk, stack, mmapmany and the like live on running out of memory; these would take the shell with them.
 names=$(echo $names | tr ' ' '\n' | sort -u | grep -v -x -e oom-pipe -e '' | tr '\n' ' ')
 set -- $names
-share=$((@MINUTES@ * 60 / $#))
-[ $share -lt 2 ] && share=2
 echo "soak: version $(stress-ng --version 2>&1)"
-echo "soak: plan $# $share"
+echo "soak: plan $# $((@MINUTES@ * 60 / $#))"
+now() { read -r up rest < /proc/uptime; echo "${up%.*}"; }
+end=$(($(now) + @MINUTES@ * 60))
+left=$#
 for name in "$@"; do
+    # What earlier ones took beyond their share is saved on those that follow.
+    share=$(((end - $(now)) / left))
+    [ $share -lt 2 ] && share=2
+    left=$((left - 1))
     echo "soak: begin $name $(clock)"
     timeout -s KILL $((share * 4 + 60)) \
         stress-ng --$name @WORKERS@ --timeout ${share}s --verify --metrics-brief --oomable --temp-path /tmp 2>&1
