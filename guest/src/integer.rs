@@ -7,8 +7,7 @@ use crate::{code32, code64, cpu, skip, tests};
 
 tests!("integer":
     shift_by_zero, shift_masks, rotate_flags, rcl_rcr, shld_shrd, bsf_bsr, bit_test_memory, mul_flags, cmpxchg, cmpxchg8b_16b, cmpxchg16b_misaligned,
-    xadd_fault, xchg_same, push_sp, enter_leave, high_bytes, upper_half, address_size_32, string_df, rep_zero, rep_movs_fault, rep_stos_fault,
-    rep_cmps_scas, rep_32bit_counts, rep_overlap, aam_aad, daa_das, pusha_popa, cmov_reads, setcc_jcc, loop_jrcxz, lahf_sahf, bswap, movsx_movzx,
+    xadd_fault, xchg_same, push_sp, enter_leave, high_bytes, upper_half, address_size_32, aam_aad, daa_das, pusha_popa, cmov_reads, setcc_jcc, loop_jrcxz, lahf_sahf, bswap, movsx_movzx,
     inc_keeps_cf, adc_sbb, neg_not, cwd_family, lea_forms, xlat, call_ret, pop_rsp, cmpxchg_fault_keeps, imul_forms, popcnt_tzcnt, rdrand,
     segment_override_ignored, nop_forms, movbe_crc32, push_imm, test_high_rip_relative,
 );
@@ -311,103 +310,6 @@ fn address_size_32() -> Verdict {
     let o = Ctx::kernel(code64!("mov rax, [edi + esi]")).rdi(0xffff_fff0).rsi(p + 0x10).run();
     done(&o, "32-bit address arithmetic wraps")?;
     eq(o.rax, 0x4711, "data")
-}
-
-fn string_df() -> Verdict {
-    let p = page();
-    for i in 0..4 {
-        wr(p + i * 8, i + 1);
-    }
-    let o = Ctx::kernel(code64!("std", "rep movsq", "cld")).rsi(p + 24).rdi(p + 32).rcx(4).run();
-    done(&o, "REP MOVSQ with DF")?;
-    ok(o.rsi == p - 8 && o.rdi == p && o.rcx == 0, "pointers go down")?;
-    for i in 0..4 {
-        eq(rd(p + 8 + i * 8), i + 1, "overlapping copy upwards")?;
-    }
-    let o = Ctx::kernel(code64!("std", "lodsb", "stosw", "cld")).rsi(p).rdi(p + 64).run();
-    ok(o.rsi == p - 1 && o.rdi == p + 62, "LODSB and STOSW with DF")
-}
-
-fn rep_zero() -> Verdict {
-    let o = Ctx::kernel(with_flags!("xor eax, eax", "rep movsb", "repe cmpsb", "rep stosb"))
-        .rsi(1 << 63)
-        .rdi(1 << 63)
-        .rcx(0)
-        .run();
-    done(&o, "REP with RCX zero touches no memory")?;
-    eq(o.rdx & ZF, ZF, "and no flags")?;
-    eq(o.rsi, 1 << 63, "RSI")
-}
-
-fn rep_movs_fault() -> Verdict {
-    let (s, a, b) = (Space::active(), page(), page());
-    s.map(WIN, a, P | W);
-    s.map(WIN + 0x2000, b, P | W);
-    for i in 0..512 {
-        wr(a + i * 8, i);
-    }
-    // The source runs into an absent page after 16 words.
-    let o = Ctx::kernel(code64!("rep movsq")).rsi(WIN + 0xf80).rdi(WIN + 0x2000).rcx(20).run();
-    page_fault(&o, 0, WIN + 0x1000, "source page absent")?;
-    ok(o.rcx == 4 && o.rsi == WIN + 0x1000 && o.rdi == WIN + 0x2080, "RCX, RSI and RDI tell what was done")?;
-    eq(rd(b + 0x78), 511, "the last word before the fault is written")?;
-    // The destination is read-only in the middle.
-    s.map(WIN + 0x3000, b, P);
-    let o = Ctx::kernel(code64!("rep movsd")).rsi(WIN).rdi(WIN + 0x2ff0).rcx(100).run();
-    page_fault(&o, 3, WIN + 0x3000, "destination page read-only")?;
-    ok(o.rcx == 96 && o.rsi == WIN + 16 && o.rdi == WIN + 0x3000, "state")
-}
-
-fn rep_stos_fault() -> Verdict {
-    let (s, a) = (Space::active(), page());
-    s.map(WIN, a, P | W);
-    let o = Ctx::kernel(code64!("rep stosb")).rdi(WIN + 0xff0).rcx(0x100).rax(0xab).run();
-    page_fault(&o, 2, WIN + 0x1000, "STOSB into an absent page")?;
-    ok(o.rcx == 0xf0 && o.rdi == WIN + 0x1000, "state")?;
-    let o = Ctx::kernel(code64!("std", "rep stosq")).rdi(WIN + 0x10).rcx(0x10).run();
-    page_fault(&o, 2, WIN - 8, "downwards")?;
-    ok(o.rcx == 0xd && o.rdi == WIN - 8, "state")?;
-    // Crossing words: an element that straddles the edge is not written at all.
-    wr(a + 0xff8, 0x5555_5555_5555_5555);
-    let o = Ctx::kernel(code64!("rep stosq")).rdi(WIN + 0xff4).rcx(2).rax(0).run();
-    page_fault(&o, 2, WIN + 0x1000, "straddling element")?;
-    ok(o.rcx == 1 && o.rdi == WIN + 0xffc, "state")?;
-    eq(rd(a + 0xff8), 0x5555_5555_0000_0000, "no half element")
-}
-
-fn rep_cmps_scas() -> Verdict {
-    let (a, b) = (page(), page());
-    wr(b + 16, 0x0100);
-    let o = Ctx::kernel(with_flags!("repe cmpsb")).rsi(a).rdi(b).rcx(64).run();
-    ok(o.rcx == 64 - 18 && o.rsi == a + 18 && o.rdi == b + 18, "REPE CMPSB stops after the difference")?;
-    eq(o.rdx & (ZF | CF), CF, "flags of 0 - 1")?;
-    let o = Ctx::kernel(with_flags!("repne scasb")).rax(1).rdi(b).rcx(64).run();
-    ok(o.rcx == 64 - 18 && o.rdi == b + 18, "REPNE SCASB stops after the match")?;
-    eq(o.rdx & ZF, ZF, "ZF")?;
-    let o = Ctx::kernel(with_flags!("repe scasq")).rax(0).rdi(a).rcx(10).run();
-    ok(o.rcx == 0 && o.rdx & ZF != 0, "REPE SCASQ to the end")
-}
-
-fn rep_32bit_counts() -> Verdict {
-    let p = page();
-    let o = Ctx::kernel(code64!(".byte 0x67", "rep stosb")).rdi(p).rcx(0xffff_ffff_0000_0004).rax(1).run();
-    done(&o, "67H REP uses ECX")?;
-    eq(o.rcx & 0xffff_ffff, 0, "ECX")?;
-    eq(o.rdi & 0xffff_ffff, p + 4, "EDI")?;
-    let o = Ctx::kernel(code64!(".byte 0x67", "loop 2f", "2: nop")).rcx(0xffff_ffff_0000_0001).run();
-    eq(o.rcx, 0, "67H LOOP writes ECX, zero-extended")
-}
-
-fn rep_overlap() -> Verdict {
-    let p = page();
-    wr(p, 0x8877_6655_4433_2211);
-    let o = Ctx::kernel(code64!("rep movsb")).rsi(p).rdi(p + 1).rcx(15).run();
-    done(&o, "overlapping REP MOVSB")?;
-    eq(rd(p + 8), 0x1111_1111_1111_1111, "goes byte by byte")?;
-    wr(p, 0xaaaa_bbbb_cccc_dddd);
-    let o = Ctx::kernel(code64!("rep movsd")).rsi(p).rdi(p + 4).rcx(4).run();
-    done(&o, "overlapping REP MOVSD")?;
-    eq(rd(p + 8), 0xcccc_dddd_cccc_dddd, "word by word")
 }
 
 fn aam_aad() -> Verdict {

@@ -11,7 +11,7 @@ tests!("irq":
     pit_by_pic, if_masks, sti_shadow, popf_delivers_at_once, self_ipi, irr_and_isr, priority_order, tpr_masks, cr8_masks, in_service_blocks,
     timer_one_shot, timer_periodic, timer_count_runs, timer_masked, tsc_deadline, apic_registers, apic_software_disable, x2apic_mode,
     x2apic_rules, x2apic_transitions, nmi_self, nmi_blocked_until_iret, ioapic_registers, ioapic_pit, ioapic_masked, ioapic_level, serial_by_pic,
-    rtc_by_slave_pic, hlt_wakes, rep_interrupted, user_interrupted, hpet_counts, hpet_timer, rtc_time, pm_timer, pit_counts, pit_channel_2,
+    rtc_by_slave_pic, hlt_wakes, rep_interrupted, scan_interrupted, user_interrupted, hpet_counts, hpet_timer, rtc_time, pm_timer, pit_counts, pit_channel_2,
     pic_mask_registers, pic_in_service, pic_level_and_edge, interrupt_clears_if_only, rtc_update_interrupt,
 );
 
@@ -560,6 +560,27 @@ fn rep_interrupted() -> Verdict {
         );
     }
     ok(inside != 0, "an interrupt comes inside REP MOVSB, with RCX telling how far it got")
+}
+
+fn scan_interrupted() -> Verdict {
+    set_mode(0x63, RESUME | EOI_APIC);
+    unsafe { core::ptr::with_exposed_provenance_mut::<u8>(BIG as usize).write_bytes(0, 0x20_0000) };
+    let mut inside = 0;
+    for period in [20_000u32, 50_000, 5_000, 100_000, 2_000, 10_000, 1_000, 500].into_iter().cycle().take(64) {
+        timer(0x2_0063, period);
+        let c = code64!("sti", "nop", "repne scasb", "pushfq", "cli", "pop rdx");
+        let o = Ctx::kernel(c).rax(1).rdi(BIG).rcx(0x20_0000).run();
+        write(0x380, 0);
+        open_window();
+        done(&o, "REPNE SCASB")?;
+        ok(o.rcx == 0 && o.rdi == BIG + 0x20_0000, "state at the end")?;
+        eq(o.rdx & 0x40, 0, "ZF")?;
+        inside += (0..logged().min(64)).filter(|i| log(*i).rip == c.start + 2 && log(*i).rcx != 0).count();
+        if inside != 0 {
+            break;
+        }
+    }
+    ok(inside != 0, "an interrupt comes inside REPNE SCASB, with RCX telling how far it got")
 }
 
 fn user_interrupted() -> Verdict {

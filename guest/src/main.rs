@@ -18,6 +18,7 @@ mod desc;
 mod faults;
 mod fpu;
 mod harness;
+mod hostile;
 mod integer;
 mod irq;
 mod legacy;
@@ -33,6 +34,7 @@ mod sensitive;
 mod smc;
 mod smp;
 mod snapshot;
+mod string;
 mod syscalls;
 mod traps;
 
@@ -49,7 +51,9 @@ const GROUPS: &[&[harness::Test]] = &[
     crmsr::TESTS,
     syscalls::TESTS,
     integer::TESTS,
+    string::TESTS,
     smc::TESTS,
+    hostile::TESTS,
     irq::TESTS,
     fpu::TESTS,
     snapshot::TESTS,

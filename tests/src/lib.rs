@@ -72,7 +72,14 @@ impl Machine {
     /// Starts `trellis` with `arguments`, standard input being empty.
     #[must_use]
     pub fn start(arguments: &[&str]) -> Self {
+        Self::start_stressed(arguments, "")
+    }
+
+    /// The same with stress knobs of the translator (docs/testing.md).
+    #[must_use]
+    pub fn start_stressed(arguments: &[&str], knobs: &str) -> Self {
         let mut command = Command::new(trellis());
+        command.env("TRELLIS_BT", knobs);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.env_remove("TRELLIS_LOG").spawn().expect("the program starts");
         let stdout = child.stdout.take().expect("a pipe");

@@ -42,7 +42,7 @@ fn suite_passes_when_saved_and_restored_in_the_middle() {
 }
 
 /// Tests that need time to pass within one instruction, or seconds of it.
-const NOT_COUNTED: &str = "skip=irq.rep_interrupted,irq.rtc_";
+const NOT_COUNTED: &str = "skip=irq.rep_interrupted,irq.scan_interrupted,irq.rtc_";
 
 #[test]
 fn counted_time_gives_the_same_run_twice() {

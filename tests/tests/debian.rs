@@ -170,3 +170,33 @@ fn assert_reaches_init(image: &str) {
     println!("end of the run after {:.1} s", ended.took.as_secs_f64());
     assert_contains(&ended, &["REACHED-INIT"]);
 }
+
+/// Boots to a shell that starts programs, on two processors, under each stress knob of the translator that a kernel can bear.
+#[test]
+#[ignore = "long: boots under stress knobs"]
+fn programs_run_under_every_stress_knob() {
+    const COMMANDS: &str =
+        "for i in 1 2 3 4 5 6 7 8; do echo $i | cat | wc -c & done; wait; echo sum=$((6*7))";
+    for knobs in [
+        "warm=0",
+        "warm=0,unit=1",
+        "chain=off",
+        "fp=off",
+        "code=256K",
+        "tlb=off",
+        "tlb=one",
+        "forget=1000",
+        "again=2",
+        "log=1",
+        "context=off",
+    ] {
+        let append = format!("console=ttyS0 quiet trellis.run=\"{COMMANDS}\"");
+        let arguments = ["boot", IMAGE, "--engine", "bt", "--cpus", "2", "--append", &append];
+        let ended = Machine::start_stressed(&arguments, knobs).finish(Duration::from_secs(600));
+        println!("{knobs}: {:.1} s", ended.took.as_secs_f64());
+        assert_contains(&ended, &["sum=42"]);
+        for bad in ["BUG:", "WARNING:", "Call Trace", "soft lockup"] {
+            assert!(!ended.output.contains(bad), "{knobs}: {bad:?} in:\n{}", ended.output);
+        }
+    }
+}

@@ -1,7 +1,7 @@
 //! The project's own tasks: `cargo xtask test` and its kin.
 //!
-//! It depends on none of the project's crates, so that it is built in seconds; what needs them (lockstep, the machine
-//! tests) is a program of its own that is built and started from here.
+//! It depends on none of the project's crates, so that it is built in seconds; what needs them (lockstep, soak, the
+//! machine tests) is a program of its own that is built and started from here.
 
 mod deny;
 #[cfg(test)]
@@ -32,6 +32,13 @@ enum Task {
     Lint,
     /// Licences, duplicate and foreign-source dependencies, by cargo-deny where it is installed
     Deny,
+    /// Runs stress-ng --verify in a Debian guest for as long as one likes
+    #[command(disable_help_flag = true)]
+    Soak {
+        /// Options of the tool; --help shows them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Runs a guest on QEMU and on the interpreter, instruction by instruction, up to the first difference
     #[command(disable_help_flag = true)]
     Lockstep {
@@ -47,7 +54,8 @@ fn main() -> ExitCode {
         Task::Long => long::run(),
         Task::Lint => steps::lint(),
         Task::Deny => deny::run(),
-        Task::Lockstep { options } => steps::lockstep(&options),
+        Task::Soak { options } => steps::tool(&["trellis", "soak"], &options),
+        Task::Lockstep { options } => steps::tool(&["lockstep"], &options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

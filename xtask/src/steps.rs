@@ -132,11 +132,15 @@ pub fn lint() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Builds and starts the lockstep tool.
-pub fn lockstep(options: &[String]) -> anyhow::Result<()> {
-    let mut command = cargo(&["run", "--release", "--quiet", "--package", "lockstep", "--"]);
-    let status = command.args(options).status()?;
-    ensure!(status.success(), "lockstep ended with {status}");
+/// Builds programs of the workspace and starts the last of them, named as its package.
+pub fn tool(packages: &[&str], options: &[String]) -> anyhow::Result<()> {
+    let mut build = cargo(&["build", "--release", "--quiet"]);
+    build.args(packages.iter().flat_map(|package| ["--package", package]));
+    let status = build.status()?;
+    ensure!(status.success(), "the build ended with {status}");
+    let name = packages.last().context("a tool is named")?;
+    let status = Command::new(target_directory().join("release").join(name)).args(options).status()?;
+    ensure!(status.success(), "{name} ended with {status}");
     Ok(())
 }
 

@@ -347,6 +347,35 @@ impl Asm {
             _ => self.memory_op(true, &[0x89], reg, base, at, 0),
         }
     }
+    /// `cmp reg, [base + index]` in `size` bytes; a byte is the register's lowest.
+    pub fn cmp_sized(&mut self, size: usize, reg: u8, base: u8, index: u8) {
+        let at = Some((index, 0));
+        match size {
+            1 => {
+                // A REX prefix always, so that numbers 4 to 7 are SPL to DIL.
+                self.bytes(&[Self::rex(false, reg, index, base), 0x3a]);
+                self.memory(reg, base, at, 0);
+            }
+            2 => {
+                self.code.push(0x66);
+                self.memory_op(false, &[0x3b], reg, base, at, 0);
+            }
+            4 => self.memory_op(false, &[0x3b], reg, base, at, 0),
+            _ => self.memory_op(true, &[0x3b], reg, base, at, 0),
+        }
+    }
+    /// `cmp to, from` in `size` bytes; a byte is the lowest of a register that needs no old high-byte register.
+    pub fn cmp_registers(&mut self, size: usize, to: u8, from: u8) {
+        match size {
+            1 => self.cmp8(to, from),
+            2 => {
+                self.code.push(0x66);
+                self.op32(Op::Cmp, to, from);
+            }
+            4 => self.op32(Op::Cmp, to, from),
+            _ => self.op(Op::Cmp, to, from),
+        }
+    }
     /// `mov [operand], reg`, 64 bits.
     pub fn store_to(&mut self, (base, index, disp): (u8, Option<u8>, i32), reg: u8) {
         self.memory_op(true, &[0x89], reg, base, index.map(|x| (x, 0)), disp);

@@ -1,6 +1,6 @@
 //! Translation units: the guest instructions that one translator call consumes, and which flags are live between them.
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, RflagsBits};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, OpKind, RflagsBits};
 
 /// Instructions in a unit at most.
 pub const MAX_INSTRUCTIONS: usize = 48;
@@ -83,7 +83,14 @@ impl<'a> Reader<'a> {
 /// Whether a unit ends with this instruction. It goes on behind a conditional jump that is not taken.
 #[must_use]
 pub fn ends_unit(i: &Instruction) -> bool {
-    i.flow_control() != FlowControl::Next && !i.is_jcc_short_or_near()
+    i.flow_control() != FlowControl::Next && (!i.is_jcc_short_or_near() || is_narrow_branch(i))
+}
+
+/// Whether a direct branch cuts its target to 16 bits: AMD's do with an operand-size prefix, in 64-bit code too (APM 3 Jcc). No compiler emits
+/// it, so it is interpreted.
+#[must_use]
+pub fn is_narrow_branch(i: &Instruction) -> bool {
+    i.op0_kind() == OpKind::NearBranch16
 }
 
 /// The longest instruction (SDM 2A 2.3.11).
@@ -136,5 +143,5 @@ fn may_leave_flags(i: &Instruction) -> bool {
         return i.mnemonic() == M::Mov || i.has_rep_prefix() || i.has_repne_prefix();
     }
     let last = i.op_count().saturating_sub(1);
-    i.op_kind(last) == iced_x86::OpKind::Register || i.immediate(last) & 0x1f == 0
+    i.op_kind(last) == OpKind::Register || i.immediate(last) & 0x1f == 0
 }

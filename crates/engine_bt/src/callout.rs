@@ -9,7 +9,7 @@ use x86_interp::memory::Target;
 
 use crate::cache::PlacedSite;
 use crate::exec::{Callouts, action};
-use crate::{BtVcpu, state};
+use crate::{BtVcpu, TlbKnob, state};
 
 /// The mode that a fragment was translated for, as far as an instruction may change it.
 #[derive(PartialEq, Eq)]
@@ -133,6 +133,10 @@ impl Callouts for BtVcpu {
         let filled = if self.is_known(la, variant, write) { Fill::Unfit } else { self.fill(la, size, write) };
         if filled == Fill::Done {
             self.apply_events();
+            if self.knobs.tlb == TlbKnob::One {
+                let cpu = self.interp.cpu();
+                self.tables.fill_only(la, variant, &cpu.tlb.entry(la, variant), cpu.tlb.tag(la));
+            }
             return again(&placed.site);
         }
         if group && filled == Fill::Unfit {

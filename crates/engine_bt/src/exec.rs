@@ -210,6 +210,28 @@ refill!("trellis_bt_refill_group_1w", 1, 1, "add qword ptr [rsp], 9\nret");
 refill!("trellis_bt_refill_group_2r", 2, 0, "add qword ptr [rsp], 9\nret");
 refill!("trellis_bt_refill_group_2w", 2, 1, "add qword ptr [rsp], 9\nret");
 
+/// Instead of a refill: Rust alone fills (the knob `tlb=one`). Called by fragments, as refills are.
+macro_rules! miss {
+    ($name:literal, $variant:literal, $write:literal) => {
+        global_asm!(
+            concat!(".globl ", $name),
+            concat!($name, ":"),
+            "xor r14, gs:[r15 + {table} + {tag}]",
+            "mov gs:[{address}], r14",
+            "jmp trellis_bt_slow",
+            address = const frame::ADDRESS,
+            tag = const 8 * $write,
+            table = const frame::TLB + $variant * frame::TLB_STRIDE,
+        );
+    };
+}
+miss!("trellis_bt_miss_0r", 0, 0);
+miss!("trellis_bt_miss_0w", 0, 1);
+miss!("trellis_bt_miss_1r", 1, 0);
+miss!("trellis_bt_miss_1w", 1, 1);
+miss!("trellis_bt_miss_2r", 2, 0);
+miss!("trellis_bt_miss_2w", 2, 1);
+
 /// Goes on at the guest address in R14 if a second-level table knows it, and tells the jump cache; else leaves with RIP there. Fragments
 /// call this, with the number of the site behind the call; flags and R15 are free. `$before` may jump to 5 with what it found in R15.
 macro_rules! lookup {
@@ -310,6 +332,12 @@ unsafe extern "C" {
     fn trellis_bt_refill_group_1w();
     fn trellis_bt_refill_group_2r();
     fn trellis_bt_refill_group_2w();
+    fn trellis_bt_miss_0r();
+    fn trellis_bt_miss_0w();
+    fn trellis_bt_miss_1r();
+    fn trellis_bt_miss_1w();
+    fn trellis_bt_miss_2r();
+    fn trellis_bt_miss_2w();
     fn trellis_bt_lookup_0();
     fn trellis_bt_lookup_1();
     fn trellis_bt_lookup_2();
@@ -426,6 +454,22 @@ impl Frame {
         f.set(frame::CALLOUT, trellis_bt_callout as *const () as u64);
         f.set(frame::FP_LOAD, trellis_bt_fp_load as *const () as u64);
         Ok(f)
+    }
+
+    /// From now on every miss comes to Rust.
+    pub fn refill_in_rust(&self) {
+        let misses: [unsafe extern "C" fn(); 6] = [
+            trellis_bt_miss_0r,
+            trellis_bt_miss_0w,
+            trellis_bt_miss_1r,
+            trellis_bt_miss_1w,
+            trellis_bt_miss_2r,
+            trellis_bt_miss_2w,
+        ];
+        for (n, code) in (0..).zip(misses) {
+            self.set(frame::REFILL + 8 * n, code as *const () as u64);
+            self.set(frame::REFILL_GROUP + 8 * n, code as *const () as u64);
+        }
     }
 
     /// What others ring.

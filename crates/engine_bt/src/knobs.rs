@@ -1,6 +1,17 @@
 //! Stress knobs: what the suites turn to make rare paths common. For tests and for bisecting a wrong translation; no user needs them.
 //!
-//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9` sets them for a process.
+//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off` sets them for a process.
+
+/// How long the frame's TLB keeps its entries.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TlbKnob {
+    /// Until they must go.
+    All,
+    /// Until an access needs another: there is one entry, and every access comes to Rust for it (`tlb=one`).
+    One,
+    /// Until translated code is entered again (`tlb=off`).
+    Entry,
+}
 
 /// The knobs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,10 +26,16 @@ pub struct Knobs {
     pub fp: bool,
     /// Bytes of code memory.
     pub code_bytes: usize,
-    /// The TLB keeps its entries from one entry into translated code to the next.
-    pub tlb: bool,
+    /// How long the TLB keeps its entries.
+    pub tlb: TlbKnob,
     /// All translations are forgotten at every so many entries; 0: never.
     pub forget: u64,
+    /// Every so many fragments that the dispatcher finds are dropped, with all of their page, and made anew; 0: none.
+    pub again: u64,
+    /// Filled entries of TLB and jump cache that are remembered one by one, to be emptied; more are looked for in all of the table.
+    pub log: u32,
+    /// What is known by linear address (jump tables, links between pages) is trusted when the address space was switched since.
+    pub context: bool,
 }
 
 impl Default for Knobs {
@@ -29,8 +46,11 @@ impl Default for Knobs {
             chain: true,
             fp: true,
             code_bytes: 64 << 20,
-            tlb: true,
+            tlb: TlbKnob::All,
             forget: 0,
+            again: 0,
+            log: bt::frame::LOG_ENTRIES,
+            context: true,
         }
     }
 }
@@ -53,8 +73,17 @@ impl Knobs {
                 ("code", Ok(n)) => k.code_bytes = (n << 10).clamp(64 << 10, 1 << 30),
                 ("chain", _) => k.chain = on,
                 ("fp", _) => k.fp = on,
-                ("tlb", _) => k.tlb = on,
+                ("tlb", _) => {
+                    k.tlb = match value {
+                        "one" => TlbKnob::One,
+                        _ if on => TlbKnob::All,
+                        _ => TlbKnob::Entry,
+                    }
+                }
                 ("forget", Ok(n)) => k.forget = n as u64,
+                ("again", Ok(n)) => k.again = n as u64,
+                ("log", Ok(n)) => k.log = u32::try_from(n).unwrap_or(u32::MAX),
+                ("context", _) => k.context = on,
                 _ => {}
             }
         }
@@ -68,10 +97,23 @@ mod tests {
 
     #[test]
     fn parse_sets_what_it_knows() {
-        let k = Knobs::parse("unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,nonsense=1");
-        let expected =
-            Knobs { unit: 1, warm: 0, chain: false, fp: false, code_bytes: 256 << 10, tlb: false, forget: 9 };
+        let text =
+            "unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off,nonsense=1";
+        let k = Knobs::parse(text);
+        let expected = Knobs {
+            unit: 1,
+            warm: 0,
+            chain: false,
+            fp: false,
+            code_bytes: 256 << 10,
+            tlb: TlbKnob::Entry,
+            forget: 9,
+            again: 2,
+            log: 1,
+            context: false,
+        };
         assert_eq!(k, expected);
+        assert_eq!(Knobs::parse("tlb=one").tlb, TlbKnob::One);
         assert_eq!(Knobs::parse(""), Knobs::default());
     }
 }

@@ -30,7 +30,7 @@ use engine::{ExitStats, Vcpu, VcpuExit};
 use exec::Frame;
 use guestmem::Gfn;
 use iced_x86::Instruction;
-pub use knobs::Knobs;
+pub use knobs::{Knobs, TlbKnob};
 use state::Host;
 use tables::Tables;
 use x86::CpuState;
@@ -144,6 +144,9 @@ impl BtVcpu {
     /// When the host gives no memory for code.
     pub fn with_knobs(parts: Parts, knobs: Knobs) -> rustix::io::Result<Self> {
         let frame = Frame::new()?;
+        if knobs.tlb == TlbKnob::One {
+            frame.refill_in_rust();
+        }
         let signals = Arc::clone(&parts.signals);
         frame.set(frame::SIGNALS, signals.address());
         signals.set_alarm(frame.alarm());
@@ -155,7 +158,7 @@ impl BtVcpu {
         let host = Host::detect();
         Ok(Self {
             interp,
-            tables: Tables::new(frame.clone()),
+            tables: Tables::new(frame.clone(), &knobs),
             frame,
             cache: Cache::new(knobs.code_bytes)?,
             environments: Environments::default(),
@@ -200,7 +203,7 @@ impl BtVcpu {
 
     /// Forgets what the knobs say, before an entry.
     fn stress(&mut self) {
-        if !self.knobs.tlb {
+        if self.knobs.tlb == TlbKnob::Entry {
             self.tables.apply(x86_interp::tlb::TlbEvent::FlushAll);
         }
         if self.knobs.forget != 0 && self.bt.entries.is_multiple_of(self.knobs.forget) {
@@ -312,7 +315,10 @@ impl BtVcpu {
         }
         if let Some(fragment) = self.cache.find(&key).or_else(|| self.find_crossing(key)) {
             self.bt.found += 1;
-            return Some(fragment);
+            if self.knobs.again == 0 || !self.bt.found.is_multiple_of(self.knobs.again) {
+                return Some(fragment);
+            }
+            self.cache.drop_frame(key.gfn);
         }
         self.bt.not_found += 1;
         if !self.is_warm(key) {

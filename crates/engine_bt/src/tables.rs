@@ -12,9 +12,10 @@
 
 use bt::{Variant, frame};
 use guestmem::Gfn;
-use x86_interp::tlb::TlbEvent;
+use x86_interp::tlb::{Entry, TRACED, TlbEvent};
 
 use crate::exec::Frame;
+use crate::knobs::Knobs;
 use crate::user_code::UserCode;
 
 /// Tag and host address.
@@ -31,6 +32,12 @@ pub struct Tables {
     pages: Box<[u64; PAGE_WORDS]>,
     upper_changed: bool,
     user: UserCode,
+    /// Entries that each log has room for; it counts as full with the last.
+    log_entries: u32,
+    /// The one entry of a TLB that may have no other ([`crate::TlbKnob::One`]).
+    only: Option<i32>,
+    /// Nothing known by linear address outlives a switch of the address space.
+    distrust: bool,
 }
 
 const fn half(address: u64) -> usize {
@@ -50,8 +57,8 @@ enum Log {
 }
 
 impl Tables {
-    /// Empty tables.
-    pub fn new(frame: Frame) -> Self {
+    /// Empty tables, under the stress that `knobs` ask for.
+    pub fn new(frame: Frame, knobs: &Knobs) -> Self {
         let second = vec![[frame::NO_SECOND_TAG, 0]; frame::SECOND_JUMP_ENTRIES as usize];
         let t = Self {
             user: UserCode::new(frame.clone()),
@@ -59,6 +66,9 @@ impl Tables {
             second: second.into_boxed_slice(),
             pages: Box::new([0; PAGE_WORDS]),
             upper_changed: false,
+            log_entries: knobs.log.clamp(1, frame::LOG_ENTRIES),
+            only: None,
+            distrust: !knobs.context,
         };
         for variant in 0..frame::VARIANTS {
             for i in 0..frame::TLB_ENTRIES as i32 {
@@ -74,9 +84,9 @@ impl Tables {
             (Log::Jumps, frame::JUMP_LOG, frame::JUMP_LOG_END),
         ] {
             for half in 0..2 {
-                t.frame.set(at + 8 * half as i32, t.log_start(log, half));
-                t.frame
-                    .set(end + 8 * half as i32, t.log_start(log, half) + 4 * u64::from(frame::LOG_ENTRIES));
+                let start = t.log_start(log, half);
+                t.frame.set(at + 8 * half as i32, start);
+                t.frame.set(end + 8 * half as i32, start + 4 * u64::from(t.log_entries));
             }
         }
         t
@@ -100,7 +110,7 @@ impl Tables {
         let start = self.log_start(log, half);
         let len = (self.frame.get(Self::log_field(log, half)).saturating_sub(start) / 4) as usize;
         // SAFETY: the assembly advances the pointer only up to the log's end, having written what lies below; no translated code runs now.
-        (len < frame::LOG_ENTRIES as usize)
+        (len < self.log_entries as usize)
             .then(|| unsafe { std::slice::from_raw_parts(start as *const u32, len) })
     }
 
@@ -152,14 +162,37 @@ impl Tables {
         if self.frame.get(at) == rip && self.frame.get(at + frame::JUMP_HOSTS) == code {
             return;
         }
+        self.note_filled(field, frame::JUMP_LOG_END - frame::JUMP_LOG, at);
+        self.frame.set(at + frame::JUMP_HOSTS, code);
+        self.frame.set(at, rip);
+    }
+
+    /// Logs a filled entry, unless the log is full. `field` says where the log's pointer is, `end` how far behind it where the log ends.
+    fn note_filled(&self, field: i32, end: i32, at: i32) {
         let next = self.frame.get(field);
-        if next < self.frame.get(field - frame::JUMP_LOG + frame::JUMP_LOG_END) {
+        if next < self.frame.get(field + end) {
             // SAFETY: the log has room at its pointer.
             unsafe { (next as *mut u32).write(at as u32) };
             self.frame.set(field, next + 4);
         }
-        self.frame.set(at + frame::JUMP_HOSTS, code);
-        self.frame.set(at, rip);
+    }
+
+    /// Makes the translation of `la` the only one of the frame's TLB.
+    pub fn fill_only(&mut self, la: u64, variant: usize, entry: &Entry, tag: u64) {
+        let page = la & !0xfff;
+        let set = (la >> 12) as i32 & (frame::TLB_ENTRIES as i32 - 1);
+        let at = frame::TLB + variant as i32 * frame::TLB_STRIDE + 32 * set;
+        if let Some(other) = self.only.replace(at) {
+            self.clear_entry(other);
+        }
+        let field = Self::log_field(Log::Tlb, half(la));
+        self.note_filled(field, frame::TLB_LOG_END - frame::TLB_LOG, at);
+        let distance = entry.addend.wrapping_add(self.frame.get(frame::MEMORY));
+        self.frame.set(at, page);
+        self.frame.set(at + 8, if entry.write_tag == tag { page } else { !page });
+        self.frame.set(at + 16, page.wrapping_add(distance));
+        self.frame.set(at + 24, distance);
+        self.frame.set(frame::frame_of(at), entry.gfn & !TRACED);
     }
 
     /// As [`Tables::set_jump`], for user code that lies in one frame: every process that has this frame finds it.
@@ -219,6 +252,8 @@ impl Tables {
 
     /// Acts on an event of the interpreter's TLB.
     pub fn apply(&mut self, event: TlbEvent) {
+        let switched = matches!(event, TlbEvent::FlushLower | TlbEvent::FlushAll);
+        let event = if self.distrust && switched { TlbEvent::ContextsAnew } else { event };
         self.upper_changed |= match event {
             TlbEvent::FlushAll | TlbEvent::ContextsAnew => true,
             TlbEvent::Page(la) => {

@@ -119,4 +119,8 @@ stressed! {
     translated_all_tests_pass_in_a_tiny_cache: "warm=0,code=64K",
     translated_all_tests_pass_with_a_forgetful_tlb: "warm=0,tlb=off,chain=off",
     translated_all_tests_pass_when_all_is_forgotten: "warm=0,forget=40",
+    translated_all_tests_pass_with_a_tlb_of_one_entry: "warm=0,tlb=one",
+    translated_all_tests_pass_with_fragments_made_again: "warm=0,again=4,chain=off",
+    translated_all_tests_pass_with_full_logs: "warm=0,log=1",
+    translated_all_tests_pass_without_trust_in_address_spaces: "warm=0,context=off",
 }

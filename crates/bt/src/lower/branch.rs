@@ -39,7 +39,7 @@ const fn in_page(offset: u64) -> bool {
 impl Lowering<'_, '_> {
     /// A control transfer other than a conditional jump. False: not done here.
     pub(super) fn terminator(&mut self, i: &Instruction, live_after: u32) -> bool {
-        if !self.reachable(i.near_branch_target()) {
+        if unit::is_narrow_branch(i) || !self.reachable(i.near_branch_target()) {
             return false;
         }
         match i.flow_control() {

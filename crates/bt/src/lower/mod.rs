@@ -329,7 +329,9 @@ fn liveness(unit: &Unit, targets: &mut Targets<'_, '_>) -> Vec<u32> {
     let mut live = vec![0; count + 1];
     let last = unit.instructions.last();
     live[count] = match last {
-        Some(i) if i.is_jmp_short_or_near() => targets.live(i.near_branch_target()),
+        Some(i) if i.is_jmp_short_or_near() && !unit::is_narrow_branch(i) => {
+            targets.live(i.near_branch_target())
+        }
         Some(i) if unit::ends_unit(i) => STATUS,
         _ => targets.live(unit.end as u64),
     };
@@ -406,7 +408,8 @@ impl Lowering<'_, '_> {
         self.poll_after_shadow(self.current, live_before);
         self.held = self.delta_in_s1.take();
         if i.flow_control() != FlowControl::Next {
-            if i.is_jcc_short_or_near() && self.reachable(i.near_branch_target()) {
+            let direct = i.is_jcc_short_or_near() && !unit::is_narrow_branch(i);
+            if direct && self.reachable(i.near_branch_target()) {
                 self.conditional(i);
                 return true;
             }

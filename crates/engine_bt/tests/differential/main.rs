@@ -17,6 +17,7 @@ mod excluded;
 #[path = "../../../x86_interp/tests/differential/generate.rs"]
 mod generate;
 mod handlers;
+mod hostile;
 #[path = "../../../x86_interp/tests/differential/initial.rs"]
 mod initial;
 mod machine;
@@ -37,7 +38,7 @@ use engine_bt::Knobs;
 use generate::Catalogue;
 use machine::Image;
 use oracle::{Oracle, Unfit, differences};
-use program::Program;
+use program::{Layout, Program};
 use rng::Rng;
 use state::{CODE, Mode};
 use subject::Subject;
@@ -56,6 +57,17 @@ enum Verdict {
 
 fn judge(program: &Program, oracle: &mut Oracle, subject: &mut Subject) -> Verdict {
     let Some(layout) = program.layout() else { return Verdict::Unfit(Unfit::Endless) };
+    judge_layout(program, &layout, oracle, subject, false)
+}
+
+/// The same with code that need not be the program's. `always`: the translator runs also what is not compared.
+fn judge_layout(
+    program: &Program,
+    layout: &Layout,
+    oracle: &mut Oracle,
+    subject: &mut Subject,
+    always: bool,
+) -> Verdict {
     let resume = layout.starts[program.resume.min(layout.starts.len() - 1)];
     let image = Image {
         setup: &program.setup,
@@ -67,7 +79,12 @@ fn judge(program: &Program, oracle: &mut Oracle, subject: &mut Subject) -> Verdi
     };
     let end = match oracle.run(&image) {
         Ok(end) => end,
-        Err(unfit) => return Verdict::Unfit(unfit),
+        Err(unfit) => {
+            if always {
+                subject.run(&image);
+            }
+            return Verdict::Unfit(unfit);
+        }
     };
     let (state, memory, stuck) = subject.run(&image);
     let mut text = differences(&end, &state, &memory);
@@ -82,7 +99,7 @@ fn judge(program: &Program, oracle: &mut Oracle, subject: &mut Subject) -> Verdi
         program.seed,
         end.steps,
         program.setup,
-        program.listing(&layout),
+        program.listing(layout),
         program.regs.rflags,
         program
             .regs
@@ -208,6 +225,10 @@ under! {
     programs_agree_with_interpreted_vectors: "fp=off",
     programs_agree_in_a_tiny_cache: "code=64K",
     programs_agree_when_all_is_forgotten: "tlb=off,forget=1,chain=off",
+    programs_agree_with_a_tlb_of_one_entry: "tlb=one",
+    programs_agree_with_fragments_made_again: "again=2",
+    programs_agree_with_full_logs: "log=1",
+    programs_agree_without_trust_in_address_spaces: "context=off",
 }
 
 #[test]

@@ -71,3 +71,79 @@ fn refused_call_that_pushes_over_its_target_faults() {
     agree(&code, false, |p| p.regs.gpr[4] = crate::state::DATA + 0x1800);
     agree(&code, true, |p| p.regs.gpr[4] = crate::state::DATA + 0x1800);
 }
+
+#[test]
+fn branches_of_16_bits_cut_their_target() {
+    // stc; jc, jmp, call with an operand-size prefix: on AMD the target is cut (APM 3 Jcc), and there is nothing.
+    for branch in [
+        &[0x66, 0x72, 0x20][..],
+        &[0x66, 0x73, 0x20],
+        &[0x66, 0xeb, 0x20],
+        &[0x66, 0xe8, 0x10, 0],
+        &[0x66, 0x0f, 0x82, 5, 0],
+    ] {
+        let code = [&[0xf9], branch].concat();
+        for supervisor in [false, true] {
+            agree_raw(&code, supervisor);
+        }
+    }
+}
+
+/// Runs bytes as they are (the assembler would know better), in both engines.
+fn agree_raw(code: &[u8], supervisor: bool) {
+    let (mut oracle, mut subject) = (Oracle::new(), Subject::new(Knobs::parse("warm=0")));
+    let mut program = Program::of_bytes(&[0x90], 1, supervisor);
+    program.regs.gpr[4] = crate::state::DATA + 0x1800;
+    let mut layout = program.layout().unwrap();
+    let at = (program.regs.rip - crate::state::CODE) as usize;
+    layout.code[at..at + code.len()].copy_from_slice(code);
+    match crate::judge_layout(&program, &layout, &mut oracle, &mut subject, false) {
+        Verdict::Same(_) => {}
+        Verdict::Different(text) => panic!("{code:02x?}:\n{text}"),
+        Verdict::Unfit(why) => panic!("{code:02x?}: {why:?}"),
+    }
+}
+
+/// A run over equal elements with one that differs, at `differs` bytes from RDI; every size.
+fn agree_on_runs(opcode: u8, repeat: u8, from: u64, differs: u64, count: u64) {
+    for prefix in [&[repeat][..], &[repeat, 0x66], &[repeat, 0x48]] {
+        for opcode in [opcode, opcode + 1] {
+            let code = [prefix, &[opcode]].concat();
+            agree(&code, differs.is_multiple_of(2), |p| {
+                p.data.fill(0x5a);
+                p.read_only.fill(0x5a);
+                (p.regs.gpr[0], p.regs.gpr[1]) = (0x5a5a_5a5a_5a5a_5a5a, count);
+                (p.regs.gpr[6], p.regs.gpr[7]) = (crate::state::DATA + from / 2, crate::state::DATA + from);
+                if let Some(byte) = p.data.get_mut((from + differs) as usize) {
+                    *byte ^= 0x81;
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn repeated_comparisons_end_where_they_must() {
+    const REPE: u8 = 0xf3;
+    const REPNE: u8 = 0xf2;
+    for opcode in [0xa6, 0xae] {
+        // Within a page, in the third, at the last element, behind a page's end, never: then they run into what is not mapped.
+        for (from, differs, count) in [
+            (0x100, 0x40, 0x1000),
+            (0x100, 0x2345, 0x10_0000),
+            (0x103, 0x1fff, 0x2000),
+            (0xff8, 8, 9),
+            (0x7, 0x10_0000, u64::MAX),
+            (0x7, 0x10_0000, 3),
+            (0x200, 3, 0),
+        ] {
+            agree_on_runs(opcode, REPE, from, differs, count);
+            agree_on_runs(opcode, REPNE, from, differs, count);
+        }
+    }
+    for opcode in [0xa4, 0xaa, 0xac] {
+        for (from, count) in [(0x100, 0x7f3), (0xffd, 0x900), (0x7, u64::MAX)] {
+            agree_on_runs(opcode, REPE, from, 5, count);
+        }
+    }
+}

@@ -66,7 +66,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<(String, ExitCode)> {
 /// Puts the real programs into their root, or leaves them out with a line that says why.
 fn add_programs(plan: &mut Plan, place: &mut guest::Place) {
     let natively = plan.modes.iter().any(|mode| !mode.needs_kernel());
-    let added = image::programs::ensure(image::Progress::new)
+    let added = image::programs::ensure(&image::programs::BENCH, image::Progress::new)
         .map_err(|error| anyhow::anyhow!(error.cause()))
         .and_then(|programs| place.add_programs(&programs, natively));
     if let Err(error) = added {

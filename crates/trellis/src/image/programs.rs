@@ -1,5 +1,5 @@
-//! Real programs for `trellis bench`, out of a distribution's packages: a shell, file and text tools, the C compiler proper
-//! and the assembler, with the shared libraries they ask for and nothing else.
+//! Programs out of a distribution's packages, with the shared libraries they ask for and nothing else: for `trellis bench` a shell,
+//! file and text tools, the C compiler proper and the assembler ([`BENCH`]); for soak runs stress-ng ([`STRESS`]).
 //!
 //! They are kept in the image cache like kernels, as a directory laid out as a root with merged `/usr`: `usr/bin`,
 //! `usr/lib/x86_64-linux-gnu`, `usr/lib64`. No file of the host's own installation is taken.
@@ -13,10 +13,40 @@ use super::cache::{Cache, FileEntry, Manifest, PackageEntry, write_file};
 use super::error::{ImageError, IoContext as _};
 use super::{Arch, Distribution, Progress, Sources, elf, initramfs};
 
-/// The name in the cache.
-pub const NAME: &str = "bench-programs-amd64";
-/// What and how it is laid; a cached directory with another word is built anew.
-const LAYOUT: &str = "programs-1";
+/// A program's name here, and where packages have it; `*` is one directory of any name.
+type Place = (&'static str, &'static [&'static str]);
+
+/// Programs that are fetched together.
+#[derive(Debug)]
+pub struct Selection {
+    /// The name in the cache.
+    name: &'static str,
+    /// What and how it is laid; a cached directory with another word is built anew.
+    layout: &'static str,
+    /// What they are, to be said while they are fetched.
+    what: &'static str,
+    /// The packages that hold the programs, each with its names in different releases.
+    packages: &'static [&'static [&'static str]],
+    programs: &'static [Place],
+}
+
+/// What `trellis bench` runs.
+pub const BENCH: Selection = Selection {
+    name: "bench-programs-amd64",
+    layout: "programs-1",
+    what: "the real programs (about 25 MiB)",
+    packages: PACKAGES,
+    programs: PROGRAMS,
+};
+
+/// stress-ng.
+pub const STRESS: Selection = Selection {
+    name: "stress-programs-amd64",
+    layout: "stress-1",
+    what: "stress-ng (about 15 MiB)",
+    packages: &[&["stress-ng"], &["libc6"]],
+    programs: &[("stress-ng", &["usr/bin/stress-ng"])],
+};
 
 /// Where the programs are in it.
 pub const BINARIES: &str = "usr/bin";
@@ -25,7 +55,6 @@ pub const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 /// Where their loader is, which they name as `/lib64/ld-linux-x86-64.so.2`.
 pub const LOADER: &str = "usr/lib64/ld-linux-x86-64.so.2";
 
-/// The packages that hold the programs, each with its names in different releases.
 const PACKAGES: &[&[&str]] = &[
     &["coreutils"],
     &["dash"],
@@ -37,8 +66,7 @@ const PACKAGES: &[&[&str]] = &[
     &["libc6"],
 ];
 
-/// A program's name here, and where packages have it; `*` is one directory of any name.
-const PROGRAMS: &[(&str, &[&str])] = &[
+const PROGRAMS: &[Place] = &[
     ("dash", &["usr/bin/dash", "bin/dash"]),
     ("true", &["usr/bin/true", "bin/true"]),
     ("ls", &["usr/bin/ls", "bin/ls"]),
@@ -69,10 +97,10 @@ pub struct Programs {
 }
 
 impl Programs {
-    fn cached(cache: &Cache) -> Option<Self> {
-        let manifest = cache.load(NAME).filter(|manifest| manifest.flavour == LAYOUT)?;
+    fn cached(cache: &Cache, selection: &Selection) -> Option<Self> {
+        let manifest = cache.load(selection.name).filter(|manifest| manifest.flavour == selection.layout)?;
         let files = manifest.files.into_iter().map(|file| file.name).collect();
-        Some(Self { directory: cache.image_directory(NAME), files, packages: manifest.packages })
+        Some(Self { directory: cache.image_directory(selection.name), files, packages: manifest.packages })
     }
 
     /// The bytes of all files.
@@ -101,46 +129,47 @@ impl Programs {
 ///
 /// # Errors
 /// See [`ImageError`].
-pub fn ensure(progress: impl FnOnce() -> Progress) -> Result<Programs, ImageError> {
+pub fn ensure(selection: &Selection, progress: impl FnOnce() -> Progress) -> Result<Programs, ImageError> {
     let cache = Cache::of_user()?;
-    if let Some(programs) = Programs::cached(&cache) {
+    if let Some(programs) = Programs::cached(&cache, selection) {
         return Ok(programs);
     }
     let progress = progress();
     progress.line(&format!(
-        "fetching the real programs first (once, about 25 MiB; they are kept in {})",
-        cache.image_directory(NAME).display()
+        "fetching {} first (once; kept in {})",
+        selection.what,
+        cache.image_directory(selection.name).display()
     ));
-    fetch(&cache, &progress)
+    fetch(selection, &cache, &progress)
 }
 
-fn fetch(cache: &Cache, progress: &Progress) -> Result<Programs, ImageError> {
+fn fetch(selection: &Selection, cache: &Cache, progress: &Progress) -> Result<Programs, ImageError> {
     let _lock = cache.lock()?;
-    if let Some(programs) = Programs::cached(cache) {
+    if let Some(programs) = Programs::cached(cache, selection) {
         // Somebody else fetched them while this process waited for the lock.
         return Ok(programs);
     }
     let sources = Sources::Host;
-    progress.stage("refreshing package lists for the real programs");
+    progress.stage(&format!("refreshing package lists for {}", selection.what));
     let directory = cache.apt_directory(&super::state_key(Arch::Amd64, &sources));
     let mut apt = Apt::new(&directory, Arch::Amd64, &sources)?;
     apt.update(progress)?;
-    let packages = resolve(&apt)?;
+    let packages = resolve(selection, &apt)?;
     let scratch = cache.scratch()?;
     let tree = scratch.path().join("tree");
     let entries = super::download(&apt, &packages, scratch.path(), &tree, progress)?;
-    progress.stage("laying the real programs' root");
+    progress.stage(&format!("laying {}", selection.what));
     let built = scratch.path().join("image");
-    build(sources.distribution(), entries, &tree, &built)?;
-    cache.install(&built, NAME)?;
-    Programs::cached(cache)
-        .ok_or(ImageError::BadPackage { package: NAME.to_owned(), what: "readable manifest" })
+    build(selection, sources.distribution(), entries, &tree, &built)?;
+    cache.install(&built, selection.name)?;
+    Programs::cached(cache, selection)
+        .ok_or(ImageError::BadPackage { package: selection.name.to_owned(), what: "readable manifest" })
 }
 
 /// The packages of the programs, and those of their libraries.
-fn resolve(apt: &Apt) -> Result<Vec<Package>, ImageError> {
+fn resolve(selection: &Selection, apt: &Apt) -> Result<Vec<Package>, ImageError> {
     let mut packages = Vec::new();
-    for names in PACKAGES {
+    for names in selection.packages {
         packages.push(apt.first_of(&names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>())?);
     }
     let mut next = 0;
@@ -172,6 +201,7 @@ fn is_wanted(name: &str) -> bool {
 
 /// Picks the programs, and the libraries that they and their libraries ask for, out of an unpacked tree.
 fn build(
+    selection: &Selection,
     distribution: Distribution,
     packages: Vec<PackageEntry>,
     tree: &Path,
@@ -183,7 +213,7 @@ fn build(
     }
     let mut files = BTreeMap::new();
     let mut queue = VecDeque::new();
-    for (name, places) in PROGRAMS {
+    for (name, places) in selection.programs {
         let places: Vec<PathBuf> = places.iter().flat_map(|place| expand(tree, place)).collect();
         queue.push_back((format!("{BINARIES}/{name}"), (*name).to_owned(), places));
     }
@@ -201,10 +231,11 @@ fn build(
             queue.push_back((format!("{LIBRARIES}/{library}"), library, places));
         }
     }
-    write_manifest(distribution, packages, files.into_values().collect(), built)
+    write_manifest(selection, distribution, packages, files.into_values().collect(), built)
 }
 
 fn write_manifest(
+    selection: &Selection,
     distribution: Distribution,
     packages: Vec<PackageEntry>,
     files: Vec<FileEntry>,
@@ -212,10 +243,10 @@ fn write_manifest(
 ) -> Result<(), ImageError> {
     let manifest = Manifest {
         format: initramfs::FORMAT,
-        name: NAME.to_owned(),
+        name: selection.name.to_owned(),
         distribution: distribution.name().to_owned(),
         arch: Arch::Amd64,
-        flavour: LAYOUT.to_owned(),
+        flavour: selection.layout.to_owned(),
         release: String::new(),
         append: String::new(),
         packages,
@@ -286,9 +317,9 @@ mod tests {
         unpacked(&tree);
         let _lock = cache.lock().unwrap();
         let built = directory.path().join("built");
-        build(Distribution::Debian, Vec::new(), &tree, &built).unwrap();
-        cache.install(&built, NAME).unwrap();
-        let programs = Programs::cached(&cache).unwrap();
+        build(&BENCH, Distribution::Debian, Vec::new(), &tree, &built).unwrap();
+        cache.install(&built, BENCH.name).unwrap();
+        let programs = Programs::cached(&cache, &BENCH).unwrap();
         let mut libraries: Vec<&str> =
             programs.files.iter().filter_map(|file| file.strip_prefix(&format!("{LIBRARIES}/"))).collect();
         libraries.sort_unstable();
@@ -303,7 +334,8 @@ mod tests {
         let tree = directory.path().join("tree");
         unpacked(&tree);
         fs::remove_file(tree.join(LIBRARIES).join("libb.so.2")).unwrap();
-        let error = build(Distribution::Debian, Vec::new(), &tree, &directory.path().join("b")).unwrap_err();
+        let error =
+            build(&BENCH, Distribution::Debian, Vec::new(), &tree, &directory.path().join("b")).unwrap_err();
         assert!(error.to_string().contains("libb.so.2"), "{error}");
     }
 
@@ -331,10 +363,10 @@ mod tests {
         let _lock = cache.lock().unwrap();
         let (tree, built) = (directory.path().join("tree"), directory.path().join("built"));
         unpacked(&tree);
-        build(Distribution::Debian, Vec::new(), &tree, &built).unwrap();
+        build(&BENCH, Distribution::Debian, Vec::new(), &tree, &built).unwrap();
         let text = fs::read_to_string(built.join("manifest.json")).unwrap();
-        fs::write(built.join("manifest.json"), text.replace(LAYOUT, "programs-0")).unwrap();
-        cache.install(&built, NAME).unwrap();
-        assert!(cache.load(NAME).is_some() && Programs::cached(&cache).is_none());
+        fs::write(built.join("manifest.json"), text.replace(BENCH.layout, "programs-0")).unwrap();
+        cache.install(&built, BENCH.name).unwrap();
+        assert!(cache.load(BENCH.name).is_some() && Programs::cached(&cache, &BENCH).is_none());
     }
 }
