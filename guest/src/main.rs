@@ -26,6 +26,7 @@ mod modes;
 mod paging;
 mod paging32;
 mod privileged;
+mod returns;
 mod runtime;
 mod segments;
 mod segments32;
@@ -48,6 +49,7 @@ const GROUPS: &[&[harness::Test]] = &[
     privileged::TESTS,
     crmsr::TESTS,
     syscalls::TESTS,
+    returns::TESTS,
     integer::TESTS,
     smc::TESTS,
     irq::TESTS,

@@ -218,6 +218,8 @@ macro_rules! lookup {
             concat!(".globl ", $name),
             concat!($name, ":"),
             "pop r15\nmov r15d, [r15]\nmov gs:[{site}], r15d",
+            concat!(".globl ", $name, "_at"),
+            concat!($name, "_at:"),
             "cmp dword ptr gs:[{alarm}], 0\njne 6f",
             // The second level is asked for canonical addresses only (`bt::frame::second_tag`).
             "mov r15, r14\nshl r15, 16\nsar r15, 16\ncmp r15, r14\njne 6f",
@@ -396,6 +398,7 @@ impl Frame {
         f.set(frame::TAKE_EXIT, trellis_bt_take_exit as *const () as u64);
         f.set(frame::LEAVE, trellis_bt_leave as *const () as u64);
         f.set(frame::CALLOUT, trellis_bt_callout as *const () as u64);
+        f.set(frame::IRET, crate::iret::address());
         f.set(frame::FP_LOAD, trellis_bt_fp_load as *const () as u64);
         Ok(f)
     }

@@ -12,6 +12,7 @@ mod cache;
 mod callout;
 mod code_memory;
 mod exec;
+mod iret;
 mod knobs;
 pub mod listing;
 mod observe;

@@ -488,9 +488,14 @@ impl Lowering<'_, '_> {
 
     fn callout(&mut self) {
         self.callouts += 1;
+        self.call_out_by(frame::CALLOUT);
+    }
+
+    /// Calls out, by code of the engine that may do the instruction without Rust.
+    fn call_out_by(&mut self, how: i32) {
         self.spill(STATUS);
         let site = self.site(SiteKind::Callout);
-        self.asm.call_gs(frame::CALLOUT);
+        self.asm.call_gs(how);
         self.asm.bytes(&site.to_le_bytes());
         self.in_host = false;
         self.fp_loaded = false;
