@@ -27,6 +27,7 @@ mod modes;
 mod paging;
 mod paging32;
 mod privileged;
+mod returns;
 mod runtime;
 mod segments;
 mod segments32;
@@ -50,6 +51,7 @@ const GROUPS: &[&[harness::Test]] = &[
     privileged::TESTS,
     crmsr::TESTS,
     syscalls::TESTS,
+    returns::TESTS,
     integer::TESTS,
     string::TESTS,
     smc::TESTS,

@@ -44,7 +44,7 @@ pub const ADDRESS: i32 = 0xd8;
 pub const PAGE_RIP: i32 = 0xe0;
 /// RFLAGS without the arithmetic flags.
 pub const SYSFLAGS: i32 = 0xe8;
-/// Which segments [`MODE_SYSCALL`] and [`MODE_SYSRET`] have put in CS and SS since the engine last looked, or 0.
+/// Which segments [`MODE_SYSCALL`], [`MODE_SYSRET`] and [`MODE_IRET`] have put in CS and SS since the engine last looked, or 0.
 pub const MODE: i32 = 0xf0;
 /// 1 while the guest's x87 and vector registers are in the host's.
 pub const FP_LOADED: i32 = 0xf4;
@@ -110,16 +110,34 @@ pub const DELTAS: i32 = 0x238;
 pub const MAX_GROUPS: usize = 24;
 
 /// The table of code pages of user code.
-pub const CODE_PAGES: i32 = 0x400;
+pub const CODE_PAGES: i32 = 0x480;
 /// The table of fragments of user code by frame.
-pub const FRAGMENTS: i32 = 0x408;
+pub const FRAGMENTS: i32 = 0x488;
 /// What the tags in [`FRAGMENTS`] have besides the address: [`fragment_tag`] of the current environment.
-pub const FRAGMENT_TAG: i32 = 0x410;
+pub const FRAGMENT_TAG: i32 = 0x490;
+/// Addresses of the code that does an instruction without Rust, or calls out for it; called as [`CALLOUT`].
+pub const HELPERS: std::ops::Range<i32> = 0x400..0x440;
+/// Of [`HELPERS`]: IRETQ.
+pub const IRET: i32 = 0x400;
+/// Levels that IRETQ may return to in the cache (bit 0, bit 3), and [`IRET_SMAP`].
+pub const IRET_ALLOWED: i32 = 0x440;
+/// Limit of the GDT.
+pub const GDT_LIMIT: i32 = 0x444;
+/// Linear address of the GDT.
+pub const GDT_BASE: i32 = 0x448;
+/// Descriptors of CS and of SS (0: a null SS) that IRETQ found, while [`MODE`] is [`MODE_IRET`].
+pub const IRET_DESCRIPTORS: i32 = 0x450;
+/// In [`IRET_ALLOWED`]: AC matters at level 0.
+pub const IRET_SMAP: u32 = 1 << 4;
+/// RFLAGS.AC.
+pub const AC: u32 = 1 << 18;
 
 /// [`MODE`]: SYSCALL's segments.
 pub const MODE_SYSCALL: u32 = 1;
 /// [`MODE`]: SYSRET's segments.
 pub const MODE_SYSRET: u32 = 2;
+/// [`MODE`]: IRETQ's segments, from [`SELECTORS`] and [`IRET_DESCRIPTORS`].
+pub const MODE_IRET: u32 = 3;
 
 /// Entries of the jump cache of one variant.
 pub const JUMP_ENTRIES: u32 = 16384;

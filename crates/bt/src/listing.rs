@@ -46,6 +46,7 @@ fn number_behind(i: &Instruction) -> Option<usize> {
     let lookups = frame::LOOKUP..frame::LOOKUP + 8 * frame::VARIANTS;
     match frame_field(i)? {
         frame::CALLOUT | frame::TAKE_EXIT => Some(0),
+        d if frame::HELPERS.contains(&d) => Some(0),
         at if lookups.contains(&at) => Some(0),
         // The jump that tries again.
         at if refills.contains(&at) || group_refills.contains(&at) => Some(1),
@@ -83,7 +84,7 @@ pub fn parts(code: &[u8]) -> Option<Vec<Part>> {
 #[must_use]
 pub fn field_name(at: i32) -> String {
     const RIGHTS: [&str; 3] = ["supervisor", "ac", "user"];
-    const NAMES: [(i32, &str); 30] = [
+    const NAMES: &[(i32, &str)] = &[
         (frame::RIP, "RIP"),
         (frame::FLAGS, "FLAGS"),
         (frame::SITE, "SITE"),
@@ -92,6 +93,7 @@ pub fn field_name(at: i32) -> String {
         (frame::SIGNALS, "SIGNALS"),
         (frame::LEAVE, "LEAVE"),
         (frame::CALLOUT, "CALLOUT"),
+        (frame::IRET, "IRET"),
         (frame::FP_LOAD, "FP_LOAD"),
         (frame::FS_BASE, "FS_BASE"),
         (frame::GS_BASE, "GS_BASE"),

@@ -2,6 +2,7 @@
 
 use bt::{SiteKind, frame};
 use guestmem::Hva;
+use x86::Exception;
 use x86::bits::is_canonical;
 use x86::paging::{Access, AccessKind};
 use x86::state::Activity;
@@ -20,6 +21,9 @@ struct Mode {
     control: [u64; 4],
 }
 
+/// Accesses of at most so many bytes need not be aligned, which would come before a page fault.
+const WHOLE: usize = 8;
+
 /// What became of a miss.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Fill {
@@ -28,7 +32,7 @@ enum Fill {
     /// There is nothing for translated code to find: a device, a trace, a crossing.
     Unfit,
     /// The guest's tables do not allow it.
-    Fault,
+    Fault(Exception),
 }
 
 impl BtVcpu {
@@ -42,7 +46,8 @@ impl BtVcpu {
         }
     }
 
-    /// The interpreter does the instruction of a site; the frame is up to date before and after. True if translated code may go on behind it.
+    /// The interpreter does the instruction of a site; the frame is up to date before. True if translated code may go on behind it: then it is
+    /// up to date afterwards, too.
     fn interpret(&mut self, placed: &PlacedSite) -> bool {
         let site = placed.site;
         self.bt.callouts += 1;
@@ -63,9 +68,10 @@ impl BtVcpu {
             && cpu.s.activity == Activity::Running;
         // What the fragment remembers of translations holds only if none was taken back (INV-GROUP-1).
         let untouched = !self.apply_events();
-        state::fill(self.interp.cpu(), &self.frame, self.counter);
         let stays = same && untouched;
-        self.observers.refused = !stays;
+        if stays {
+            state::fill(self.interp.cpu(), &self.frame, self.counter);
+        }
         stays
     }
 
@@ -81,10 +87,10 @@ impl BtVcpu {
         match cpu.resolve(la, access) {
             Ok(Target::Ram(Hva(_), _)) => {}
             Ok(Target::Device(_)) => return Fill::Unfit,
-            Err(_) => {
+            Err(e) => {
                 // It is not certain that the guest is to see this one.
                 cpu.s.cr2 = cr2;
-                return Fill::Fault;
+                return Fill::Fault(e);
             }
         }
         let entry = cpu.tlb.entry(la, cpu.variant);
@@ -131,13 +137,19 @@ impl Callouts for BtVcpu {
         let la = self.frame.get(frame::ADDRESS);
         let variant = self.interp.cpu().variant;
         let filled = if self.is_known(la, variant, write) { Fill::Unfit } else { self.fill(la, size, write) };
-        if filled == Fill::Done {
-            self.apply_events();
-            if self.knobs.tlb == TlbKnob::One {
-                let cpu = self.interp.cpu();
-                self.tables.fill_only(la, variant, &cpu.tlb.entry(la, variant), cpu.tlb.tag(la));
+        match filled {
+            Fill::Done => {
+                self.apply_events();
+                if self.knobs.tlb == TlbKnob::One {
+                    let cpu = self.interp.cpu();
+                    self.tables.fill_only(la, variant, &cpu.tlb.entry(la, variant), cpu.tlb.tag(la));
+                }
+                return again(&placed.site);
             }
-            return again(&placed.site);
+            Fill::Fault(exception) if !group && size <= WHOLE && placed.site.faults_first => {
+                return self.deliver_page_fault(self.site_rip(&placed), la, exception);
+            }
+            Fill::Fault(_) | Fill::Unfit => {}
         }
         if group && filled == Fill::Unfit {
             // Guest state is as it was: the same instruction is next, in code without groups.
@@ -146,14 +158,16 @@ impl Callouts for BtVcpu {
             return action::DONE;
         }
         state::read(self.interp.cpu(), &self.frame);
-        let done = self.interpret(&placed) && placed.done != 0 && !group;
+        if !self.interpret(&placed) || placed.done == 0 || group {
+            return self.go_on();
+        }
         self.frame.set(frame::DONE, placed.done);
-        if done { action::DONE | behind(&placed.site) } else { action::LEAVE }
+        action::DONE | behind(&placed.site)
     }
 
     fn callout(&mut self, site: u32) -> u64 {
         let Some(placed) = self.cache.site(site) else { return action::LEAVE };
         state::read(self.interp.cpu(), &self.frame);
-        if self.interpret(&placed) { behind(&placed.site) } else { action::LEAVE }
+        if self.interpret(&placed) { behind(&placed.site) } else { self.go_on() }
     }
 }

@@ -61,7 +61,7 @@ global_asm!(
     "mov rdi, gs:[{engine}]",
     "call {slow}",
     "add rsp, 8",
-    "test al, {leave}\njne 6f",
+    "test al, {leave} | {elsewhere}\njne 6f",
     "mov r15, rax",
     "test r15b, {fp}\nje 5f\ncall trellis_bt_fp_load\n5:",
     load_registers!(),
@@ -71,7 +71,10 @@ global_asm!(
     "test r15b, {flags}\nje 3f",
     "push rax\nmovzx eax, word ptr gs:[{status}]\nadd al, 0x7f\nsahf\npop rax",
     "3:\njmp gs:[{behind}]",
-    "6:\nadd rsp, 8\njmp trellis_bt_left",
+    // Out of the cache, or at the outer entry of another fragment.
+    "6:\nadd rsp, 8\ntest al, {leave}\njne trellis_bt_left",
+    load_registers!(),
+    "mov r14, gs:[{rip}]\njmp gs:[{behind}]",
     // Behind the call that came here stands the number of the site.
     ".globl trellis_bt_callout",
     "trellis_bt_callout:",
@@ -81,7 +84,7 @@ global_asm!(
     "mov rdi, gs:[{engine}]",
     "call {callout}",
     "add rsp, 8",
-    "test al, {leave}\njne 6b",
+    "test al, {leave} | {elsewhere}\njne 6b",
     "mov r15, rax",
     "test r15b, {fp}\nje 5f\ncall trellis_bt_fp_load\n5:",
     load_registers!(),
@@ -119,7 +122,9 @@ global_asm!(
     site = const frame::SITE,
     status = const frame::FLAGS,
     behind = const frame::DONE,
+    rip = const frame::RIP,
     leave = const action::LEAVE,
+    elsewhere = const action::ELSEWHERE,
     done = const action::DONE,
     flags = const action::FLAGS,
     fp = const action::FP,
@@ -137,6 +142,8 @@ pub mod action {
     pub const FLAGS: u64 = 4;
     /// The guest's x87 and vector registers go into the host's.
     pub const FP: u64 = 8;
+    /// Go on at the outer entry of another fragment: at [`bt::frame::DONE`], whose guest address is [`bt::frame::RIP`].
+    pub const ELSEWHERE: u64 = 16;
 }
 
 /// Fills the TLB entry of the address in R14 (XORed with the tag of the entry at R15) from the second level; R15 is 0 then, to try again. What is not there, or there already (the
@@ -240,6 +247,8 @@ macro_rules! lookup {
             concat!(".globl ", $name),
             concat!($name, ":"),
             "pop r15\nmov r15d, [r15]\nmov gs:[{site}], r15d",
+            concat!(".globl ", $name, "_at"),
+            concat!($name, "_at:"),
             "cmp dword ptr gs:[{alarm}], 0\njne 6f",
             // The second level is asked for canonical addresses only (`bt::frame::second_tag`).
             "mov r15, r14\nshl r15, 16\nsar r15, 16\ncmp r15, r14\njne 6f",
@@ -452,6 +461,7 @@ impl Frame {
         f.set(frame::TAKE_EXIT, trellis_bt_take_exit as *const () as u64);
         f.set(frame::LEAVE, trellis_bt_leave as *const () as u64);
         f.set(frame::CALLOUT, trellis_bt_callout as *const () as u64);
+        f.set(frame::IRET, crate::iret::address());
         f.set(frame::FP_LOAD, trellis_bt_fp_load as *const () as u64);
         Ok(f)
     }

@@ -12,9 +12,11 @@ mod cache;
 mod callout;
 mod code_memory;
 mod exec;
+mod iret;
 mod knobs;
 pub mod listing;
 mod observe;
+mod onward;
 pub mod perf_map;
 mod report;
 mod state;
@@ -66,6 +68,10 @@ pub struct BtStats {
     pub exits: u64,
     /// Instructions executed by the interpreter for a fragment.
     pub callouts: u64,
+    /// Times translated code went on elsewhere from an instruction that the interpreter did for it.
+    pub onward: u64,
+    /// Page faults delivered where an access missed.
+    pub faults: u64,
     /// TLB misses that came to Rust.
     pub misses: u64,
     /// Blocks interpreted.
@@ -206,7 +212,7 @@ impl BtVcpu {
         if self.knobs.tlb == TlbKnob::Entry {
             self.tables.apply(x86_interp::tlb::TlbEvent::FlushAll);
         }
-        if self.knobs.forget != 0 && self.bt.entries.is_multiple_of(self.knobs.forget) {
+        if self.knobs.forget != 0 && (self.bt.entries + self.bt.onward).is_multiple_of(self.knobs.forget) {
             self.flush_code();
         }
     }

@@ -276,6 +276,7 @@ fn number_behind(i: &Instruction) -> Option<(u8, &'static str)> {
     match displacement(i) {
         frame::TAKE_EXIT => Some((0, "exit")),
         frame::CALLOUT => Some((0, "site")),
+        d if frame::HELPERS.contains(&d) => Some((0, "site")),
         d if (frame::LOOKUP..frame::REFILL).contains(&d) => Some((0, "site")),
         d if REFILLS.iter().any(|refills| refills.contains(&d)) => Some((1, "site")),
         _ => None,
@@ -308,6 +309,7 @@ const FIELDS: &[(i32, &str)] = &[
     (frame::SIGNALS, "signals"),
     (frame::LEAVE, "leave"),
     (frame::CALLOUT, "callout"),
+    (frame::IRET, "iret, or callout"),
     (frame::FP_LOAD, "load fp state"),
     (frame::FS_BASE, "fs base"),
     (frame::GS_BASE, "gs base"),

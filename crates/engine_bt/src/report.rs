@@ -62,6 +62,8 @@ impl BtVcpu {
         r.count("TLB second-level hits", Unit::Count, self.frame.get(frame::COUNT_REFILLS));
         r.count("TLB misses", Unit::Count, s.misses);
         r.count("callouts", Unit::Count, s.callouts);
+        r.count("went on elsewhere", Unit::Count, s.onward);
+        r.count("page faults at misses", Unit::Count, s.faults);
         r.count("groups not checked", Unit::Count, s.plain_exits);
         r.count("blocks interpreted", Unit::Count, s.blocks);
         r.count("frames dropped", Unit::Count, s.dropped_frames);

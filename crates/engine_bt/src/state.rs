@@ -2,11 +2,13 @@
 //! change: general registers, RFLAGS, the bases of FS and GS, and which of SYSCALL's or SYSRET's segments are in force.
 
 use bt::{Facts, FpLevel, Variant, frame};
+use x86::Segment;
 use x86::bits::{cr0, cr4, efer, rflags};
 use x86::cpuid::Vendor;
 use x86::state::{Activity, sreg};
 use x86_interp::cpu::{CodeSize, Cpu};
 use x86_interp::flags::LazyFlags;
+use x86_interp::system::segment::null_stack;
 use x86_interp::system::syscall;
 use x86_interp::vector;
 
@@ -140,6 +142,7 @@ pub fn fill(cpu: &mut Cpu, frame: &Frame, counter: Option<u64>) {
     for (at, selector) in (frame::SYSCALL_SELECTORS..).step_by(4).zip(selectors) {
         frame.set32(at, u32::from(selector));
     }
+    fill_iret(cpu, frame);
     frame.set(frame::CR2, cpu.s.cr2);
     frame.set(frame::CONTEXT, cpu.tlb.context[0]);
     frame.set(frame::CONTEXT + 8, cpu.tlb.context[1]);
@@ -159,6 +162,18 @@ pub fn fill(cpu: &mut Cpu, frame: &Frame, counter: Option<u64>) {
     if std::mem::take(&mut cpu.fpu_touched) {
         vector::prepare_restore(&mut cpu.s.fpu);
     }
+}
+
+/// What IRETQ in the cache needs to know.
+fn fill_iret(cpu: &Cpu, frame: &Frame) {
+    let mut allowed = if cpu.s.cr4 & cr4::SMAP != 0 { frame::IRET_SMAP } else { 0 };
+    // IRET unblocks NMIs: the interpreter does that.
+    if !cpu.s.nmi_blocked {
+        allowed |= 1 | u32::from(cpu.keeps_segments_outward()) << 3;
+    }
+    frame.set32(frame::IRET_ALLOWED, allowed);
+    frame.set32(frame::GDT_LIMIT, u32::from(cpu.s.gdtr.limit));
+    frame.set(frame::GDT_BASE, cpu.s.gdtr.base);
 }
 
 /// The frame into the `Cpu`, RIP excepted.
@@ -190,8 +205,20 @@ pub fn read_mode(cpu: &mut Cpu, frame: &Frame) {
     match mode {
         frame::MODE_SYSCALL => syscall::enter_flat(cpu),
         frame::MODE_SYSRET => syscall::return_flat(cpu),
+        frame::MODE_IRET => load_returned(cpu, frame),
         _ => cpu.derive_variant(),
     }
     frame.set32(frame::MODE, 0);
     cpu.derive_poll_mask();
+}
+
+/// The segments that IRETQ in the cache found (it checked them).
+#[expect(clippy::cast_possible_truncation, reason = "selectors")]
+fn load_returned(cpu: &mut Cpu, frame: &Frame) {
+    let selector = |register: usize| frame.get32(frame::SELECTORS + 4 * register as i32) as u16;
+    let (cs, ss) = (selector(sreg::CS), selector(sreg::SS));
+    let [code, stack] = [0, 8].map(|at| frame.get(frame::IRET_DESCRIPTORS + at));
+    let cpl = (cs & 3) as u8;
+    cpu.s.seg[sreg::SS] = if ss == 0 { null_stack(ss, cpl) } else { Segment::from_descriptor(ss, stack) };
+    cpu.set_code_segment(Segment::from_descriptor(cs, code), cpl);
 }

@@ -155,6 +155,13 @@ impl Tables {
         self.cache_jump(rip, code, variant);
     }
 
+    /// Where the code at `rip`, a canonical address, is, if that is known. `None` does not mean that there is none.
+    pub fn find_jump(&self, rip: u64, variant: Variant) -> Option<u64> {
+        let context = self.frame.get(frame::CONTEXT + 8 * half(rip) as i32);
+        let e = self.second.get(frame::second_set(rip, context) as usize)?;
+        (e[0] == frame::second_tag(rip, context, variant as u64)).then_some(e[1])
+    }
+
     /// Tells the frame's jump cache.
     fn cache_jump(&self, rip: u64, code: u64, variant: Variant) {
         let field = Self::log_field(Log::Jumps, half(rip));

@@ -229,9 +229,7 @@ impl Cpu {
 
     /// Reads an integer at a linear address with supervisor rights.
     pub fn system_read<T: Scalar>(&mut self, la: u64) -> Result<T, Exception> {
-        let mut bytes = [0; 8];
-        self.system_read_bytes(la, &mut bytes[..T::SIZE])?;
-        Ok(T::from_u64(u64::from_le_bytes(bytes)))
+        self.linear_read(la, Self::SYSTEM_READ)
     }
 
     /// Reads bytes at a linear address with supervisor rights.
@@ -241,7 +239,37 @@ impl Cpu {
 
     /// Writes an integer at a linear address with supervisor rights.
     pub fn system_write<T: Scalar>(&mut self, la: u64, value: T) -> Result<(), Exception> {
-        self.linear_write_bytes(la, &value.to_u64().to_le_bytes()[..T::SIZE], Self::SYSTEM_WRITE)
+        self.linear_write(la, value, Self::SYSTEM_WRITE)
+    }
+
+    /// Reads an integer at a linear address with the rights given.
+    #[inline]
+    pub fn linear_read<T: Scalar>(&mut self, la: u64, access: Access) -> Result<T, Exception> {
+        let la = la & self.system_linear_mask();
+        let entry = self.tlb.entry(la, Self::variant_of(access));
+        if entry.read_tag == self.tlb.tag(la) && la & PAGE_MASK <= PAGE_SIZE - T::SIZE as u64 {
+            return Ok(self.mem.load(Hva(la.wrapping_add(entry.addend))));
+        }
+        let mut bytes = [0; 8];
+        self.linear_read_bytes(la, &mut bytes[..T::SIZE], access)?;
+        Ok(T::from_u64(u64::from_le_bytes(bytes)))
+    }
+
+    /// Writes an integer at a linear address with the rights given.
+    #[inline]
+    pub fn linear_write<T: Scalar>(&mut self, la: u64, value: T, access: Access) -> Result<(), Exception> {
+        let la = la & self.system_linear_mask();
+        let entry = self.tlb.entry(la, Self::variant_of(access));
+        if entry.write_tag == self.tlb.tag(la) && la & PAGE_MASK <= PAGE_SIZE - T::SIZE as u64 {
+            self.mem.store(Hva(la.wrapping_add(entry.addend)), value);
+            return Ok(());
+        }
+        self.linear_write_bytes(la, &value.to_u64().to_le_bytes()[..T::SIZE], access)
+    }
+
+    /// Which of the TLB's parts accesses with these rights use.
+    fn variant_of(access: Access) -> usize {
+        if access.user { 2 } else { usize::from(access.ac) }
     }
 
     const SYSTEM_READ: Access = Access { kind: AccessKind::Read, user: false, ac: false };
@@ -360,7 +388,7 @@ impl Cpu {
 
     /// Translates one address and remembers the translation.
     pub fn resolve(&mut self, la: u64, access: Access) -> Result<Target, Exception> {
-        let variant = if access.user { 2 } else { usize::from(access.ac) };
+        let variant = Self::variant_of(access);
         let entry = self.tlb.entry(la, variant);
         let tag = self.tlb.fill_tag(la);
         let hit = match access.kind {

@@ -123,6 +123,8 @@ pub struct Site {
     pub code: Code,
     /// Offset of the host code behind the instruction ([`SiteKind::Group`]: of the exit to code without groups); 0 if there is none.
     pub done: u32,
+    /// A page fault of this access is what the instruction does: nothing comes before it.
+    pub faults_first: bool,
     /// Why.
     pub kind: SiteKind,
 }
@@ -209,6 +211,8 @@ struct Lowering<'a, 'p> {
     /// The instruction is the unit's last.
     last: bool,
     code: Code,
+    /// See [`Site::faults_first`].
+    faults_first: bool,
     /// Offset of the instruction that is being translated.
     current: u64,
     /// And of the one behind it.
@@ -250,6 +254,7 @@ pub fn translate(
         poll_in: 0,
         last: false,
         code: Code::INVALID,
+        faults_first: false,
         current: 0,
         next: 0,
     };
@@ -393,6 +398,7 @@ impl Lowering<'_, '_> {
             fp_loaded: self.fp_loaded,
             code: self.code,
             done: 0,
+            faults_first: self.faults_first,
             kind,
         });
         self.site_base + self.sites.len() as u32 - 1
@@ -403,6 +409,8 @@ impl Lowering<'_, '_> {
         self.current = i.ip();
         self.next = i.next_ip();
         self.code = i.code();
+        // A masked access may leave its first elements out; the target of an indirect call is checked before the push.
+        self.faults_first = !i.has_op_mask() && i.flow_control() != FlowControl::IndirectCall;
         let (read, written) = unit::flag_effects(i);
         let live_before = live_after & !written | read;
         self.poll_after_shadow(self.current, live_before);
@@ -491,9 +499,14 @@ impl Lowering<'_, '_> {
 
     fn callout(&mut self) {
         self.callouts += 1;
+        self.call_out_by(frame::CALLOUT);
+    }
+
+    /// Calls out, by code of the engine that may do the instruction without Rust.
+    fn call_out_by(&mut self, how: i32) {
         self.spill(STATUS);
         let site = self.site(SiteKind::Callout);
-        self.asm.call_gs(frame::CALLOUT);
+        self.asm.call_gs(how);
         self.asm.bytes(&site.to_le_bytes());
         self.in_host = false;
         self.fp_loaded = false;

@@ -2,7 +2,7 @@
 //!
 //! RFLAGS without the arithmetic flags is [`frame::SYSFLAGS`]. INV-BT-4: where IF becomes set, the alarm is set if a signal waits; where IF
 //! becomes clear, the code polls first. So an interrupt that waited for IF is seen at the next poll, and a window between STI and CLI
-//! is not missed. The segments of SYSCALL and SYSRET are left to be loaded when somebody looks ([`frame::MODE`]).
+//! is not missed. The segments of SYSCALL, SYSRET and IRET are left to be loaded when somebody looks ([`frame::MODE`]).
 
 use iced_x86::{Code, Instruction, Mnemonic};
 
@@ -84,6 +84,7 @@ impl Lowering<'_, '_> {
         match i.code() {
             Code::Syscall if self.facts.syscall && !supervisor => self.syscall(i),
             Code::Sysretq if self.facts.syscall && supervisor => self.sysret(),
+            Code::Iretq if supervisor => self.iret(),
             _ => return false,
         }
         true
@@ -314,5 +315,11 @@ impl Lowering<'_, '_> {
         self.asm.mov(S0, RCX);
         self.variant = Variant::User;
         self.leave_indirect(None, true);
+    }
+
+    /// IRETQ: the engine's code does it, or calls out.
+    fn iret(&mut self) {
+        self.call_out_by(frame::IRET);
+        self.asm.jmp_gs(frame::LEAVE);
     }
 }

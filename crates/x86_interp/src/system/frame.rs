@@ -68,8 +68,7 @@ impl Frame {
     pub fn push<T: Scalar>(&mut self, cpu: &mut Cpu, value: u64) -> Result<(), Exception> {
         let to = self.sp.wrapping_sub(T::SIZE as u64) & self.mask;
         let la = self.linear(to, T::SIZE)?;
-        let bytes = value.to_le_bytes();
-        cpu.linear_write_bytes(la, &bytes[..T::SIZE], self.access(AccessKind::Write))?;
+        cpu.linear_write(la, T::from_u64(value), self.access(AccessKind::Write))?;
         self.sp = self.sp & !self.mask | to;
         Ok(())
     }
@@ -88,10 +87,13 @@ impl Frame {
         let from = self.sp & self.mask;
         #[expect(clippy::cast_possible_truncation, reason = "2, 4 or 8")]
         let la = self.linear(from, bytes as usize)?;
-        let mut data = [0; 8];
-        #[expect(clippy::cast_possible_truncation, reason = "2, 4 or 8")]
-        cpu.linear_read_bytes(la, &mut data[..bytes as usize], self.access(AccessKind::Read))?;
+        let access = self.access(AccessKind::Read);
+        let value = match bytes {
+            2 => u64::from(cpu.linear_read::<u16>(la, access)?),
+            4 => u64::from(cpu.linear_read::<u32>(la, access)?),
+            _ => cpu.linear_read(la, access)?,
+        };
         self.sp = self.sp & !self.mask | self.sp.wrapping_add(bytes) & self.mask;
-        Ok(u64::from_le_bytes(data))
+        Ok(value)
     }
 }

@@ -177,6 +177,16 @@ impl Cpu {
         }
     }
 
+    /// Whether [`Cpu::drop_inner_segments`] changes nothing on a return to level 3.
+    pub fn keeps_segments_outward(&self) -> bool {
+        [sreg::ES, sreg::DS, sreg::FS, sreg::GS].iter().all(|&reg| {
+            let s = &self.s.seg[reg];
+            s.attr.is_conforming()
+                || s.attr.dpl() == 3
+                || *s == Segment { base: s.base, ..Segment::default() }
+        })
+    }
+
     /// Makes `segment` the code segment of level `cpl`.
     pub fn set_code_segment(&mut self, mut segment: Segment, cpl: u8) {
         segment.selector = segment.selector & !3 | u16::from(cpl);

@@ -1,0 +1,66 @@
+//! From a callout straight to another fragment: behind an instruction that jumped, faulted or changed the mode, or that took translations back,
+//! translated code goes on at the RIP where the guest is now, without the way through the dispatcher.
+//!
+//! INV-ON-1: whoever goes on does what the dispatcher does between two fragments: nothing waits that could be acted on, what the interpreter
+//! did to translations and to code is taken over, the mode can be translated, and the target was found under the facts that hold now. The
+//! fragment that called out is not returned to: it may be gone.
+
+use bt::frame;
+use x86::Exception;
+use x86::bits::is_canonical;
+
+use crate::exec::action;
+use crate::{BtVcpu, state};
+
+impl BtVcpu {
+    /// Where translated code goes on now that the interpreter is at RIP: at the fragment there, or out of the cache. Fills the frame. The
+    /// [`action`].
+    pub(crate) fn go_on(&mut self) -> u64 {
+        let may = self.may_go_on();
+        state::fill(self.interp.cpu(), &self.frame, self.counter);
+        let found = if may { self.fragment_here() } else { None };
+        self.observers.refused = found.is_none();
+        let Some(code) = found else { return action::LEAVE };
+        self.bt.onward += 1;
+        self.frame.set(frame::DONE, code);
+        action::ELSEWHERE
+    }
+
+    /// What happens between two fragments. False: the dispatcher has to see to something.
+    fn may_go_on(&mut self) -> bool {
+        if self.interp.cpu().poll() {
+            return false;
+        }
+        self.absorb();
+        state::drop_resume_flag(self.interp.cpu());
+        if !state::eligible(self.interp.cpu()) || self.is_stepped() {
+            return false;
+        }
+        self.stress();
+        if self.tables.take_upper_changed() {
+            self.cache.unlink_pages();
+        }
+        true
+    }
+
+    /// Host address of the code at RIP, if the second-level table knows it; the frame is filled.
+    fn fragment_here(&mut self) -> Option<u64> {
+        let cpu = self.interp.cpu();
+        let rip = cpu.rip;
+        let facts = state::facts(cpu, self.host, self.counter);
+        let same = self.environments.number(facts) == Some(self.environment);
+        // Only canonical addresses have tags of their own (`bt::frame::second_tag`).
+        if same && is_canonical(rip) { self.tables.find_jump(rip, facts.variant) } else { None }
+    }
+
+    /// Delivers the page fault of an access that the guest's tables, just walked, do not allow.
+    pub(crate) fn deliver_page_fault(&mut self, rip: u64, la: u64, exception: Exception) -> u64 {
+        self.bt.faults += 1;
+        let cpu = self.interp.cpu();
+        state::read(cpu, &self.frame);
+        cpu.rip = rip;
+        cpu.s.cr2 = la;
+        x86_interp::system::interrupt::deliver_exception(cpu, exception);
+        self.go_on()
+    }
+}
