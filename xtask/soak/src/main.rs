@@ -98,6 +98,7 @@ fn tell(soak: &Soak, planned: usize, memory_kib: Option<u64>) {
     let how = match &e.verdict {
         Verdict::Passed => "ok",
         Verdict::Skipped => "skipped",
+        Verdict::Idle => "no operation in its time",
         Verdict::Failed(why) => why,
     };
     println!(
@@ -120,8 +121,9 @@ fn summary(
     status: Option<i32>,
 ) -> bool {
     let failed = soak.count(|v| matches!(v, Verdict::Failed(_)));
+    let idle = soak.count(|v| *v == Verdict::Idle);
     println!(
-        "\n{planned} stressors: {} passed, {failed} failed, {} skipped",
+        "\n{planned} stressors: {} passed, {failed} failed, {} skipped, {idle} without an operation in their time",
         soak.count(|v| *v == Verdict::Passed),
         soak.count(|v| *v == Verdict::Skipped)
     );
@@ -138,6 +140,7 @@ fn summary(
         good &= holds;
     };
     println!("kernel complaints: {}", soak.complaints.len());
+    demand(idle <= planned / 10, "too many stressors made no progress");
     demand(soak.complete && soak.ended.len() == planned && planned > 0, "the guest did not come to the end");
     demand(status == Some(0), &format!("the program ended with status {status:?}"));
     if let Some((guest, host)) = soak.clocks() {
