@@ -44,10 +44,13 @@ fn without_alias() -> Space {
     s
 }
 
-/// Runs a context until it faults or a timer ends it.
+/// The vector of the timer that ends what does not end by itself.
+const TIMER: u64 = 0x63;
+
+/// Runs a context until it faults or a timer ends it, which may be before its first instruction.
 fn run_for_a_while(c: Ctx) -> Outcome {
     apic::write(0x3e0, 0xb);
-    apic::write(0x320, 0x63);
+    apic::write(0x320, TIMER as u32);
     apic::write(0x380, 300_000);
     let o = c.flags(0x200).run();
     apic::reset();
@@ -315,6 +318,9 @@ fn code_in_device_memory() -> Verdict {
     for _ in 0..WARM {
         let o = run_for_a_while(Ctx::kernel(Code { start: WIN + 0xffd, end: 0 }));
         ok(o.vector != NONE && o.vector != END, "it ends by a trap")?;
+        if o.vector == TIMER {
+            continue;
+        }
         // What is read where nothing is depends on the machine.
         let high = o.rax >> 16 & 0xffff;
         ok(

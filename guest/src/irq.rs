@@ -534,8 +534,9 @@ fn rep_interrupted() -> Verdict {
         crate::mem::wr(src + i * 8, i * 0x0101_0101);
     }
     let mut inside = 0;
-    // How long the copy takes is the engine's and the host's business: the timer comes sooner and sooner.
-    for period in [20_000u32, 50_000, 5_000, 100_000, 2_000, 10_000, 1_000, 500].into_iter().cycle().take(64) {
+    // How long the copy takes is the engine's and the host's business: the timer comes sooner and sooner,
+    // and on a busy host it may be a while until it comes at all.
+    for period in [20_000u32, 50_000, 5_000, 100_000, 2_000, 10_000, 1_000, 500].into_iter().cycle().take(1024) {
         timer(0x2_0063, period);
         let c = code64!("sti", "nop", "rep movsb", "cli");
         let o = Ctx::kernel(c).rsi(src).rdi(dst).rcx(0x20_0000).run();
@@ -566,7 +567,7 @@ fn scan_interrupted() -> Verdict {
     set_mode(0x63, RESUME | EOI_APIC);
     unsafe { core::ptr::with_exposed_provenance_mut::<u8>(BIG as usize).write_bytes(0, 0x20_0000) };
     let mut inside = 0;
-    for period in [20_000u32, 50_000, 5_000, 100_000, 2_000, 10_000, 1_000, 500].into_iter().cycle().take(64) {
+    for period in [20_000u32, 50_000, 5_000, 100_000, 2_000, 10_000, 1_000, 500].into_iter().cycle().take(128) {
         timer(0x2_0063, period);
         let c = code64!("sti", "nop", "repne scasb", "pushfq", "cli", "pop rdx");
         let o = Ctx::kernel(c).rax(1).rdi(BIG).rcx(0x20_0000).run();
