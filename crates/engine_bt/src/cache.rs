@@ -22,7 +22,7 @@ use guestmem::Gfn;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::code_memory::CodeMemory;
-use crate::content::Source;
+use crate::content::{Check, Source};
 use segments::Segments;
 
 /// What a fragment is known by.
@@ -68,10 +68,11 @@ pub enum State {
 struct Entry {
     key: Key,
     at: u32,
-    len: u32,
-    inner: u32,
-    stale_inner: u32,
-    stale_outer: u32,
+    len: u16,
+    /// From `at`.
+    inner: u16,
+    stale_inner: u16,
+    stale_outer: u16,
     state: State,
     /// The bytes that patches have replaced at the inner and the outer entry.
     replaced: Option<[[u8; 5]; 2]>,
@@ -80,6 +81,18 @@ struct Entry {
     links: Box<[Link]>,
     /// The first link that leads here.
     incoming: u32,
+}
+
+impl Entry {
+    /// Offset of the inner entry in code memory.
+    const fn inner(&self) -> usize {
+        self.at as usize + self.inner as usize
+    }
+
+    /// Whether the outer entry is another.
+    const fn has_outer(&self) -> bool {
+        self.key.page_rip == 0
+    }
 }
 
 /// The fragments made from one frame of guest memory.
@@ -143,6 +156,8 @@ pub struct Cache {
     segments: Segments,
     index: FxHashMap<Key, u32>,
     entries: Vec<Option<Entry>>,
+    /// Of fragments that check themselves.
+    checks: FxHashMap<u32, Check>,
     free: Vec<u32>,
     pages: FxHashMap<Gfn, PageCode>,
     /// Links that lead to another page; some of them not any more.
@@ -176,12 +191,16 @@ pub struct New<'a> {
     pub fragment: &'a Fragment,
     /// The bytes that it was made of.
     pub source: Source,
+    /// If it checks itself, and so is not traced.
+    pub check: Option<Check>,
     /// The version of the page that it was made from.
     pub version: u32,
     /// And of the second, if it reaches there.
     pub second_version: u32,
 }
 
+/// Fragments for which there is room at a time.
+const ENTRIES_STEP: usize = 4096;
 /// Links between pages that are remembered before it is looked which of them still are.
 const BETWEEN_PAGES: usize = 4096;
 
@@ -196,6 +215,7 @@ impl Cache {
             segments: Segments::new(code_bytes),
             index: FxHashMap::default(),
             entries: Vec::new(),
+            checks: FxHashMap::default(),
             free: Vec::new(),
             pages: FxHashMap::default(),
             between_pages: Vec::new(),
@@ -231,6 +251,7 @@ impl Cache {
             + of(self.index.capacity(), size_of::<(Key, u32)>() + 1)
             + of(self.pages.capacity(), size_of::<(Gfn, PageCode)>() + 1)
             + of(self.between_pages.capacity(), size_of::<u32>())
+            + of(self.checks.capacity(), size_of::<(u32, Check)>() + 1)
     }
 
     /// The number that the next fragment gets.
@@ -289,6 +310,11 @@ impl Cache {
         self.entry(fragment).map(|e| (e.key, e.source))
     }
 
+    /// What is known of a fragment if it checks itself.
+    pub fn check_mut(&mut self, fragment: u32) -> Option<&mut Check> {
+        self.checks.get_mut(&fragment)
+    }
+
     /// Host address of a fragment's outer entry.
     pub fn address(&self, fragment: u32) -> u64 {
         self.entry(fragment).map_or(0, |e| self.code.address(e.at as usize))
@@ -296,7 +322,7 @@ impl Cache {
 
     /// The code of a fragment.
     pub fn code_of(&self, fragment: u32) -> &[u8] {
-        self.entry(fragment).map_or(&[], |e| self.code.get(e.at as usize, e.len as usize))
+        self.entry(fragment).map_or(&[], |e| self.code.get(e.at as usize, usize::from(e.len)))
     }
 
     /// What a fragment is known by.
@@ -309,15 +335,6 @@ impl Cache {
         self.entry(fragment).is_some_and(|e| e.key.variant == Variant::User)
     }
 
-    /// Remembers what the bytes of a fragment that checks itself are now. Whether it is the first time.
-    pub fn take_sample(&mut self, fragment: u32, sample: u64) -> bool {
-        let check = self.entry_mut(fragment).and_then(|e| e.source.check.as_mut());
-        check.is_some_and(|check| {
-            check.sample = sample;
-            !std::mem::replace(&mut check.looked, true)
-        })
-    }
-
     /// Changes with each fragment that is forgotten: numbers from before may stand for others.
     pub const fn epoch(&self) -> u64 {
         self.epoch
@@ -326,7 +343,7 @@ impl Cache {
     /// Adds a fragment, for which older ones may be forgotten; its number, or None if it is too large.
     pub fn insert(&mut self, new: &New<'_>) -> Option<u32> {
         let f = new.fragment;
-        let few = f.sites.len().max(f.exits.len()) < 1 << WITHIN;
+        let few = f.sites.len().max(f.exits.len()) < 1 << WITHIN && f.code.len() <= usize::from(u16::MAX);
         if !few || !self.segments.fits(f.code.len()) || self.next_number() as usize >= MAX_FRAGMENTS {
             return None;
         }
@@ -359,10 +376,10 @@ impl Cache {
         let entry = Entry {
             key: new.key,
             at,
-            len: f.code.len() as u32,
-            inner: at + f.inner as u32,
-            stale_inner: at + f.stale_inner as u32,
-            stale_outer: at + f.stale_outer as u32,
+            len: f.code.len() as u16,
+            inner: f.inner as u16,
+            stale_inner: f.stale_inner as u16,
+            stale_outer: f.stale_outer as u16,
             state: State::Live,
             replaced: None,
             source: new.source,
@@ -371,9 +388,12 @@ impl Cache {
             incoming: NONE,
         };
         self.place(number, entry);
+        if let Some(check) = new.check {
+            self.checks.insert(number, check);
+        }
+        let lines = if new.check.is_some() { 0 } else { new.source.lines() };
         let second = (new.key.second != NO_FRAME).then_some((new.key.second, new.second_version, 1));
-        for (gfn, version, lines) in [(new.key.gfn, new.version, new.source.lines)].into_iter().chain(second)
-        {
+        for (gfn, version, lines) in [(new.key.gfn, new.version, lines)].into_iter().chain(second) {
             let page = self.pages.entry(gfn).or_insert_with(|| PageCode { version, fragments: Vec::new() });
             page.fragments.push((number, lines));
         }
@@ -394,6 +414,10 @@ impl Cache {
             self.free.pop();
         }
         if self.entries.len() <= number as usize {
+            if self.entries.capacity() <= number as usize {
+                // Not twice as much.
+                self.entries.reserve_exact(ENTRIES_STEP);
+            }
             self.entries.resize_with(number as usize + 1, || None);
         }
         if let Some(slot) = self.entries.get_mut(number as usize) {
@@ -417,18 +441,18 @@ impl Cache {
     pub fn checked_by(&self, link: u32) -> Option<u32> {
         let e = self.entry(link >> WITHIN)?;
         let l = self.link_of(link)?;
-        let own = l.stub == e.stale_inner && e.state == State::Live && e.replaced.is_none();
-        (own && e.source.check.is_some()).then_some(link >> WITHIN)
+        let own = l.stub == e.at + u32::from(e.stale_inner) && e.state == State::Live && e.replaced.is_none();
+        (own && self.checks.contains_key(&(link >> WITHIN))).then_some(link >> WITHIN)
     }
 
     /// Links an exit to a fragment, if it can be. Exits to another page are linked until [`Cache::unlink_pages`].
     pub fn link(&mut self, link: u32, fragment: u32, other_page: bool) -> bool {
-        let Some(inner) = self.entry(fragment).map(|e| e.inner) else { return false };
+        let Some(inner) = self.entry(fragment).map(Entry::inner) else { return false };
         let Some(place) = self.link_of(link).map(|l| l.place).filter(|place| *place != 0) else {
             return false;
         };
         self.detach(link);
-        self.code.link(place as usize, inner as usize);
+        self.code.link(place as usize, inner);
         self.attach(link, fragment);
         if other_page {
             self.note_between(link);
@@ -497,7 +521,7 @@ impl Cache {
         if from == fragment || old.state != State::Dropped || self.may_link(link) || old.key != new.key {
             return;
         }
-        let inner = new.inner as usize;
+        let inner = new.inner();
         while let Some(first) = self.entry(from).map(|e| e.incoming).filter(|l| *l != NONE) {
             let place = self.link_of(first).map_or(0, |l| l.place);
             self.detach(first);
@@ -520,17 +544,17 @@ impl Cache {
     /// Makes a fragment's entries lead out of the cache.
     fn close(&mut self, fragment: u32) {
         let Some(e) = self.entry(fragment).filter(|e| e.replaced.is_none()) else { return };
-        let (inner, at) = (e.inner as usize, e.at as usize);
-        let (stale_inner, stale_outer, outer) = (e.stale_inner, e.stale_outer, e.key.page_rip == 0);
+        let (inner, at, outer) = (e.inner(), e.at as usize, e.has_outer());
+        let (stale_inner, stale_outer) = (at + usize::from(e.stale_inner), at + usize::from(e.stale_outer));
         let mut replaced = [[0; 5]; 2];
         for (bytes, at) in replaced.iter_mut().zip([inner, at]) {
             if let Ok(now) = <[u8; 5]>::try_from(self.code.get(at, 5)) {
                 *bytes = now;
             }
         }
-        self.code.redirect(inner, stale_inner as usize);
+        self.code.redirect(inner, stale_inner);
         if outer {
-            self.code.redirect(at, stale_outer as usize);
+            self.code.redirect(at, stale_outer);
         }
         if let Some(e) = self.entry_mut(fragment) {
             e.replaced = Some(replaced);
@@ -574,7 +598,7 @@ impl Cache {
     /// Undoes [`Cache::close`].
     fn open(&mut self, fragment: u32) {
         let Some(e) = self.entry_mut(fragment) else { return };
-        let (inner, at) = (e.inner as usize, e.at as usize);
+        let (inner, at) = (e.inner(), e.at as usize);
         if let Some([inner_bytes, outer_bytes]) = e.replaced.take() {
             self.code.put(inner, &inner_bytes);
             self.code.put(at, &outer_bytes);
@@ -583,7 +607,7 @@ impl Cache {
 
     /// Moves a fragment to the segment that is being filled. What leads to it by a link leads there; its old entries too.
     fn relocate(&mut self, fragment: u32) -> bool {
-        let Some((old, len)) = self.entry(fragment).map(|e| (e.at as usize, e.len as usize)) else {
+        let Some((old, len)) = self.entry(fragment).map(|e| (e.at as usize, usize::from(e.len))) else {
             return false;
         };
         let Some(at) = self.segments.room(len, fragment) else { return false };
@@ -592,21 +616,18 @@ impl Cache {
         self.code.put(at, &code);
         let Some(e) = self.entry_mut(fragment) else { return false };
         let moved = |place: u32| (place as usize - old + at) as u32;
-        let (old_inner, outer) = (e.inner as usize, e.key.page_rip == 0);
+        let (old_inner, outer) = (e.inner(), e.has_outer());
         e.at = at as u32;
-        e.inner = moved(e.inner);
-        e.stale_inner = moved(e.stale_inner);
-        e.stale_outer = moved(e.stale_outer);
         for l in &mut e.links {
             l.place = if l.place == 0 { 0 } else { moved(l.place) };
             l.stub = moved(l.stub);
         }
-        let (inner, incoming) = (e.inner as usize, e.incoming);
+        let (inner, incoming) = (e.inner(), e.incoming);
         let outgoing: Vec<(u32, u32)> =
             e.links.iter().filter(|l| l.to != NONE).map(|l| (l.place, l.to)).collect();
         for (place, to) in outgoing {
-            let target = self.entry(to).map_or(0, |e| e.inner);
-            self.code.link(place as usize, target as usize);
+            let target = self.entry(to).map_or(0, Entry::inner);
+            self.code.link(place as usize, target);
         }
         let mut next = incoming;
         while let Some(l) = self.link_of(next).copied() {
@@ -628,7 +649,8 @@ impl Cache {
         let Some(e) = self.entry_mut(fragment).filter(|e| e.state != State::Dropped) else { return };
         e.state = State::Dropped;
         e.sites = Box::default();
-        let (key, at, len) = (e.key, e.at as usize, e.len as usize);
+        let (key, at, len) = (e.key, e.at as usize, usize::from(e.len));
+        self.checks.remove(&fragment);
         self.segments.note_dead(at, len);
         self.evictions.dropped_bytes += len as u64;
         self.forget_key(&key, fragment);
@@ -702,6 +724,7 @@ impl Cache {
             frames.insert(e.key.gfn);
             frames.insert(e.key.second);
         }
+        self.checks.remove(&fragment);
         self.free.push(fragment);
     }
 
@@ -714,6 +737,7 @@ impl Cache {
     pub fn clear(&mut self) {
         self.index.clear();
         self.entries.clear();
+        self.checks.clear();
         self.free.clear();
         self.pages.clear();
         self.between_pages.clear();

@@ -19,6 +19,8 @@ use crate::{BtVcpu, frame};
 pub const INNOCENT: usize = 256;
 /// So many writes that hit no code let others pass.
 const SHARE_AFTER: u8 = 8;
+/// So many writes to a page's code, none of it executed in between, and the page is taken for data.
+const DATA_AFTER: u8 = 3;
 
 /// The counter of a fragment's entries. Those that share one are looked at more often.
 const fn counter_of(fragment: u32) -> u8 {
@@ -26,7 +28,7 @@ const fn counter_of(fragment: u32) -> u8 {
 }
 
 impl BtVcpu {
-    /// Somebody wrote to `lines` of a frame that code was made from. No fragment runs.
+    /// Somebody wrote to `lines` of a frame that code was made from. No fragment runs. More may be told of than before.
     pub(crate) fn code_written(&mut self, gfn: Gfn, lines: u64) {
         let count = if gfn == ALL_FRAMES {
             let mem = std::sync::Arc::clone(&self.interp.cpu().mem);
@@ -35,6 +37,23 @@ impl BtVcpu {
             self.cache.suspend(gfn, lines)
         };
         self.bt.suspended += count as u64;
+        self.written_in_a_row = if self.written_last == gfn { self.written_in_a_row + 1 } else { 1 };
+        self.written_last = gfn;
+        if self.written_in_a_row >= DATA_AFTER && gfn != ALL_FRAMES {
+            self.written_in_a_row = 0;
+            let mem = std::sync::Arc::clone(&self.interp.cpu().mem);
+            // A string instruction would come here at each line.
+            if mem.is_traced(gfn) {
+                mem.untrace(gfn);
+            }
+        }
+    }
+
+    /// Code of a frame is executed.
+    pub(crate) fn note_code(&mut self, gfn: Gfn) {
+        if self.written_last == gfn {
+            self.written_in_a_row = 0;
+        }
     }
 
     /// Makes a fragment that is wanted ready to be entered. False: it is gone.
@@ -54,6 +73,7 @@ impl BtVcpu {
     /// Whether a suspended fragment's bytes are the same, and traced again.
     fn compare(&mut self, fragment: u32) -> bool {
         let Some((key, source)) = self.cache.source(fragment) else { return false };
+        self.note_code(key.gfn);
         self.places.note_change(&key);
         if self.places.changes_often(&key) {
             // The next one will check itself.
@@ -61,9 +81,9 @@ impl BtVcpu {
             return false;
         }
         let cpu = self.interp.cpu();
-        cpu.trace_code(key.gfn, source.lines);
+        cpu.trace_code(key.gfn, source.lines());
         cpu.trace_code(key.second, 1);
-        let unchanged = source.is_unchanged(&cpu.mem, &key);
+        let unchanged = source.is_unchanged(&cpu.mem, &key, 0);
         self.apply_events();
         self.bt.resumed += u64::from(unchanged);
         self.bt.dropped += u64::from(!unchanged);
@@ -81,18 +101,18 @@ impl BtVcpu {
 
     /// A fragment that checks itself left: its bytes differ from those that it was made of, or it is time to see whether they still change.
     pub(crate) fn look_at(&mut self, fragment: u32) {
-        let Some((key, source)) = self.cache.source(fragment) else { return };
-        let Some(check) = source.check else { return };
         let mem = std::sync::Arc::clone(&self.interp.cpu().mem);
-        if !source.is_unchanged(&mem, &key) {
+        let Some((key, source)) = self.cache.source(fragment) else { return };
+        let Some(check) = self.cache.check_mut(fragment) else { return };
+        if !source.is_unchanged(&mem, &key, check.variable) {
             self.bt.check_failures += 1;
             self.cache.discard(fragment);
             return;
         }
         let sample = source.sample(&mem, &key);
+        let rested = check.sample.replace(sample) == Some(sample);
         let window = self.places.window(&key);
-        let first = self.cache.take_sample(fragment, sample);
-        if !first && sample == check.sample && !self.knobs.check {
+        if rested && !self.knobs.check {
             self.bt.acquitted += 1;
             self.places.acquit(&key);
             self.cache.discard(fragment);

@@ -13,48 +13,40 @@ use crate::cache::{Key, NO_FRAME};
 /// Ranges of a page that are kept apart; more are joined with what lies between.
 const RANGES: usize = 4;
 
-/// What a fragment that checks itself was when it was last looked at.
+/// What is known of a fragment that checks itself.
 #[derive(Clone, Copy, Debug)]
 pub struct Check {
-    /// The hash of all its bytes, those that it takes from memory included.
-    pub sample: u64,
-    /// It was looked at before.
-    pub looked: bool,
+    /// The hash of all its bytes, those that it takes from memory included, when it was last looked at; None: it was not.
+    pub sample: Option<u64>,
     /// Bytes from its first that it takes from memory.
-    variable: u128,
+    pub variable: u128,
 }
 
 /// The bytes of a fragment.
 #[derive(Clone, Copy, Debug)]
 pub struct Source {
     ranges: [(u16, u16); RANGES],
-    /// The lines of its page that it depends on.
-    pub lines: u64,
     /// Bytes at the start of the next page.
     second: u16,
     hash: u64,
-    /// If it checks itself, and so is not traced.
-    pub check: Option<Check>,
 }
 
 impl Source {
     /// The bytes that `fragment` was made of: `page`'s, and some of `next` if it reaches there.
-    pub fn new(fragment: &Fragment, page: &[u8; 4096], next: &[u8], checked: bool) -> Self {
-        let ranges = join(&fragment.ranges);
-        let lines = ranges
-            .iter()
-            .filter(|r| r.0 < r.1)
-            .fold(0, |mask, &(from, to)| mask | lines(usize::from(from), usize::from(to - from)));
+    pub fn new(fragment: &Fragment, page: &[u8; 4096], next: &[u8]) -> Self {
         let second = u16::try_from(next.len()).unwrap_or(u16::MAX);
-        let mut s = Self { ranges, lines: if checked { 0 } else { lines }, second, hash: 0, check: None };
+        let mut s = Self { ranges: join(&fragment.ranges), second, hash: 0 };
         let mut bytes =
             s.gather(|range| page.get(usize::from(range.0)..usize::from(range.1)).map(<[u8]>::to_vec));
         bytes.extend_from_slice(next);
-        if checked {
-            s.check = Some(Check { sample: hash(&bytes), looked: false, variable: fragment.variable });
-        }
-        s.hash = s.hash_fixed(&mut bytes);
+        s.hash = hash_fixed(&mut bytes, fragment.variable);
         s
+    }
+
+    /// The lines of its page that it depends on.
+    pub fn lines(&self) -> u64 {
+        let filled = self.ranges.iter().filter(|r| r.0 < r.1);
+        filled.fold(0, |mask, &(from, to)| mask | lines(usize::from(from), usize::from(to - from)))
     }
 
     fn gather(&self, read: impl Fn((u16, u16)) -> Option<Vec<u8>>) -> Vec<u8> {
@@ -63,17 +55,6 @@ impl Source {
             bytes.extend(read(*range).unwrap_or_default());
         }
         bytes
-    }
-
-    /// The hash without the bytes that are taken from memory.
-    fn hash_fixed(&self, bytes: &mut [u8]) -> u64 {
-        let variable = self.check.map_or(0, |c| c.variable);
-        for (n, byte) in bytes.iter_mut().enumerate().take(128) {
-            if variable >> n & 1 != 0 {
-                *byte = 0;
-            }
-        }
-        hash(bytes)
     }
 
     /// The bytes that are in memory now.
@@ -92,15 +73,25 @@ impl Source {
         Some(bytes)
     }
 
-    /// Whether memory holds what the fragment was made of.
-    pub fn is_unchanged(&self, mem: &GuestMemory, key: &Key) -> bool {
-        self.now(mem, key).is_some_and(|mut bytes| self.hash_fixed(&mut bytes) == self.hash)
+    /// Whether memory holds what the fragment was made of, but for the bytes that it takes from there.
+    pub fn is_unchanged(&self, mem: &GuestMemory, key: &Key, variable: u128) -> bool {
+        self.now(mem, key).is_some_and(|mut bytes| hash_fixed(&mut bytes, variable) == self.hash)
     }
 
     /// The hash of all its bytes as they are now, to compare with [`Check::sample`].
     pub fn sample(&self, mem: &GuestMemory, key: &Key) -> u64 {
         self.now(mem, key).map_or(0, |bytes| hash(&bytes))
     }
+}
+
+/// The hash without the bytes that are taken from memory.
+fn hash_fixed(bytes: &mut [u8], variable: u128) -> u64 {
+    for (n, byte) in bytes.iter_mut().enumerate().take(128) {
+        if variable >> n & 1 != 0 {
+            *byte = 0;
+        }
+    }
+    hash(bytes)
 }
 
 /// At most [`RANGES`] ranges that cover those given, ascending; empty ones at the end.

@@ -32,7 +32,7 @@ use std::sync::Arc;
 use bt::unit::{Reader, Unit};
 use bt::{SiteKind, frame};
 use cache::{Cache, Environments, Key, NO_FRAME, New, PlacedSite};
-use content::Source;
+use content::{Check, Source};
 use engine::{ExitStats, Vcpu, VcpuExit};
 use exec::Frame;
 use guestmem::Gfn;
@@ -143,6 +143,9 @@ pub struct BtVcpu {
     places: places::Places,
     /// Writes to traced pages that hit no code, by hashed frame.
     innocent: Box<[u8; change::INNOCENT]>,
+    /// The frame whose code was written last, and how often in a row.
+    written_last: Gfn,
+    written_in_a_row: u8,
     knobs: Knobs,
     host: Host,
     amd: bool,
@@ -194,6 +197,8 @@ impl BtVcpu {
             environment: 0,
             places: places::Places::default(),
             innocent: Box::new([0; change::INNOCENT]),
+            written_last: NO_FRAME,
+            written_in_a_row: 0,
             host: if knobs.fp { host } else { host.without_fp() },
             knobs,
             amd,
@@ -283,8 +288,12 @@ impl BtVcpu {
         let cpu = self.interp.cpu();
         cpu.code_changed = false;
         let holder = Arc::clone(&cpu.holder);
-        for (gfn, lines) in holder.take_written() {
-            self.code_written(gfn, lines);
+        loop {
+            let written = holder.take_written();
+            if written.is_empty() {
+                return;
+            }
+            written.into_iter().for_each(|(gfn, lines)| self.code_written(gfn, lines));
         }
     }
 
@@ -390,6 +399,7 @@ impl BtVcpu {
     fn translate(&mut self, key: Key, facts: bt::Facts) -> Option<u32> {
         let start = std::time::Instant::now();
         let (page, version) = self.read_frame(key.gfn)?;
+        self.note_code(key.gfn);
         let wants_check = self.knobs.check || self.places.changes_often(&key);
         let mut reader = Reader::new(&page, self.amd);
         let (unit, next) = self.unit(key, &mut reader, wants_check)?;
@@ -409,10 +419,11 @@ impl BtVcpu {
         };
         let beyond = unit.end.saturating_sub(4096);
         let head = next.as_ref().map_or(&[][..], |next| &next.page[..beyond]);
-        let source = Source::new(&fragment, &page, head, check.is_some());
+        let source = Source::new(&fragment, &page, head);
+        let check = check.map(|_| Check { sample: None, variable: fragment.variable });
         // The bytes are traced only now that it is known which; if they changed meanwhile, another time. Those that a fragment looks at itself need
         // no trace.
-        let mut unchanged = check.is_some() || self.trace(key.gfn, source.lines, &page);
+        let mut unchanged = check.is_some() || self.trace(key.gfn, source.lines(), &page);
         if let Some(next) = &next {
             unchanged &= self.trace(key.second, 1, &next.page);
         }
@@ -421,7 +432,8 @@ impl BtVcpu {
             return None;
         }
         let second_version = next.as_ref().map_or(0, |next| next.version);
-        let number = self.cache.insert(&New { key, fragment: &fragment, source, version, second_version });
+        let number =
+            self.cache.insert(&New { key, fragment: &fragment, source, check, version, second_version });
         self.wipe_emptied();
         let head = next.as_ref().map_or(&[][..], |next| &next.page[..bt::unit::MAX_LEN]);
         self.note_made(number, &observe::Made::new(&unit, &page, head, &fragment, facts, (sites, links)));

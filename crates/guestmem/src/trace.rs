@@ -80,6 +80,14 @@ impl GuestMemory {
         waits
     }
 
+    /// The page is code no more, as it seems: no line of it is traced from now on, and everybody is told that all of it changed.
+    pub fn untrace(&self, gfn: Gfn) {
+        let Some(entry) = self.entry(gfn) else { return };
+        entry.version.fetch_add(1, Ordering::SeqCst);
+        entry.code_lines.store(0, Ordering::SeqCst);
+        self.tell_code_changed(gfn, u64::MAX);
+    }
+
     /// From now on writes to lines of the page that are not traced need not take the slow way.
     pub fn share_page(&self, gfn: Gfn) {
         if let Some(entry) = self.entry(gfn) {
