@@ -3,8 +3,8 @@
 #![expect(clippy::cast_possible_truncation, reason = "offsets in a page")]
 
 use iced_x86::{
-    Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind,
-    RflagsBits,
+    Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, OpAccess,
+    OpKind, RflagsBits,
 };
 
 /// Instructions in a unit at most.

@@ -666,7 +666,8 @@ impl Cache {
 
     /// Discards every fragment of a frame.
     pub fn drop_frame(&mut self, gfn: Gfn) {
-        let all: Vec<u32> = self.pages.get(&gfn).into_iter().flat_map(|p| p.fragments.iter().map(|f| f.0)).collect();
+        let all: Vec<u32> =
+            self.pages.get(&gfn).into_iter().flat_map(|p| p.fragments.iter().map(|f| f.0)).collect();
         all.into_iter().for_each(|fragment| self.discard(fragment));
     }
 

@@ -105,8 +105,7 @@ mod tests {
 
     #[test]
     fn parse_sets_what_it_knows() {
-        let text =
-            "unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off,evict=5,check=on,\
+        let text = "unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off,evict=5,check=on,\
                     nonsense=1";
         let k = Knobs::parse(text);
         let expected = Knobs {
