@@ -12,6 +12,8 @@ tests!("smc":
     next_instruction, same_block_ahead, own_loop, immediate_counter, call_patched, through_alias, cross_page_instruction, rep_stos_over_code,
     rep_movs_over_code, data_beside_code, code_grows, patched_to_int3, jump_target_patched, remapped_code, two_virtual_addresses,
     write_by_user_alias, atomic_patch, code_on_stack, jit_many, sse_store_over_code, patch_previous_block, page_freed_and_reused,
+    immediate_changes_and_rests, opcode_changes_often, code_changes_itself_often, own_loop_long, data_in_the_line_of_code, data_beside_code_often,
+    call_target_changes_often, other_code_each_time, constants_of_every_form,
 );
 
 fn next_instruction() -> Verdict {
@@ -326,4 +328,195 @@ fn page_freed_and_reused() -> Verdict {
     put(p, &code_returning(5));
     cpu::cpuid(0, 0);
     eq(call(WIN), 5, "code again")
+}
+
+fn immediate_changes_and_rests() -> Verdict {
+    // An engine may adapt to code that changes often, and to code that has ceased to.
+    let p = page();
+    put(p, &code_returning(0));
+    for round in 0..3u32 {
+        for i in 0..3000u32 {
+            let v = (i * 77) ^ (round << 20);
+            wr32(p + 1, v);
+            eq(call(p), u64::from(v), "it changes")?;
+        }
+        wr32(p + 1, round);
+        for _ in 0..12_000 {
+            eq(call(p), u64::from(round), "it rests")?;
+        }
+    }
+    Ok(())
+}
+
+fn opcode_changes_often() -> Verdict {
+    // xor eax, eax; inc or dec or nop eax; ret
+    let p = page();
+    put(p, &[0x31, 0xc0, 0xff, 0xc0, 0xc3]);
+    for i in 0..3000u32 {
+        let (byte, want) = [(0xc0, 1), (0xc8, 0xffff_ffff), (0xd0, 0)][(i % 3) as usize];
+        if byte == 0xd0 {
+            put(p + 2, &[0x66, 0x90]);
+        } else {
+            put(p + 2, &[0xff, byte]);
+        }
+        eq(call(p), want, "another instruction")?;
+        eq(call(p), want, "again")?;
+    }
+    Ok(())
+}
+
+fn code_changes_itself_often() -> Verdict {
+    // mov [rip + 1], ecx; mov eax, 0x11111111; ret: the constant is changed just before it is used.
+    let p = page();
+    put(p, &[0x89, 0x0d, 1, 0, 0, 0, 0xb8, 0x11, 0x11, 0x11, 0x11, 0xc3]);
+    let caller = code64!("2: mov rcx, rbx", "call rdi", "cmp rax, rbx", "jne 3f", "dec ebx", "jnz 2b", "3: nop");
+    let o = Ctx::kernel(caller).rdi(p).rbx(5000).run();
+    done(&o, "calls")?;
+    eq(o.rbx, 0, "each constant was the new one")
+}
+
+fn own_loop_long() -> Verdict {
+    let c = code64!(
+        "xor ebx, ebx",
+        "mov ecx, 20000",
+        "lea rdi, [rip + 2f]",
+        "mov dword ptr [rdi + 1], 0",
+        "2: mov eax, 0",
+        "add rbx, rax",
+        "inc dword ptr [rdi + 1]",
+        "dec ecx",
+        "jnz 2b"
+    );
+    let o = Ctx::kernel(c).run();
+    done(&o, "loop")?;
+    eq(o.rbx, 19_999 * 10_000, "sum of 0 to 19999")
+}
+
+fn data_in_the_line_of_code() -> Verdict {
+    // A counter next to the code that counts, and a function that reads it.
+    let p = page();
+    put(p, &[0xff, 0x05, 0x0a, 0, 0, 0, 0x8b, 0x05, 0x04, 0, 0, 0, 0xc3]);
+    for i in 1..6000u64 {
+        eq(call(p), i, "inc [p + 16]; mov eax, [p + 16]")?;
+    }
+    wr32(p + 16, 0);
+    eq(call(p), 1, "written from outside")
+}
+
+fn data_beside_code_often() -> Verdict {
+    let p = page();
+    put(p + 0x400, &code_returning(7));
+    let c = code64!(
+        "mov ecx, 300",
+        "2: mov [rdi + 0x80], cl",
+        "mov [rdi + 0x82], cx",
+        "mov [rdi + 0x84], ecx",
+        "mov [rdi + 0x88], rcx",
+        "lock add [rdi + 0x90], rcx",
+        "add dword ptr [rdi + 0x98], 3",
+        "mov [rdi + 0x3c - 3], rcx",
+        "movups [rdi + 0x100], xmm0",
+        "push rdi",
+        "push rcx",
+        "add rdi, 0x200",
+        "mov eax, 0x5a",
+        "mov ecx, 0x100",
+        "rep stosb",
+        "stosb",
+        "pop rcx",
+        "pop rdi",
+        "lea rdx, [rdi + 0x400]",
+        "call rdx",
+        "cmp eax, 7",
+        "jne 3f",
+        "dec ecx",
+        "jnz 2b",
+        "3: nop"
+    );
+    let o = Ctx::kernel(c).rdi(p).run();
+    done(&o, "data of all sizes beside code")?;
+    eq(o.rcx, 0, "the function is the same all the time")?;
+    ok(rd8(p + 0x80) == 1, "byte")?;
+    eq(crate::mem::rd(p + 0x88), 1, "eight bytes")?;
+    eq(crate::mem::rd(p + 0x90), 45_150, "locked")?;
+    eq(crate::mem::rd(p + 0x98), 900, "read and written")?;
+    eq(crate::mem::rd(p + 0x39), 1, "across lines")?;
+    ok(rd8(p + 0x300) == 0x5a, "string")?;
+    // A store that begins in a line of data and reaches into the function's first bytes.
+    wr(p + 0x3fc, u64::from_le_bytes([0, 0, 0, 0, 0xb8, 0x44, 0, 0]));
+    eq(call(p + 0x400), 0x44, "patched from the line before")
+}
+
+fn call_target_changes_often() -> Verdict {
+    let p = page();
+    put(p, &[0x53, 0xe8]);
+    put(p + 6, &[0x5b, 0xc3]);
+    put(p + 0x100, &code_returning(1));
+    put(p + 0x180, &code_returning(2));
+    put(p + 0x20, &[0xe9]);
+    for i in 0..4000u64 {
+        let to = if i & 1 == 0 { 0x100 } else { 0x180 };
+        wr32(p + 2, (to - 6) as u32);
+        eq(call(p), 1 + (i & 1), "call")?;
+        wr32(p + 0x21, (to - 0x25) as u32);
+        eq(call(p + 0x20), 1 + (i & 1), "jump")?;
+    }
+    Ok(())
+}
+
+fn other_code_each_time() -> Verdict {
+    // A compiler that uses its buffer again: functions of other lengths at other places each time.
+    let p = page();
+    for round in 0..400u64 {
+        let mut at = p + round % 7;
+        let first = at;
+        put(at, &[0x31, 0xc0]);
+        at += 2;
+        for i in 0..round % 23 {
+            put(at, if (round + i) % 3 == 0 { &[0xff, 0xc0] } else { &[0x83, 0xc0, 2] });
+            at += if (round + i) % 3 == 0 { 2 } else { 3 };
+        }
+        wr8(at, 0xc3);
+        let want: u64 = (0..round % 23).map(|i| if (round + i) % 3 == 0 { 1 } else { 2 }).sum();
+        for _ in 0..10 {
+            eq(call(first), want, "generated function")?;
+        }
+    }
+    Ok(())
+}
+
+fn constants_of_every_form() -> Verdict {
+    // Moves of constants to registers in every form, with constants that change: the last bytes of each are the constant's.
+    let forms: [(&[u8], u64, usize, bool); 6] = [
+        (&[0xb8], 1, 4, false),                 // mov eax, imm32
+        (&[0x48, 0xb8], 2, 8, false),           // mov rax, imm64
+        (&[0x48, 0xc7, 0xc0], 3, 4, true),      // mov rax, imm32
+        (&[0xc7, 0xc0], 2, 4, false),           // mov eax, imm32, the long form
+        (&[0x49, 0xbd], 2, 8, false),           // mov r13, imm64
+        (&[0x49, 0xc7, 0xc7], 3, 4, true),      // mov r15, imm32
+    ];
+    for (n, (opcode, at, len, signed)) in forms.into_iter().enumerate() {
+        let p = page() + 3 * n as u64;
+        // push r13; push r15; the move; mov rax, r13 or r15; pop r15; pop r13; ret
+        put(p, &[0x41, 0x55, 0x41, 0x57]);
+        put(p + 4, opcode);
+        let behind = p + 4 + at + len as u64;
+        match n {
+            4 => put(behind, &[0x4c, 0x89, 0xe8]),
+            5 => put(behind, &[0x4c, 0x89, 0xf8]),
+            _ => put(behind, &[0x48, 0x89, 0xc0]),
+        }
+        put(behind + 3, &[0x41, 0x5f, 0x41, 0x5d, 0xc3]);
+        for i in 0..1500u64 {
+            let v = i.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            put(p + 4 + at, &v.to_le_bytes()[..len]);
+            let want = match (len, signed) {
+                (8, _) => v,
+                (_, false) => v & 0xffff_ffff,
+                (_, true) => v as u32 as i32 as u64,
+            };
+            eq(call(p), want, "the constant")?;
+        }
+    }
+    Ok(())
 }

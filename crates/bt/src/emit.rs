@@ -217,6 +217,31 @@ impl Asm {
         self.gs_op(false, &[0x83], 7, disp);
         self.code.push(imm);
     }
+    /// `sub dword gs:[disp], 1`
+    pub fn count_down(&mut self, disp: i32) {
+        self.gs_op(false, &[0x83], 5, disp);
+        self.code.push(1);
+    }
+    /// `movsxd reg, dword gs:[disp]`
+    pub fn load_signed32(&mut self, reg: u8, disp: i32) {
+        self.gs_op(true, &[0x63], reg, disp);
+    }
+    /// `cmp gs:[disp], imm` in `size` bytes (1, 2, 4).
+    pub fn cmp_gs(&mut self, size: usize, disp: i32, imm: u32) {
+        if size == 2 {
+            self.code.push(0x66);
+        }
+        self.gs_op(false, &[if size == 1 { 0x80 } else { 0x81 }], 7, disp);
+        self.bytes(&imm.to_le_bytes()[..size]);
+    }
+    /// `cmp [base + disp], imm` in `size` bytes (1, 2, 4).
+    pub fn cmp_at(&mut self, size: usize, base: u8, disp: i32, imm: u32) {
+        if size == 2 {
+            self.code.push(0x66);
+        }
+        self.memory_op(false, &[if size == 1 { 0x80 } else { 0x81 }], 7, base, None, disp);
+        self.bytes(&imm.to_le_bytes()[..size]);
+    }
     /// `jmp gs:[disp]`
     pub fn jmp_gs(&mut self, disp: i32) {
         self.gs_op(false, &[0xff], 4, disp);

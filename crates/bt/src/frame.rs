@@ -132,6 +132,19 @@ pub const IRET_SMAP: u32 = 1 << 4;
 /// RFLAGS.AC.
 pub const AC: u32 = 1 << 18;
 
+/// Where the traces of guest memory's frames stand (`guestmem::trace`).
+pub const TRACES: i32 = 0xb00;
+/// Where a write that need not be traced goes on.
+pub const PASS: i32 = 0xb08;
+/// Writes to traced pages that passed: for the statistics.
+pub const COUNT_PASSED: i32 = 0xb10;
+/// What fragments that check themselves have read of their guest code ([`crate::unit::MAX_CHECKED_BYTES`], and up to 7 before and behind).
+pub const CODE_COPY: i32 = 0xb80;
+/// Entries of fragments that check themselves until the engine looks at them, four bytes each.
+pub const COUNTERS: i32 = 0xc00;
+/// How many there are.
+pub const COUNTERS_COUNT: usize = 256;
+
 /// [`MODE`]: SYSCALL's segments.
 pub const MODE_SYSCALL: u32 = 1;
 /// [`MODE`]: SYSRET's segments.

@@ -9,4 +9,6 @@ pub mod listing;
 pub mod lower;
 pub mod unit;
 
-pub use lower::{Exit, Facts, FpLevel, Fragment, Place, Site, SiteKind, Variant, translate};
+pub use lower::{
+    Checked, Exit, Facts, FpLevel, Fragment, Place, Site, SiteKind, Variant, translate, translate_checked,
+};

@@ -1,13 +1,16 @@
 //! Translation units: the guest instructions that one translator call consumes, and which flags are live between them.
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, OpKind, RflagsBits};
+#![expect(clippy::cast_possible_truncation, reason = "offsets in a page")]
+
+use iced_x86::{
+    Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, OpAccess,
+    OpKind, RflagsBits,
+};
 
 /// Instructions in a unit at most.
 pub const MAX_INSTRUCTIONS: usize = 48;
 /// Instructions looked at beyond a unit's end for whether they overwrite the flags.
 const PEEK: usize = 6;
-/// The bytes that they can take.
-pub const PEEK_BYTES: u64 = 15 * PEEK as u64;
 
 /// The six arithmetic flags.
 pub const STATUS: u32 =
@@ -22,22 +25,31 @@ pub struct Unit {
 }
 
 /// Reads the instructions of a page of 64-bit code. One decoder for all: making one costs more than an instruction.
-pub struct Reader<'a>(Decoder<'a>);
+pub struct Reader<'a> {
+    decoder: Decoder<'a>,
+    page: &'a [u8; 4096],
+}
 
 impl<'a> Reader<'a> {
     /// Reads `page`.
     #[must_use]
     pub fn new(page: &'a [u8; 4096], amd: bool) -> Self {
         let options = if amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
-        Self(Decoder::with_ip(64, page, 0, options))
+        Self { decoder: Decoder::with_ip(64, page, 0, options), page }
+    }
+
+    /// The page.
+    #[must_use]
+    pub const fn page(&self) -> &'a [u8; 4096] {
+        self.page
     }
 
     /// The instruction at `offset`, if it lies within the page.
     fn at(&mut self, offset: usize) -> Option<Instruction> {
-        self.0.set_position(offset).ok()?;
-        self.0.set_ip(offset as u64);
-        let i = self.0.decode();
-        (self.0.last_error() == DecoderError::None).then_some(i)
+        self.decoder.set_position(offset).ok()?;
+        self.decoder.set_ip(offset as u64);
+        let i = self.decoder.decode();
+        (self.decoder.last_error() == DecoderError::None).then_some(i)
     }
 
     /// The unit at `offset`. `limit` bounds its instructions (1 for bisecting). Empty if the first instruction cannot be decoded within
@@ -56,12 +68,17 @@ impl<'a> Reader<'a> {
         unit
     }
 
-    /// Flags that may be read before they are overwritten, from `offset` on; all of them where that is not seen.
+    /// Flags that may be read before they are overwritten, from `offset` on; all of them where that is not seen. And the offset behind the bytes that
+    /// this was read from.
     #[must_use]
-    pub fn live_at(&mut self, offset: usize) -> u32 {
+    pub fn live_at(&mut self, offset: usize) -> (u32, usize) {
         let (mut live, mut unknown, mut at) = (0, STATUS, offset);
         for _ in 0..PEEK {
-            let Some(i) = self.at(at) else { break };
+            let Some(i) = self.at(at) else {
+                // What could not be decoded was looked at too.
+                at = (at + MAX_LEN).min(4096);
+                break;
+            };
             at += i.len();
             let (read, written) = flag_effects(&i);
             live |= read & unknown;
@@ -76,7 +93,7 @@ impl<'a> Reader<'a> {
                 break;
             }
         }
-        live | unknown
+        (live | unknown, at)
     }
 }
 
@@ -91,6 +108,37 @@ pub fn ends_unit(i: &Instruction) -> bool {
 #[must_use]
 pub fn is_narrow_branch(i: &Instruction) -> bool {
     i.op0_kind() == OpKind::NearBranch16
+}
+
+/// Bytes of a unit that checks itself, at most.
+pub const MAX_CHECKED_BYTES: usize = 112;
+
+/// The unit at `offset` of code that changes often: what it is made of is compared where it is entered, so it ends with the first
+/// instruction that may change what follows.
+#[must_use]
+pub fn form_checked(reader: &mut Reader<'_>, offset: usize, limit: usize) -> Unit {
+    let mut unit = reader.form(offset, limit);
+    let mut info = InstructionInfoFactory::new();
+    let mut bytes = 0;
+    let mut count = 0;
+    for i in &unit.instructions {
+        bytes += i.len();
+        if bytes > MAX_CHECKED_BYTES {
+            break;
+        }
+        count += 1;
+        let writes = info.info(i).used_memory().iter().any(|m| is_write(m.access()));
+        if writes || i.is_privileged() || i.is_string_instruction() {
+            break;
+        }
+    }
+    unit.instructions.truncate(count);
+    unit.end = unit.instructions.last().map_or(offset, |i| i.ip() as usize + i.len());
+    unit
+}
+
+const fn is_write(access: OpAccess) -> bool {
+    !matches!(access, OpAccess::None | OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess)
 }
 
 /// The longest instruction (SDM 2A 2.3.11).

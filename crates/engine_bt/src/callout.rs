@@ -84,19 +84,31 @@ impl BtVcpu {
         let kind = if write { AccessKind::Write } else { AccessKind::Read };
         let access = Access { kind, ..cpu.data_access(kind) };
         let cr2 = cpu.s.cr2;
-        match cpu.resolve(la, access) {
-            Ok(Target::Ram(Hva(_), _)) => {}
+        let gpa = match cpu.resolve(la, access) {
+            Ok(Target::Ram(Hva(_), gpa)) => gpa,
             Ok(Target::Device(_)) => return Fill::Unfit,
             Err(e) => {
                 // It is not certain that the guest is to see this one.
                 cpu.s.cr2 = cr2;
                 return Fill::Fault(e);
             }
-        }
+        };
         let entry = cpu.tlb.entry(la, cpu.variant);
         let tag = cpu.tlb.tag(la);
         let there = if write { entry.write_tag == tag } else { entry.read_tag == tag };
-        if there { Fill::Done } else { Fill::Unfit }
+        if there {
+            return Fill::Done;
+        }
+        if write && !self.is_line_code(gpa, size) {
+            self.note_innocent(gpa);
+        }
+        Fill::Unfit
+    }
+
+    /// Whether a write touches lines with code, or a page without any.
+    fn is_line_code(&mut self, gpa: guestmem::Gpa, size: usize) -> bool {
+        let traced = self.interp.cpu().mem.traced_lines(gpa.gfn());
+        traced == 0 || traced & guestmem::trace::lines(gpa.page_offset(), size) != 0
     }
 
     /// Whether the frame's TLB already had the page: the access then missed for another reason.

@@ -10,7 +10,6 @@ pub struct CodeMemory {
     write: *mut u8,
     exec: *mut u8,
     len: usize,
-    used: usize,
 }
 
 // SAFETY: the mappings belong to this object alone.
@@ -28,57 +27,45 @@ impl CodeMemory {
         let exec = unsafe { mmap_anonymous(std::ptr::null_mut(), len, rx, MapFlags::SHARED)? };
         // SAFETY: an old size of 0 leaves the shared mapping as it is and makes another of the same pages (mremap(2)).
         let write = unsafe { mremap(exec, 0, len, MremapFlags::MAYMOVE) };
-        // No code lies at offset 0: a place of 0 is none.
-        let memory = Self { write: write.unwrap_or(exec).cast(), exec: exec.cast(), len, used: 16 };
+        let memory = Self { write: write.unwrap_or(exec).cast(), exec: exec.cast(), len };
         let write = write?;
         // SAFETY: the new mapping, which nothing uses yet.
         unsafe { mprotect(write, len, MprotectFlags::READ | MprotectFlags::WRITE)? };
         Ok(memory)
     }
 
-    /// Bytes in use.
-    pub const fn used(&self) -> usize {
-        self.used
-    }
-
-    /// Forgets all code. The caller runs none of it.
-    pub const fn clear(&mut self) {
-        self.used = 16;
-    }
-
-    /// Adds code; its offset, or None if it does not fit.
-    pub fn add(&mut self, code: &[u8]) -> Option<usize> {
-        let at = self.used.next_multiple_of(16);
-        if at + code.len() > self.len {
-            return None;
+    /// Puts code at an offset. Nothing if it does not fit.
+    pub fn put(&mut self, at: usize, code: &[u8]) {
+        if at.checked_add(code.len()).is_some_and(|end| end <= self.len) {
+            // SAFETY: at..at+len lies in the mapping.
+            unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.add(at), code.len()) };
         }
-        // SAFETY: at..at+len lies in the mapping.
-        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.add(at), code.len()) };
-        self.used = at + code.len();
-        Some(at)
+    }
+
+    /// The code at an offset; empty if it does not lie in code memory.
+    pub fn get(&self, at: usize, len: usize) -> &[u8] {
+        if at.checked_add(len).is_none_or(|end| end > self.len) {
+            return &[];
+        }
+        // SAFETY: at..at+len lies in the mapping, which is never written while it is borrowed: that takes `&mut self`.
+        unsafe { std::slice::from_raw_parts(self.write.add(at), len) }
     }
 
     /// Makes the 32-bit displacement at `place` lead to `target`. Only this vCPU's thread runs the code, and not now.
     pub fn link(&mut self, place: usize, target: usize) {
         let rel = (target as i64 - (place as i64 + 4)) as i32;
-        if place + 4 <= self.used {
-            // SAFETY: within the used part of the mapping.
-            unsafe { std::ptr::copy_nonoverlapping(rel.to_le_bytes().as_ptr(), self.write.add(place), 4) };
-        }
+        self.put(place, &rel.to_le_bytes());
     }
 
     /// Puts a jump at `at` that leads to `target`. Fragments are longer than a jump, and none runs now.
     pub fn redirect(&mut self, at: usize, target: usize) {
-        if at + 5 <= self.used {
-            // SAFETY: within the used part of the mapping.
-            unsafe { self.write.add(at).write(0xe9) };
-            self.link(at + 1, target);
-        }
+        self.put(at, &[0xe9]);
+        self.link(at + 1, target);
     }
 
     /// Host address of the code at an offset.
     pub fn address(&self, at: usize) -> u64 {
-        // SAFETY: offsets come from `add`, so they lie in the mapping.
+        // SAFETY: cut off at the end of the mapping.
         unsafe { self.exec.add(at.min(self.len)) as u64 }
     }
 }

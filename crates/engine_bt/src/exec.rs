@@ -150,7 +150,7 @@ pub mod action {
 /// access crosses a page or is misaligned), is for Rust; a group that crosses goes on behind the number of its site. Called by fragments; flags are
 /// free.
 macro_rules! refill {
-    ($name:literal, $variant:literal, $write:literal, $known:literal) => {
+    ($name:literal, $variant:literal, $write:literal, $known:literal, $traced:ident) => {
         global_asm!(
             concat!(".globl ", $name),
             concat!($name, ":"),
@@ -185,7 +185,11 @@ macro_rules! refill {
             "pop rbx\npop rdx\npop rcx\npop rax",
             "xor r15d, r15d",
             "ret",
-            "7:\npop rcx\npop rax",
+            "7:",
+            // Uses of names, for the variants that have none.
+            "/* {traces} {shared} {lines} {pass} {passed} */",
+            $traced!(),
+            "8:\npop rcx\npop rax",
             "jmp trellis_bt_slow",
             concat!("5:\npop rcx\npop rax\n", $known),
             address = const frame::ADDRESS,
@@ -201,21 +205,66 @@ macro_rules! refill {
             memory = const frame::MEMORY,
             frames = const frame::frame_of(frame::TLB + $variant * frame::TLB_STRIDE),
             count = const frame::COUNT_REFILLS,
+            traces = const frame::TRACES,
+            shared = const guestmem::trace::TRACE_SHARED,
+            lines = const guestmem::trace::TRACE_LINES,
+            pass = const frame::PASS,
+            passed = const frame::COUNT_PASSED,
         );
     };
 }
-refill!("trellis_bt_refill_0r", 0, 0, "jmp trellis_bt_slow");
-refill!("trellis_bt_refill_0w", 0, 1, "jmp trellis_bt_slow");
-refill!("trellis_bt_refill_1r", 1, 0, "jmp trellis_bt_slow");
-refill!("trellis_bt_refill_1w", 1, 1, "jmp trellis_bt_slow");
-refill!("trellis_bt_refill_2r", 2, 0, "jmp trellis_bt_slow");
-refill!("trellis_bt_refill_2w", 2, 1, "jmp trellis_bt_slow");
-refill!("trellis_bt_refill_group_0r", 0, 0, "add qword ptr [rsp], 9\nret");
-refill!("trellis_bt_refill_group_0w", 0, 1, "add qword ptr [rsp], 9\nret");
-refill!("trellis_bt_refill_group_1r", 1, 0, "add qword ptr [rsp], 9\nret");
-refill!("trellis_bt_refill_group_1w", 1, 1, "add qword ptr [rsp], 9\nret");
-refill!("trellis_bt_refill_group_2r", 2, 0, "add qword ptr [rsp], 9\nret");
-refill!("trellis_bt_refill_group_2w", 2, 1, "add qword ptr [rsp], 9\nret");
+
+/// A read misses for good.
+macro_rules! nothing {
+    () => {
+        ""
+    };
+}
+
+/// A write that the second level does not allow: RCX becomes the mask of the page's traced lines, if it lacks the right only because the page is
+/// traced, and other lines may be written (`guestmem::trace`, INV-TR-2). RAX points at its entry.
+macro_rules! traced {
+    () => {
+        "cmp [rax + {base}], rcx\njne 8f\nmov rcx, [rax + {base} + 24]\nbtr rcx, 63\njnc 8f\n\
+         lea rcx, [rcx + rcx*2]\nshl rcx, 3\nadd rcx, gs:[{traces}]\n\
+         cmp dword ptr [rcx + {shared}], 0\nje 8f\nmov rcx, [rcx + {lines}]\ntest rcx, rcx\njz 8f\n"
+    };
+}
+const _: () = assert!(guestmem::trace::TRACE_STRIDE == 24, "the stride that `traced` multiplies with");
+
+/// The write goes on behind its check if it touches no such line. Its size stands 10 bytes behind the return address, and a jump behind that.
+macro_rules! pass {
+    () => {
+        concat!(
+            traced!(),
+            "mov r14, [rsp + 16]\nmovzx r14d, byte ptr [r14 + 10]\ntest r14d, r14d\njz 8f\n\
+             mov r15, gs:[{address}]\nand r15d, 0xfff\nadd r14d, r15d\ndec r14d\ncmp r14d, 0xfff\nja 8f\n\
+             shr r14d, 6\nbt rcx, r14\njc 8f\nmov r14d, r15d\nshr r14d, 6\nbt rcx, r14\njc 8f\n\
+             mov rcx, [rsp + 16]\nadd rcx, 11\nmov gs:[{pass}], rcx\n\
+             mov r14d, r15d\nmov r15, gs:[{address}]\nand r15, -4096\n\
+             add r15, [rax + {base} + 16]\nadd r15, gs:[{memory}]\ninc qword ptr gs:[{passed}]\n\
+             pop rcx\npop rax\nlea rsp, [rsp + 8]\njmp gs:[{pass}]\n"
+        )
+    };
+}
+/// Groups do not pass: they go on in code without groups.
+macro_rules! pass_group {
+    () => {
+        concat!(traced!(), "pop rcx\npop rax\nadd qword ptr [rsp], 9\nret\n")
+    };
+}
+refill!("trellis_bt_refill_0r", 0, 0, "jmp trellis_bt_slow", nothing);
+refill!("trellis_bt_refill_0w", 0, 1, "jmp trellis_bt_slow", pass);
+refill!("trellis_bt_refill_1r", 1, 0, "jmp trellis_bt_slow", nothing);
+refill!("trellis_bt_refill_1w", 1, 1, "jmp trellis_bt_slow", pass);
+refill!("trellis_bt_refill_2r", 2, 0, "jmp trellis_bt_slow", nothing);
+refill!("trellis_bt_refill_2w", 2, 1, "jmp trellis_bt_slow", pass);
+refill!("trellis_bt_refill_group_0r", 0, 0, "add qword ptr [rsp], 9\nret", nothing);
+refill!("trellis_bt_refill_group_0w", 0, 1, "add qword ptr [rsp], 9\nret", pass_group);
+refill!("trellis_bt_refill_group_1r", 1, 0, "add qword ptr [rsp], 9\nret", nothing);
+refill!("trellis_bt_refill_group_1w", 1, 1, "add qword ptr [rsp], 9\nret", pass_group);
+refill!("trellis_bt_refill_group_2r", 2, 0, "add qword ptr [rsp], 9\nret", nothing);
+refill!("trellis_bt_refill_group_2w", 2, 1, "add qword ptr [rsp], 9\nret", pass_group);
 
 /// Instead of a refill: Rust alone fills (the knob `tlb=one`). Called by fragments, as refills are.
 macro_rules! miss {

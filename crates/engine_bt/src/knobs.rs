@@ -1,6 +1,6 @@
 //! Stress knobs: what the suites turn to make rare paths common. For tests and for bisecting a wrong translation; no user needs them.
 //!
-//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off` sets them for a process.
+//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off,evict=5,check=on` sets them for a process.
 
 /// How long the frame's TLB keeps its entries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,6 +36,10 @@ pub struct Knobs {
     pub log: u32,
     /// What is known by linear address (jump tables, links between pages) is trusted when the address space was switched since.
     pub context: bool,
+    /// The next segment of code memory is emptied at every so many entries; 0: only when there is no room.
+    pub evict: u64,
+    /// Every fragment checks its bytes itself.
+    pub check: bool,
 }
 
 impl Default for Knobs {
@@ -51,6 +55,8 @@ impl Default for Knobs {
             again: 0,
             log: bt::frame::LOG_ENTRIES,
             context: true,
+            evict: 0,
+            check: false,
         }
     }
 }
@@ -84,6 +90,8 @@ impl Knobs {
                 ("again", Ok(n)) => k.again = n as u64,
                 ("log", Ok(n)) => k.log = u32::try_from(n).unwrap_or(u32::MAX),
                 ("context", _) => k.context = on,
+                ("evict", Ok(n)) => k.evict = n as u64,
+                ("check", _) => k.check = on,
                 _ => {}
             }
         }
@@ -97,8 +105,8 @@ mod tests {
 
     #[test]
     fn parse_sets_what_it_knows() {
-        let text =
-            "unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off,nonsense=1";
+        let text = "unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off,evict=5,check=on,\
+                    nonsense=1";
         let k = Knobs::parse(text);
         let expected = Knobs {
             unit: 1,
@@ -111,6 +119,8 @@ mod tests {
             again: 2,
             log: 1,
             context: false,
+            evict: 5,
+            check: true,
         };
         assert_eq!(k, expected);
         assert_eq!(Knobs::parse("tlb=one").tlb, TlbKnob::One);

@@ -10,7 +10,9 @@
 
 mod cache;
 mod callout;
+mod change;
 mod code_memory;
+mod content;
 mod exec;
 mod iret;
 mod knobs;
@@ -18,6 +20,7 @@ pub mod listing;
 mod observe;
 mod onward;
 pub mod perf_map;
+mod places;
 mod report;
 mod state;
 mod tables;
@@ -26,8 +29,10 @@ mod user_code;
 
 use std::sync::Arc;
 
+use bt::unit::{Reader, Unit};
 use bt::{SiteKind, frame};
 use cache::{Cache, Environments, Key, NO_FRAME, New, PlacedSite};
+use content::{Check, Source};
 use engine::{ExitStats, Vcpu, VcpuExit};
 use exec::Frame;
 use guestmem::Gfn;
@@ -38,18 +43,22 @@ use tables::Tables;
 use x86::CpuState;
 use x86::bits::is_canonical;
 use x86::cpuid::{CpuModel, Gate, Vendor};
-use x86_interp::holder::ALL_FRAMES;
 use x86_interp::tlb::TlbEvent;
 use x86_interp::{Interp, Parts};
 
-/// Places whose heat is remembered, by hash.
-const HEAT_ENTRIES: usize = 1 << 15;
 /// Blocks of 16- and 32-bit code between two looks of the dispatcher.
 const LEGACY_BLOCKS: u32 = 64;
 /// Pages whose decoded code the interpreter keeps: only what is cold comes to it.
 const DECODED_PAGES: usize = 256;
 /// Instructions that the interpreter may do in one go where nothing can be translated.
 const LONG_BLOCK: u64 = 1000;
+
+/// The frame that a unit reaches into.
+struct Next {
+    gfn: Gfn,
+    page: Box<[u8; 4096]>,
+    version: u32,
+}
 
 /// Counters.
 #[derive(Clone, Copy, Debug, Default)]
@@ -78,8 +87,20 @@ pub struct BtStats {
     pub blocks: u64,
     /// Times everything was forgotten.
     pub flushes: u64,
-    /// Frames whose fragments were dropped because their code changed.
-    pub dropped_frames: u64,
+    /// Fragments suspended because lines that they depend on were written.
+    pub suspended: u64,
+    /// Of those, the ones whose bytes were found to be the same.
+    pub resumed: u64,
+    /// Fragments dropped because their bytes had changed.
+    pub dropped: u64,
+    /// Fragments made that check their bytes themselves.
+    pub checked: u64,
+    /// Times a fragment found its bytes changed.
+    pub check_failures: u64,
+    /// Fragments that had checked themselves long enough without a change.
+    pub acquitted: u64,
+    /// Pages whose lines without code may be written without the slow way.
+    pub shared_pages: u64,
     /// Links made.
     pub links: u64,
     /// Flushes of the lower half, of everything, and of single pages that the interpreter told of.
@@ -119,7 +140,12 @@ pub struct BtVcpu {
     environments: Environments,
     /// The environment of the jump tables' entries.
     environment: u8,
-    heat: Vec<u16>,
+    places: places::Places,
+    /// Writes to traced pages that hit no code, by hashed frame.
+    innocent: Box<[u8; change::INNOCENT]>,
+    /// The frame whose code was written last, and how often in a row.
+    written_last: Gfn,
+    written_in_a_row: u8,
     knobs: Knobs,
     host: Host,
     amd: bool,
@@ -169,7 +195,10 @@ impl BtVcpu {
             cache: Cache::new(knobs.code_bytes)?,
             environments: Environments::default(),
             environment: 0,
-            heat: vec![0; HEAT_ENTRIES],
+            places: places::Places::default(),
+            innocent: Box::new([0; change::INNOCENT]),
+            written_last: NO_FRAME,
+            written_in_a_row: 0,
             host: if knobs.fp { host } else { host.without_fp() },
             knobs,
             amd,
@@ -212,7 +241,12 @@ impl BtVcpu {
         if self.knobs.tlb == TlbKnob::Entry {
             self.tables.apply(x86_interp::tlb::TlbEvent::FlushAll);
         }
-        if self.knobs.forget != 0 && (self.bt.entries + self.bt.onward).is_multiple_of(self.knobs.forget) {
+        let entries = self.bt.entries + self.bt.onward;
+        if self.knobs.evict != 0 && entries.is_multiple_of(self.knobs.evict) {
+            self.cache.advance();
+            self.wipe_emptied();
+        }
+        if self.knobs.forget != 0 && entries.is_multiple_of(self.knobs.forget) {
             self.flush_code();
         }
     }
@@ -254,22 +288,12 @@ impl BtVcpu {
         let cpu = self.interp.cpu();
         cpu.code_changed = false;
         let holder = Arc::clone(&cpu.holder);
-        for gfn in holder.take_written() {
-            if gfn == ALL_FRAMES {
-                self.drop_stale();
-            } else if self.cache.drop_frame(gfn) {
-                self.bt.dropped_frames += 1;
+        loop {
+            let written = holder.take_written();
+            if written.is_empty() {
+                return;
             }
-        }
-    }
-
-    /// Forgets the fragments of every frame whose code changed.
-    fn drop_stale(&mut self) {
-        let mem = Arc::clone(&self.interp.cpu().mem);
-        for gfn in self.cache.frames() {
-            if self.cache.is_stale(gfn, mem.code_version(gfn)) && self.cache.drop_frame(gfn) {
-                self.bt.dropped_frames += 1;
-            }
+            written.into_iter().for_each(|(gfn, lines)| self.code_written(gfn, lines));
         }
     }
 
@@ -315,11 +339,9 @@ impl BtVcpu {
         if self.is_stepped() {
             return None;
         }
-        let version = self.interp.cpu().mem.code_version(key.gfn);
-        if self.cache.is_stale(key.gfn, version) {
-            self.cache.drop_frame(key.gfn);
-        }
-        if let Some(fragment) = self.cache.find(&key).or_else(|| self.find_crossing(key)) {
+        if let Some(fragment) = self.cache.find(&key).or_else(|| self.find_crossing(key))
+            && self.make_ready(fragment)
+        {
             self.bt.found += 1;
             if self.knobs.again == 0 || !self.bt.found.is_multiple_of(self.knobs.again) {
                 return Some(fragment);
@@ -327,7 +349,7 @@ impl BtVcpu {
             self.cache.drop_frame(key.gfn);
         }
         self.bt.not_found += 1;
-        if !self.is_warm(key) {
+        if !self.places.is_warm(&key, self.knobs.warm) {
             return None;
         }
         self.translate(key, facts)
@@ -342,21 +364,7 @@ impl BtVcpu {
     /// The fragment of the instruction at RIP that reaches into the next page.
     fn find_crossing(&mut self, key: Key) -> Option<u32> {
         let second = self.second_frame(key.offset)?;
-        let version = self.interp.cpu().mem.code_version(second);
-        if self.cache.is_stale(second, version) {
-            self.cache.drop_frame(second);
-        }
         self.cache.find(&Key { second, ..key })
-    }
-
-    /// Counts a visit of a place without translation.
-    fn is_warm(&mut self, key: Key) -> bool {
-        let hash = key.gfn.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40 ^ u64::from(key.offset);
-        #[expect(clippy::cast_possible_truncation, reason = "masked")]
-        let slot = hash as usize & (HEAT_ENTRIES - 1);
-        let Some(heat) = self.heat.get_mut(slot) else { return true };
-        *heat = heat.saturating_add(1);
-        *heat >= self.knobs.warm
     }
 
     /// The bytes of a frame, and their version before they were read.
@@ -369,68 +377,85 @@ impl BtVcpu {
         Some((page, version))
     }
 
+    /// The unit at a key, and if it reaches there, the next frame and what is in it.
+    fn unit(&mut self, key: Key, reader: &mut Reader<'_>, checked: bool) -> Option<(Unit, Option<Next>)> {
+        let offset = usize::from(key.offset);
+        let unit = if checked {
+            bt::unit::form_checked(reader, offset, self.knobs.unit)
+        } else {
+            reader.form(offset, self.knobs.unit)
+        };
+        if !unit.instructions.is_empty() {
+            return Some((unit, None));
+        }
+        let gfn = self.second_frame(key.offset)?;
+        let (next, version) = self.read_frame(gfn)?;
+        let mut head = [0; bt::unit::MAX_LEN];
+        head.copy_from_slice(&next[..bt::unit::MAX_LEN]);
+        let unit = bt::unit::form_crossing(reader.page(), &head, offset, self.amd);
+        (!unit.instructions.is_empty()).then_some((unit, Some(Next { gfn, page: next, version })))
+    }
+
     fn translate(&mut self, key: Key, facts: bt::Facts) -> Option<u32> {
         let start = std::time::Instant::now();
         let (page, version) = self.read_frame(key.gfn)?;
-        let offset = usize::from(key.offset);
-        let mut reader = bt::unit::Reader::new(&page, self.amd);
-        let unit = reader.form(offset, self.knobs.unit);
-        let (unit, key, next) = if unit.instructions.is_empty() {
-            let second = self.second_frame(key.offset)?;
-            let (next, second_version) = self.read_frame(second)?;
-            let mut head = [0; bt::unit::MAX_LEN];
-            head.copy_from_slice(&next[..bt::unit::MAX_LEN]);
-            let unit = bt::unit::form_crossing(&page, &head, offset, self.amd);
-            (unit, Key { second, ..key }, Some((next, second_version)))
-        } else {
-            (unit, key, None)
-        };
-        if unit.instructions.is_empty() {
-            return None;
-        }
+        self.note_code(key.gfn);
+        let wants_check = self.knobs.check || self.places.changes_often(&key);
+        let mut reader = Reader::new(&page, self.amd);
+        let (unit, next) = self.unit(key, &mut reader, wants_check)?;
+        let second = next.as_ref().map_or(NO_FRAME, |next| next.gfn);
+        let key = Key { second, ..key };
+        let (sites, links) = self.cache.bases();
+        let check =
+            if wants_check && next.is_none() { self.check_of(&key, self.cache.next_number()) } else { None };
         let model = Arc::clone(&self.interp.cpu().model);
         let gates = std::cell::RefCell::new(&mut self.announced);
         let announced = |i: &Instruction| gates.borrow_mut().ask(i, &model);
-        let (sites, links) = self.cache.bases();
-        let fragment = bt::translate(&unit, &mut reader, facts, sites, links, &announced);
-        // The bytes are traced only now that it is known which; if they changed meanwhile, another time.
-        let mut unchanged = self.trace(key.gfn, fragment.lines, &page, version);
-        let second_version = next.as_ref().map_or(0, |(next, version)| {
-            unchanged &= self.trace(key.second, 1, next, *version);
-            *version
-        });
-        self.absorb();
+        let fragment = match check {
+            Some(check) => {
+                bt::translate_checked(&unit, &mut reader, facts, check, (sites, links), &announced)
+            }
+            None => bt::translate(&unit, &mut reader, facts, sites, links, &announced),
+        };
+        let beyond = unit.end.saturating_sub(4096);
+        let head = next.as_ref().map_or(&[][..], |next| &next.page[..beyond]);
+        let source = Source::new(&fragment, &page, head);
+        let check = check.map(|_| Check { sample: None, variable: fragment.variable });
+        // The bytes are traced only now that it is known which; if they changed meanwhile, another time. Those that a fragment looks at itself need
+        // no trace.
+        let mut unchanged = check.is_some() || self.trace(key.gfn, source.lines(), &page);
+        if let Some(next) = &next {
+            unchanged &= self.trace(key.second, 1, &next.page);
+        }
+        self.apply_events();
         if !unchanged {
             return None;
         }
-        let number = self.cache.insert(&New { key, fragment: &fragment, version, second_version });
-        let head = next.as_ref().map_or(&[][..], |(next, _)| &next[..bt::unit::MAX_LEN]);
+        let second_version = next.as_ref().map_or(0, |next| next.version);
+        let number =
+            self.cache.insert(&New { key, fragment: &fragment, source, check, version, second_version });
+        self.wipe_emptied();
+        let head = next.as_ref().map_or(&[][..], |next| &next.page[..bt::unit::MAX_LEN]);
         self.note_made(number, &observe::Made::new(&unit, &page, head, &fragment, facts, (sites, links)));
-        if number.is_none() {
-            self.flush_code();
-        }
         self.bt.fragments += 1;
         self.bt.translated += fragment.map.len() as u64;
         self.bt.translated_bytes += fragment.code.len() as u64;
-        self.bt.guest_bytes += (unit.end - offset) as u64;
+        self.bt.guest_bytes += (unit.end - usize::from(key.offset)) as u64;
         self.bt.direct_exits += fragment.exits.iter().filter(|e| e.place.is_some()).count() as u64;
         self.bt.translation_ns += u64::try_from(start.elapsed().as_nanos()).unwrap_or(0);
         number
     }
 
-    /// Traces lines of a frame; true if its bytes are still those given.
-    fn trace(&mut self, gfn: Gfn, lines: u64, bytes: &[u8; 4096], version: u32) -> bool {
+    /// Traces lines of a frame; true if its bytes are still those given. Writes after this are told ([`BtVcpu::code_written`]).
+    fn trace(&mut self, gfn: Gfn, lines: u64, bytes: &[u8; 4096]) -> bool {
         let cpu = self.interp.cpu();
         cpu.trace_code(gfn, lines);
         let Some(page) = cpu.mem.page(gfn) else { return false };
         let mut now = [0; 64];
-        let same = bytes.as_chunks::<64>().0.iter().enumerate().filter(|(n, _)| lines >> n & 1 != 0).all(
-            |(n, line)| {
-                cpu.mem.read_machine(guestmem::Hva(page.hva.0 + 64 * n as u64), &mut now);
-                now == *line
-            },
-        );
-        same && cpu.mem.code_version(gfn) == version
+        bytes.as_chunks::<64>().0.iter().enumerate().filter(|(n, _)| lines >> n & 1 != 0).all(|(n, line)| {
+            cpu.mem.read_machine(guestmem::Hva(page.hva.0 + 64 * n as u64), &mut now);
+            now == *line
+        })
     }
 
     fn enter(&mut self, fragment: u32) {
@@ -481,6 +506,9 @@ impl BtVcpu {
 
     /// Goes on where an exit leads; links it if its target is translated.
     fn left_by(&mut self, number: u32) {
+        if let Some(fragment) = self.cache.checked_by(number) {
+            self.look_at(fragment);
+        }
         let Some(target) = self.cache.target(number) else { return };
         let from = target.from;
         let base = if from.page_rip == 0 { self.frame.get(frame::PAGE_RIP) } else { from.page_rip };
@@ -497,9 +525,9 @@ impl BtVcpu {
         if !here || !other_page && (key.gfn, key.page_rip) != (from.gfn, from.page_rip) {
             return;
         }
-        let flushes = self.bt.flushes;
+        let epoch = self.cache.epoch();
         if let Some(fragment) = self.find_key(key, facts)
-            && flushes == self.bt.flushes
+            && epoch == self.cache.epoch()
         {
             let reach = other_page || bt::unit::may_cross(u64::from(key.offset));
             if self.cache.link(number, fragment, reach) {

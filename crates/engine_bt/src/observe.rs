@@ -74,6 +74,25 @@ impl BtVcpu {
         }
     }
 
+    /// Tells that a fragment may have moved.
+    pub(crate) fn note_moved(&mut self, fragment: u32) {
+        let Some(profile) = &self.observers.profile else { return };
+        let level = if self.cache.is_user(fragment) { 'u' } else { 'k' };
+        let rip = self.interp.cpu().rip;
+        profile.lock().unwrap_or_else(PoisonError::into_inner).add(
+            self.cache.address(fragment),
+            self.cache.code_of(fragment),
+            &format!("guest:{level}:{rip:x}"),
+        );
+    }
+
+    /// Tells that the fragments at these host addresses are gone.
+    pub(crate) fn note_gone(&mut self, range: &std::ops::Range<u64>) {
+        if let Some(profile) = &self.observers.profile {
+            profile.lock().unwrap_or_else(PoisonError::into_inner).forget(range);
+        }
+    }
+
     /// Tells that all fragments are gone.
     pub(crate) fn note_flush(&mut self) {
         if let Some(profile) = &self.observers.profile {

@@ -66,7 +66,21 @@ impl BtVcpu {
         r.count("page faults at misses", Unit::Count, s.faults);
         r.count("groups not checked", Unit::Count, s.plain_exits);
         r.count("blocks interpreted", Unit::Count, s.blocks);
-        r.count("frames dropped", Unit::Count, s.dropped_frames);
+        r.count("fragments suspended", Unit::Count, s.suspended);
+        r.count("fragments resumed", Unit::Count, s.resumed);
+        r.count("fragments dropped", Unit::Count, s.dropped);
+        r.count("fragments that check themselves", Unit::Count, s.checked);
+        r.count("checks failed", Unit::Count, s.check_failures);
+        r.count("fragments traced again", Unit::Count, s.acquitted);
+        r.count("pages shared with data", Unit::Count, s.shared_pages);
+        r.count("writes beside code", Unit::Count, self.frame.get(frame::COUNT_PASSED));
+        let e = self.cache.evictions;
+        r.count("segments emptied", Unit::Count, e.segments);
+        r.count("fragments evicted", Unit::Count, e.fragments);
+        r.count("code evicted", Unit::Bytes, e.bytes);
+        r.count("fragments kept", Unit::Count, e.moved);
+        r.count("code kept", Unit::Bytes, e.moved_bytes);
+        r.count("code dropped", Unit::Bytes, e.dropped_bytes);
         r.count("flushes", Unit::Count, s.flushes);
     }
 

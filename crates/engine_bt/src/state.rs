@@ -116,6 +116,7 @@ pub fn facts(cpu: &Cpu, host: Host, counter: Option<u64>) -> Facts {
 pub fn begin(cpu: &Cpu, host: Host, frame: &Frame) {
     frame.set(frame::SECOND_TLB, cpu.tlb.address());
     frame.set(frame::MEMORY, cpu.mem.host_base() as u64);
+    frame.set(frame::TRACES, cpu.mem.trace_table() as u64);
     #[expect(clippy::cast_possible_truncation, reason = "components have numbers below 8")]
     frame.set32(frame::FP_MASK, host.components as u32);
     frame.set32(frame::HOST_MXCSR, 0x1f80);

@@ -231,6 +231,23 @@ impl Tables {
         self.pages.fill(0);
     }
 
+    /// Forgets where code is, if it is in a range of host addresses (INV-TC-3).
+    pub fn forget_code(&mut self, range: &std::ops::Range<u64>) {
+        self.user.forget_code(range);
+        for e in &mut self.second {
+            if range.contains(&e[1]) {
+                *e = [frame::NO_SECOND_TAG, 0];
+            }
+        }
+        for half in 0..2 {
+            self.for_each_filled(Log::Jumps, half, |at| {
+                if range.contains(&self.frame.get(at + frame::JUMP_HOSTS)) {
+                    self.clear_jump(at);
+                }
+            });
+        }
+    }
+
     fn forget_cached_jumps(&mut self, half: usize) {
         self.for_each_filled(Log::Jumps, half, |at| {
             // The slot may hold the other half's entry by now.

@@ -5,8 +5,8 @@
 //! Read by `trellis_bt_lookup_2`. Fragments that reach into a second page are in neither: two pages decide about them.
 //!
 //! INV-TAB-2: an entry of the table of code pages was made from the guest's tables under the context number in its tag, and goes with the event
-//! that takes that translation back. An entry of the table of fragments stays right without any event: whatever becomes of the fragment, its
-//! entry leads out of the cache or to what took its place (INV-TC-1).
+//! that takes that translation back. An entry of the table of fragments stays right until code memory is emptied (INV-TC-3): whatever
+//! becomes of the fragment, its entry leads out of the cache or to where it moved (INV-TC-1).
 
 #![expect(clippy::cast_possible_truncation, reason = "masked to the number of entries")]
 
@@ -81,6 +81,22 @@ impl UserCode {
     /// Forgets what is at every page.
     pub fn forget_pages(&mut self) {
         self.pages.fill([frame::NO_CODE_PAGE, 0]);
+    }
+
+    /// Forgets the fragments in a range of host addresses (INV-TC-3).
+    pub fn forget_code(&mut self, range: &std::ops::Range<u64>) {
+        let forget = |e: &mut Entry| {
+            if range.contains(&e[1]) {
+                *e = [0, 0];
+            }
+        };
+        if self.filled.len() == FEW {
+            return self.fragments.iter_mut().for_each(forget);
+        }
+        for &set in &self.filled {
+            let place = self.fragments.get_mut(set as usize..set as usize + 2);
+            place.into_iter().flatten().for_each(forget);
+        }
     }
 
     /// Forgets all fragments.

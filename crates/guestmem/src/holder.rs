@@ -19,8 +19,8 @@ pub trait Holder: Send + Sync {
     /// Returns only when nothing of this holder uses the old translations of `gfns` any more.
     /// May be called from any thread, and while that thread's own vCPU waits for others.
     fn invalidate(&self, gfns: Range<Gfn>, what: Invalidation);
-    /// Code of a frame was written: what was made from it is stale. Does not wait; may be called from any thread.
-    fn code_changed(&self, _gfn: Gfn) {}
+    /// Code in `lines` (`trace`) of a frame was written: what was made from them is stale. Does not wait; may be called from any thread.
+    fn code_changed(&self, _gfn: Gfn, _lines: u64) {}
     /// A number that tells holders apart.
     fn id(&self) -> u64;
 }
@@ -34,10 +34,10 @@ impl GuestMemory {
     }
 
     /// Tells every holder that code of a frame was written.
-    pub(crate) fn tell_code_changed(&self, gfn: Gfn) {
+    pub(crate) fn tell_code_changed(&self, gfn: Gfn, lines: u64) {
         let list = self.holders.read().unwrap_or_else(PoisonError::into_inner);
         for holder in list.iter().filter_map(Weak::upgrade) {
-            holder.code_changed(gfn);
+            holder.code_changed(gfn, lines);
         }
     }
 

@@ -50,10 +50,14 @@ pub enum MemoryError {
     },
 }
 
+/// What is known of a frame. Translated code reads it (`trace`).
+#[repr(C)]
 pub(crate) struct Entry {
     /// Hva of the page | flags, or 0.
     map: AtomicU64,
     pub(crate) version: AtomicU32,
+    /// Lines without code may be written after a look at the mask.
+    pub(crate) shared: AtomicU32,
     pub(crate) code_lines: AtomicU64,
 }
 
@@ -65,9 +69,11 @@ pub struct GuestMemory {
     base: NonNull<u8>,
     len: u64,
     file: File,
-    entries: Vec<Entry>,
+    pub(crate) entries: Vec<Entry>,
     ram: Vec<std::ops::Range<u64>>,
     pub(crate) holders: RwLock<Vec<Weak<dyn Holder>>>,
+    /// Who traces lines and has not yet waited for all writers.
+    pub(crate) tracing: AtomicU32,
 }
 
 // SAFETY: `base` is only used for accesses that are single instructions on shared memory (see `scalar`); all
@@ -108,11 +114,17 @@ impl GuestMemory {
                 let hva = if gpa < HOLE_END { gpa } else { gpa - HOLE_END + low };
                 let mapped = ram.iter().any(|r| r.contains(&gpa));
                 let map = AtomicU64::new(if mapped { hva | PRESENT } else { 0 });
-                Entry { map, version: AtomicU32::new(1), code_lines: AtomicU64::new(0) }
+                Entry {
+                    map,
+                    version: AtomicU32::new(1),
+                    shared: AtomicU32::new(0),
+                    code_lines: AtomicU64::new(0),
+                }
             })
             .collect();
         let file = File::from(fd);
-        Ok(Arc::new(Self { base, len: size, file, entries, ram, holders: RwLock::new(Vec::new()) }))
+        let (holders, tracing) = (RwLock::new(Vec::new()), AtomicU32::new(0));
+        Ok(Arc::new(Self { base, len: size, file, entries, ram, holders, tracing }))
     }
 
     /// The ranges of guest physical addresses that are RAM, ascending.
@@ -159,7 +171,8 @@ impl GuestMemory {
         let Some(entry) = self.entry(gfn) else { return };
         if read_only {
             entry.map.fetch_or(READ_ONLY, Ordering::SeqCst);
-            self.invalidate(&(gfn..Gfn(gfn.0 + 1)), crate::Invalidation::WriteProtect, None);
+            // Not only the right to write: what lost that is taken for traced.
+            self.invalidate(&(gfn..Gfn(gfn.0 + 1)), crate::Invalidation::Unmap, None);
         } else {
             entry.map.fetch_and(!READ_ONLY, Ordering::SeqCst);
         }

@@ -5,13 +5,17 @@
 //! - Who decodes calls [`GuestMemory::trace_code`] for the lines first, then reads the bytes, and remembers the version.
 //! - While a page has traced lines, no vCPU holds a fast permission to write it (INV-TR-1): setting the first
 //!   line invalidates them with [`Invalidation::WriteProtect`], and granting one checks [`GuestMemory::is_traced`].
-//! - Slow writers store, then call [`GuestMemory::note_write`]. If a traced line was hit the version changes, all
-//!   lines are cleared, and everybody's decoded code of that page is stale: its version differs.
+//! - Slow writers store, then call [`GuestMemory::note_write`]. If traced lines were hit the version changes, the lines hit
+//!   are cleared, and every holder is told which they were. Who keeps one version for a page finds its decoded code stale;
+//!   who knows on which lines each piece of code depends drops only those that depend on a line that was hit.
+//! - A page where writes often go to lines without code becomes [`GuestMemory::share_page`]d: translated code may write it without
+//!   the slow way if it looks at the lines before each write ([`TRACE_LINES`] in [`GuestMemory::trace_table`]).
 //!
 //! Why no write is missed: the decoder sets its line (a locked OR, a full fence) before it reads the bytes; a slow writer
 //! stores the bytes and fences before it reads the lines. So either the decoder sees the new bytes or the writer sees the
 //! line (Dekker). Fast writers are excluded by INV-TR-1, whose invalidation waits for the other vCPU's
-//! next instruction boundary.
+//! next instruction boundary. Writers that look at the lines first are excluded in the same manner: on a shared page every
+//! new line is followed by that wait (INV-TR-2), after which all of them have written what they looked up before, and see the line.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -19,6 +23,13 @@ use crate::{Gfn, Gpa, GuestMemory, Invalidation};
 
 /// Bytes in a traced line.
 pub const LINE: u64 = 64;
+
+/// Bytes from one frame's entry of [`GuestMemory::trace_table`] to the next.
+pub const TRACE_STRIDE: usize = size_of::<crate::map::Entry>();
+/// Where in it the mask of the lines with code stands, eight bytes.
+pub const TRACE_LINES: usize = std::mem::offset_of!(crate::map::Entry, code_lines);
+/// Where in it stands whether lines without code may be written after a look at the mask, four bytes.
+pub const TRACE_SHARED: usize = std::mem::offset_of!(crate::map::Entry, shared);
 
 /// The mask of the lines that `len_bytes` (at least 1) from `offset` touch, cut off at the end of the page.
 #[must_use]
@@ -36,15 +47,63 @@ impl GuestMemory {
         self.entry(gfn).map_or(0, |e| e.version.load(Ordering::Acquire))
     }
 
-    /// Traces `lines` of a page for the holder `me`. Call before reading the bytes.
-    pub fn trace_code(&self, gfn: Gfn, lines: u64, me: Option<u64>) {
-        let Some(entry) = self.entry(gfn) else { return };
-        if entry.code_lines.load(Ordering::SeqCst) & lines == lines {
-            return;
+    /// The lines of a page that are traced.
+    pub fn traced_lines(&self, gfn: Gfn) -> u64 {
+        self.entry(gfn).map_or(0, |e| e.code_lines.load(Ordering::SeqCst))
+    }
+
+    /// Whether `lines` of a page are traced, and everybody respects it.
+    pub fn is_line_traced(&self, gfn: Gfn, lines: u64) -> bool {
+        let now = self.entry(gfn).map_or(u64::MAX, |e| e.code_lines.load(Ordering::SeqCst));
+        now & lines == lines && self.tracing.load(Ordering::SeqCst) == 0
+    }
+
+    /// Traces `lines` of a page for the holder `me`. Call before reading the bytes, and outside of the guest: it waits for other vCPUs if they may
+    /// write those lines the fast way, and true means that `me` must take back its own permissions too.
+    pub fn trace_code(&self, gfn: Gfn, lines: u64, me: Option<u64>) -> bool {
+        let Some(entry) = self.entry(gfn) else { return false };
+        if self.is_line_traced(gfn, lines) {
+            return false;
         }
-        if entry.code_lines.fetch_or(lines, Ordering::SeqCst) == 0 {
+        // Who sees our lines sees that we are not done, too.
+        self.tracing.fetch_add(1, Ordering::SeqCst);
+        let old = entry.code_lines.fetch_or(lines, Ordering::SeqCst);
+        let waits = old == 0 || old & lines != lines && entry.shared.load(Ordering::SeqCst) != 0;
+        if waits {
             self.invalidate(&(gfn..Gfn(gfn.0 + 1)), Invalidation::WriteProtect, me);
         }
+        self.tracing.fetch_sub(1, Ordering::SeqCst);
+        // Another may have set the same lines and still wait for writers.
+        while self.tracing.load(Ordering::SeqCst) != 0 {
+            std::thread::yield_now();
+        }
+        waits
+    }
+
+    /// The page is code no more, as it seems: no line of it is traced from now on, and everybody is told that all of it changed.
+    pub fn untrace(&self, gfn: Gfn) {
+        let Some(entry) = self.entry(gfn) else { return };
+        entry.version.fetch_add(1, Ordering::SeqCst);
+        entry.code_lines.store(0, Ordering::SeqCst);
+        self.tell_code_changed(gfn, u64::MAX);
+    }
+
+    /// From now on writes to lines of the page that are not traced need not take the slow way.
+    pub fn share_page(&self, gfn: Gfn) {
+        if let Some(entry) = self.entry(gfn) {
+            entry.shared.store(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether [`GuestMemory::share_page`] was called for the page.
+    pub fn is_shared(&self, gfn: Gfn) -> bool {
+        self.entry(gfn).is_some_and(|e| e.shared.load(Ordering::SeqCst) != 0)
+    }
+
+    /// Where the traces of all frames stand, [`TRACE_STRIDE`] bytes each: for engines that look at them in code of their own. Valid as long as
+    /// the memory is.
+    pub fn trace_table(&self) -> *const u8 {
+        self.entries.as_ptr().cast()
     }
 
     /// Whether writes to the page must take the slow way.
@@ -57,14 +116,15 @@ impl GuestMemory {
     pub fn note_write(&self, gpa: Gpa, len_bytes: usize) -> bool {
         let Some(entry) = self.entry(gpa.gfn()) else { return false };
         fence(Ordering::SeqCst);
-        if entry.code_lines.load(Ordering::SeqCst) & lines(gpa.page_offset(), len_bytes.max(1)) == 0 {
+        let hit = lines(gpa.page_offset(), len_bytes.max(1));
+        if entry.code_lines.load(Ordering::SeqCst) & hit == 0 {
             return false;
         }
-        // The version changes before the lines are cleared: whoever finds the page untraced and gets a fast
+        // The version changes before the lines are cleared: whoever finds the line untraced and gets a fast
         // permission has already made every older decoding stale.
         entry.version.fetch_add(1, Ordering::SeqCst);
-        entry.code_lines.store(0, Ordering::SeqCst);
-        self.tell_code_changed(gpa.gfn());
+        entry.code_lines.fetch_and(!hit, Ordering::SeqCst);
+        self.tell_code_changed(gpa.gfn(), hit);
         true
     }
 }
@@ -94,5 +154,50 @@ mod tests {
         assert!(mem.note_write(Gpa(0x3000 + 130), 1));
         assert_ne!(mem.code_version(gfn), before);
         assert!(!mem.is_traced(gfn));
+    }
+
+    #[test]
+    fn note_write_clears_only_the_lines_hit() {
+        let mem = GuestMemory::new(1 << 20).unwrap();
+        let gfn = Gfn(3);
+        mem.trace_code(gfn, 0b110, None);
+        assert!(mem.note_write(Gpa(0x3040), 1));
+        assert!(mem.is_traced(gfn));
+        assert!(!mem.note_write(Gpa(0x3040), 1));
+        assert!(mem.note_write(Gpa(0x3080), 1));
+        assert!(!mem.is_traced(gfn));
+    }
+
+    #[derive(Default)]
+    struct Told(std::sync::Mutex<Vec<(Gfn, u64)>>, std::sync::atomic::AtomicU32);
+
+    impl crate::Holder for Told {
+        fn invalidate(&self, _gfns: std::ops::Range<Gfn>, _what: Invalidation) {
+            self.1.fetch_add(1, Ordering::SeqCst);
+        }
+        fn code_changed(&self, gfn: Gfn, lines: u64) {
+            self.0.lock().unwrap().push((gfn, lines));
+        }
+        fn id(&self) -> u64 {
+            7
+        }
+    }
+
+    #[test]
+    fn holders_are_told_the_lines_and_wait_for_each_new_one_of_a_shared_page() {
+        let mem = GuestMemory::new(1 << 20).unwrap();
+        let told = std::sync::Arc::new(Told::default());
+        let holder: std::sync::Arc<dyn crate::Holder> = told.clone();
+        mem.register(std::sync::Arc::downgrade(&holder));
+        let waits = || told.1.load(Ordering::SeqCst);
+        mem.trace_code(Gfn(2), 1, None);
+        mem.trace_code(Gfn(2), 2, None);
+        assert_eq!(waits(), 1);
+        mem.share_page(Gfn(2));
+        assert!(mem.is_line_traced(Gfn(2), 2) && !mem.is_line_traced(Gfn(2), 4));
+        mem.trace_code(Gfn(2), 4, None);
+        assert_eq!(waits(), 2);
+        mem.note_write(Gpa(0x2000 + 127), 2);
+        assert_eq!(*told.0.lock().unwrap(), [(Gfn(2), 0b110)]);
     }
 }

@@ -123,4 +123,8 @@ stressed! {
     translated_all_tests_pass_with_fragments_made_again: "warm=0,again=4,chain=off",
     translated_all_tests_pass_with_full_logs: "warm=0,log=1",
     translated_all_tests_pass_without_trust_in_address_spaces: "warm=0,context=off",
+    translated_all_tests_pass_when_code_is_evicted: "warm=0,evict=200",
+    translated_all_tests_pass_in_a_tiny_cache_with_evictions: "warm=0,code=64K,evict=200",
+    translated_all_tests_pass_when_code_checks_itself: "warm=0,check=on",
+    translated_all_tests_pass_when_code_checks_itself_and_is_evicted: "warm=0,check=on,evict=200,unit=3",
 }

@@ -20,8 +20,8 @@ pub struct VcpuHolder {
     asked: AtomicU64,
     done: AtomicU64,
     in_guest: AtomicBool,
-    /// Frames whose code was written, if somebody wants to know.
-    written: Mutex<Option<Vec<Gfn>>>,
+    /// Frames whose code was written, with the lines, if somebody wants to know.
+    written: Mutex<Option<Vec<(Gfn, u64)>>>,
     any_written: AtomicBool,
 }
 
@@ -60,8 +60,8 @@ impl VcpuHolder {
         *self.written.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
     }
 
-    /// The frames whose code was written since the last call ([`ALL_FRAMES`]: too many to remember).
-    pub fn take_written(&self) -> Vec<Gfn> {
+    /// The frames whose code was written since the last call, with the lines that were hit ([`ALL_FRAMES`]: too many to remember).
+    pub fn take_written(&self) -> Vec<(Gfn, u64)> {
         if !self.any_written.swap(false, Ordering::SeqCst) {
             return Vec::new();
         }
@@ -100,13 +100,15 @@ impl Holder for VcpuHolder {
         }
     }
 
-    fn code_changed(&self, gfn: Gfn) {
+    fn code_changed(&self, gfn: Gfn, lines: u64) {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(list) = written.as_mut() else { return };
-        if list.len() >= MAX_WRITTEN {
-            *list = vec![ALL_FRAMES];
-        } else if !list.contains(&gfn) {
-            list.push(gfn);
+        if let Some((_, hit)) = list.iter_mut().find(|w| w.0 == gfn) {
+            *hit |= lines;
+        } else if list.len() >= MAX_WRITTEN {
+            *list = vec![(ALL_FRAMES, u64::MAX)];
+        } else {
+            list.push((gfn, lines));
         }
         drop(written);
         self.any_written.store(true, Ordering::SeqCst);

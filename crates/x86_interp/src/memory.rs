@@ -539,17 +539,17 @@ impl Cpu {
         self.holder.done(number);
     }
 
-    /// Traces lines of a code page before it is decoded. Outside of the guest, because it waits for the other vCPUs.
+    /// Traces lines of a code page before it is decoded. Outside of the guest, because it may wait for the other vCPUs.
     pub fn trace_code(&mut self, gfn: Gfn, lines: u64) {
-        let first = !self.mem.is_traced(gfn);
-        if first {
-            self.holder.leave();
+        if self.mem.is_line_traced(gfn, lines) {
+            return;
         }
-        self.mem.trace_code(gfn, lines, Some(guestmem::Holder::id(&*self.holder)));
-        if first {
+        self.holder.leave();
+        let waited = self.mem.trace_code(gfn, lines, Some(guestmem::Holder::id(&*self.holder)));
+        if waited {
             self.tlb.revoke(&(gfn.0..gfn.0 + 1), false);
-            self.holder.enter();
-            self.serve_invalidations();
         }
+        self.holder.enter();
+        self.serve_invalidations();
     }
 }

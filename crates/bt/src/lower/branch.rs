@@ -39,6 +39,9 @@ const fn in_page(offset: u64) -> bool {
 impl Lowering<'_, '_> {
     /// A control transfer other than a conditional jump. False: not done here.
     pub(super) fn terminator(&mut self, i: &Instruction, live_after: u32) -> bool {
+        if self.checked.is_some() && super::checked::variable(i).is_some() {
+            return self.variable_jump(i);
+        }
         if unit::is_narrow_branch(i) || !self.reachable(i.near_branch_target()) {
             return false;
         }

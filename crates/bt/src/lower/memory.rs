@@ -14,11 +14,16 @@ use super::{Lowering, SiteKind};
 use crate::emit::{Fixup, S0, S1, cc};
 use crate::frame;
 
+/// Bytes of a write that may pass at most: they lie in two lines.
+const MAX_PASS: usize = 64;
+
 /// What a miss stands for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum What {
     /// An access: its refill code, and where to try again.
     Access { refill: i32, retry: usize },
+    /// One that writes. Its bytes, and where it goes on if they lie in a traced page but not in lines with code; no bytes: it may not.
+    Write { refill: i32, retry: usize, size: u8, pass: usize },
     /// An inline check failed: the interpreter does the instruction.
     Check,
 }
@@ -155,7 +160,20 @@ impl Lowering<'_, '_> {
             self.asm.jcc(cc::A)
         };
         self.asm.load_index(S1, S1, self.table() + 16);
-        self.missed(jump, kind, retry, write)
+        let miss = self.missed(jump, kind, retry, write);
+        // Who may pass has not been asked whether its address is aligned.
+        if !aligned && size <= MAX_PASS {
+            self.may_pass(miss, size as u8);
+        }
+        miss
+    }
+
+    /// The access of a miss may go on here if it writes `size` bytes to lines of a traced page that are not code; with a size of 0 it may not.
+    pub(super) fn may_pass(&mut self, miss: usize, size: u8) {
+        let here = self.asm.here();
+        if let Some(Miss { what: What::Write { size: s, pass, .. }, .. }) = self.misses.get_mut(miss) {
+            (*s, *pass) = (size, here);
+        }
     }
 
     /// Host minus guest address of the page of the linear address in [`S0`] into [`S1`], if `len` bytes from there lie in the page (and, if `aligned`,
@@ -194,13 +212,12 @@ impl Lowering<'_, '_> {
         let group = matches!(kind, SiteKind::Group { .. });
         let refills = if group { frame::REFILL_GROUP } else { frame::REFILL };
         let refill = refills + 16 * self.variant as i32 + 8 * i32::from(write);
-        self.misses.push(Miss {
-            jump,
-            what: What::Access { refill, retry },
-            done: None,
-            site,
-            variant: self.variant,
-        });
+        let what = if write && !group {
+            What::Write { refill, retry, size: 0, pass: 0 }
+        } else {
+            What::Access { refill, retry }
+        };
+        self.misses.push(Miss { jump, what, done: None, site, variant: self.variant });
         self.misses.len() - 1
     }
 
@@ -256,6 +273,16 @@ impl Lowering<'_, '_> {
                     self.asm.bytes(&m.site.to_le_bytes());
                     if let (true, Some(at)) = (refill >= frame::REFILL_GROUP, m.done) {
                         self.asm.jmp_to(at);
+                    }
+                }
+                What::Write { refill, retry, size, pass } => {
+                    self.asm.call_gs(refill);
+                    self.asm.jmp_to(retry);
+                    self.asm.bytes(&m.site.to_le_bytes());
+                    // Not executed: test al, size.
+                    self.asm.bytes(&[0xa8, size]);
+                    if size != 0 {
+                        self.asm.jmp_to(pass);
                     }
                 }
                 What::Check => {

@@ -11,6 +11,7 @@
 )]
 
 mod branch;
+mod checked;
 mod divide;
 mod group;
 mod ident;
@@ -175,13 +176,18 @@ pub struct Fragment {
     pub straight: usize,
     /// How many guest instructions always call out.
     pub callouts: usize,
-    /// The page's 64-byte lines that the fragment depends on.
-    pub lines: u64,
+    /// The ranges of the page's bytes that the fragment depends on, each from its first byte to the one behind its last.
+    pub ranges: Vec<(u16, u16)>,
+    /// Of a fragment that checks itself: the bytes, counted from its first, that may change all the same.
+    pub variable: u128,
 }
+
+pub use checked::Checked;
 
 struct Lowering<'a, 'p> {
     asm: Asm,
     facts: Facts,
+    checked: Option<Checked>,
     targets: Targets<'a, 'p>,
     info: InstructionInfoFactory,
     /// Rights at the current instruction.
@@ -230,10 +236,36 @@ pub fn translate(
     exit_base: u32,
     announced: &dyn Fn(&Instruction) -> bool,
 ) -> Fragment {
+    translate_as(unit, reader, facts, None, (site_base, exit_base), announced)
+}
+
+/// As [`translate`], for code that changes often: the fragment compares its bytes itself whenever it is entered. `unit` is one of
+/// [`unit::form_checked`].
+#[must_use]
+pub fn translate_checked(
+    unit: &Unit,
+    reader: &mut Reader<'_>,
+    facts: Facts,
+    checked: Checked,
+    bases: (u32, u32),
+    announced: &dyn Fn(&Instruction) -> bool,
+) -> Fragment {
+    translate_as(unit, reader, facts, Some(checked), bases, announced)
+}
+
+fn translate_as(
+    unit: &Unit,
+    reader: &mut Reader<'_>,
+    facts: Facts,
+    checked: Option<Checked>,
+    (site_base, exit_base): (u32, u32),
+    announced: &dyn Fn(&Instruction) -> bool,
+) -> Fragment {
     let mut l = Lowering {
         asm: Asm::new(facts.bmi2),
         facts,
-        targets: Targets { reader, known: Vec::with_capacity(8) },
+        checked,
+        targets: Targets { reader, known: Vec::with_capacity(8), unseen: checked.is_some() },
         info: InstructionInfoFactory::new(),
         variant: facts.variant,
         in_host: false,
@@ -264,6 +296,7 @@ pub fn translate(
         l.asm.store(frame::PAGE_RIP, crate::emit::S1);
     }
     let inner = l.asm.here();
+    let failed = l.check_bytes(unit);
     let live = liveness(unit, &mut l.targets);
     l.plan = group::Plan::new(unit, facts, &mut l.info);
     let mut open = true;
@@ -284,6 +317,7 @@ pub fn translate(
     l.finish_exits();
     let stale_inner = l.asm.here();
     l.take_exit(None, start, facts.variant, facts.plain);
+    failed.into_iter().for_each(|jump| l.asm.bind_to(jump, stale_inner));
     let stale_outer = l.asm.here();
     if facts.page_rip.is_none() {
         l.asm.store(frame::RIP, S0);
@@ -300,32 +334,9 @@ pub fn translate(
         leave,
         straight,
         callouts: l.callouts,
-        lines: lines_of(unit),
+        ranges: l.targets.ranges(unit),
+        variable: checked.map_or(0, |_| checked::variable_bytes(unit)),
     }
-}
-
-/// The lines that a unit lies in, and those that were looked at for live flags where it may be left.
-fn lines_of(unit: &Unit) -> u64 {
-    let start = unit.instructions.first().map_or(0, Instruction::ip);
-    let mut mask = lines(start, (unit.end as u64).min(4096));
-    let mut look = |at: u64| {
-        if at < 4096 {
-            mask |= lines(at, (at + unit::PEEK_BYTES).min(4096));
-        }
-    };
-    look(unit.end as u64);
-    for i in &unit.instructions {
-        if i.is_jcc_short_or_near() || i.is_jmp_short_or_near() {
-            look(i.near_branch_target());
-        }
-    }
-    mask
-}
-
-/// The lines from offset `start` to `end` (exclusive, above `start`).
-const fn lines(start: u64, end: u64) -> u64 {
-    let last = if end == 0 { 0 } else { (end - 1) / 64 };
-    (u64::MAX << ((start / 64) & 63)) & (u64::MAX >> (63 - (last & 63)))
 }
 
 /// Live flags before each instruction, and after the last.
@@ -354,21 +365,32 @@ fn liveness(unit: &Unit, targets: &mut Targets<'_, '_>) -> Vec<u32> {
 /// Live flags at places of the page, found once each.
 struct Targets<'a, 'p> {
     reader: &'a mut Reader<'p>,
-    known: Vec<(u64, u32)>,
+    /// Offset, live flags, offset behind what was looked at.
+    known: Vec<(u64, u32, usize)>,
+    /// Nothing but the unit may be looked at.
+    unseen: bool,
 }
 
 impl Targets<'_, '_> {
     fn live(&mut self, offset: u64) -> u32 {
         let Ok(at) = usize::try_from(offset) else { return STATUS };
-        if at >= 4096 {
+        if at >= 4096 || self.unseen {
             return STATUS;
         }
         if let Some(known) = self.known.iter().find(|k| k.0 == offset) {
             return known.1;
         }
-        let live = self.reader.live_at(at);
-        self.known.push((offset, live));
+        let (live, end) = self.reader.live_at(at);
+        self.known.push((offset, live, end));
         live
+    }
+
+    /// What the unit lies in, and what was looked at for live flags where it may be left.
+    fn ranges(&self, unit: &Unit) -> Vec<(u16, u16)> {
+        let start = unit.instructions.first().map_or(0, Instruction::ip);
+        let mut ranges = vec![(start as u16, unit.end.min(4096) as u16)];
+        ranges.extend(self.known.iter().map(|k| (k.0 as u16, k.2 as u16)));
+        ranges
     }
 }
 
@@ -439,6 +461,9 @@ impl Lowering<'_, '_> {
     }
 
     fn lower(&mut self, i: &Instruction, live_before: u32, reads: bool) -> bool {
+        if self.checked.is_some() && self.variable_move(i) {
+            return true;
+        }
         let mark = self.mark();
         let ok = if i.has_rep_prefix() || i.has_repne_prefix() || i.is_string_instruction() {
             self.string(i, live_before)
