@@ -11,7 +11,7 @@
 //! The last is proved by running the straight line abstractly. A register holds a linear form of symbols and a constant, or one of the
 //! steps from a guest address to a host address. At a label, what the ways there disagree on is forgotten; engine calls forget R14 and R15. The
 //! interpreter does what the instruction itself would do to registers, so forms of the guest's registers stand (that is what
-//! the differential tests are for). Of REP MOVS and REP STOS only the start is proved, the count is `bt::lower::string`'s arithmetic.
+//! the differential tests are for). Of repeated string instructions only the start is proved, the count is `bt::lower::string`'s arithmetic.
 
 use std::collections::HashMap;
 
@@ -469,7 +469,7 @@ impl Verifier<'_> {
                 _ => None,
             },
             Code::And_rm32_imm32 if registers => match (self.get(to), i.immediate32()) {
-                (Value::Rotated(f), 0x7fe0) => Some(Value::Index(f)),
+                (Value::Rotated(f), mask) if mask == (frame::TLB_ENTRIES - 1) << 5 => Some(Value::Index(f)),
                 (_, mask) if mask == frame::JUMP_ENTRIES - 1 => Some(Value::Target),
                 _ => None,
             },
@@ -682,7 +682,7 @@ impl Verifier<'_> {
         let last = match (i.memory_base(), i.memory_index()) {
             (Register::None, Register::None) => 0,
             (Register::R15, Register::None) => match self.state.registers[R15] {
-                Value::Index(_) => 0x7fe0,
+                Value::Index(_) => 32 * i64::from(frame::TLB_ENTRIES - 1),
                 _ => self.fail(i, "the TLB by an index that is not masked"),
             },
             (Register::None, Register::R15) => match self.state.registers[R15] {
@@ -716,11 +716,14 @@ impl Verifier<'_> {
 
     fn check_string(&mut self, i: &Instruction) {
         let host = |v: Value, writes: bool| matches!(v, Value::Host { room, write } if room > 0 && (write || !writes));
-        let to = host(self.get(Register::RDI), true);
+        let to = |writes| host(self.get(Register::RDI), writes);
         let from = host(self.get(Register::RSI), false);
         let fine = match i.mnemonic() {
-            M::Movsb | M::Movsw | M::Movsd | M::Movsq => to && from,
-            M::Stosb | M::Stosw | M::Stosd | M::Stosq => to,
+            M::Movsb | M::Movsw | M::Movsd | M::Movsq => to(true) && from,
+            M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq => to(false) && from,
+            M::Stosb | M::Stosw | M::Stosd | M::Stosq => to(true),
+            M::Scasb | M::Scasw | M::Scasd | M::Scasq => to(false),
+            M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => from,
             _ => false,
         };
         if !fine {
@@ -728,5 +731,3 @@ impl Verifier<'_> {
         }
     }
 }
-
-const _: () = assert!(frame::TLB_ENTRIES == 1024);
