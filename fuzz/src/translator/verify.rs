@@ -153,7 +153,7 @@ fn is_engine_code(field: i32) -> bool {
         frame::LOOKUP..frame::LOOKUP + 8 * rights,
     ];
     matches!(field, frame::LEAVE | frame::CALLOUT | frame::FP_LOAD | frame::TAKE_EXIT)
-        || tables.iter().any(|t| t.contains(&field)) && field % 8 == 0
+        || tables.iter().chain([&frame::HELPERS]).any(|t| t.contains(&field)) && field % 8 == 0
         || is_jump_host(field)
 }
 
@@ -501,7 +501,8 @@ impl Verifier<'_> {
         if i.is_call_near_indirect() {
             self.state.registers[R14] = Value::Unknown;
             self.state.registers[R15] = Value::Unknown;
-            if frame_field(i) == Some(frame::CALLOUT) {
+            // Helpers do the guest's instruction, as the interpreter does.
+            if frame_field(i).is_some_and(|f| f == frame::CALLOUT || frame::HELPERS.contains(&f)) {
                 self.interpreted(i.ip());
             }
         }

@@ -79,6 +79,9 @@ const COMPLAINTS: &[&str] = &[
     "Marking clocksource",
 ];
 
+/// How stress-ng says that something is wrong.
+const ERRORS: &[&str] = &["stress-ng: fail:", "stress-ng: error:", "unrecognized option"];
+
 impl Soak {
     /// Takes a line of the console.
     pub fn take(&mut self, text: &str, when: Instant) -> Event {
@@ -91,7 +94,7 @@ impl Soak {
         }
         if let Some((name, operations)) = metric(text) {
             self.operations.insert(name, operations);
-        } else if text.contains("stress-ng: fail:") || text.contains("stress-ng: error:") {
+        } else if ERRORS.iter().any(|e| text.contains(e)) {
             self.errors.push(text.to_owned());
         }
         Event::Nothing
@@ -133,8 +136,8 @@ impl Soak {
         let begun = self.current.take().filter(|c| c.0 == name).map_or(up, |c| c.1);
         let operations = self.operations.remove(name);
         let said = self.errors.first().cloned().unwrap_or_default();
-        // What stress-ng says of a stressor that it counts among the pathological ones, or that needs what is not there.
-        let none = said.contains("No stress workers invoked");
+        // What stress-ng says of a stressor that it counts among the pathological ones, that needs what is not there, or that it does not know yet.
+        let none = ["No stress workers invoked", "unrecognized option"].iter().any(|t| said.contains(t));
         let verdict = match (status, operations) {
             ("3" | "4", _) => Verdict::Skipped,
             _ if none => Verdict::Skipped,
