@@ -2,15 +2,15 @@
 //! must see each change. And faults that come in storms.
 
 use crate::apic::{read, write};
-use crate::harness::{Verdict, done, eq, fault, ok, wait};
-use crate::mem::{P, Space, U, W, WIN, page, pages, rd, wr};
+use crate::harness::{Verdict, done, eq, fault, ok, page_fault, wait};
+use crate::mem::{P, Page, Space, U, W, WIN, page, pages, rd, wr};
 use crate::traps::*;
 use crate::{code64, cpu, desc, skip, tests};
 
 tests!("returns":
     gdt_changes, code_of_two_sizes, gdt_limit_changes, gdt_moves, gdt_unmapped, data_segments_dropped, fs_base_dropped, ac_under_smap, odd_flags, frame_crosses_pages,
     stack_of_any_value, waiting_interrupt, waiting_interrupt_user, if_cleared, sti_shadow_covers_iret, many_levels, page_fault_storm,
-    divide_storm, breakpoint_storm, nested_faults,
+    page_faults_off_one_base, divide_storm, breakpoint_storm, nested_faults,
 );
 
 const F: u16 = desc::FREE;
@@ -455,6 +455,46 @@ fn page_fault_storm() -> Verdict {
     done(&o, "kernel")?;
     eq(o.rbx, 6000, "every access was done once in the end")
 }
+
+fn page_faults_off_one_base() -> Verdict {
+    // Each fault is that of its own access, though an engine may check them together.
+    let s = Space::active();
+    let c = code64!("xor eax, eax", "mov rcx, [rsi + 24]", "inc eax", "mov [rsi + 40], rbx", "inc eax");
+    let stack = code64!(
+        "xor eax, eax",
+        "mov rbx, rsp",
+        "mov rsp, rsi",
+        "pop rcx",
+        "push rcx",
+        "push rcx",
+        "mov rsp, rbx"
+    );
+    for _ in 0..WARM {
+        s.map(WIN, 0, 0);
+        let o = Ctx::user(c).rsi(WIN).run();
+        page_fault(&o, 4, WIN + 24, "the read")?;
+        eq(o.rax, 0, "nothing was done")?;
+        let o = Ctx::user(stack).rsi(WIN + 64).run();
+        page_fault(&o, 4, WIN + 64, "the pop")?;
+        s.map(WIN, page_once(), P | U);
+        let o = Ctx::user(c).rsi(WIN).run();
+        page_fault(&o, 7, WIN + 40, "the write")?;
+        eq(o.rax, 1, "the read was done")?;
+        let o = Ctx::user(stack).rsi(WIN + 64).run();
+        page_fault(&o, 7, WIN + 64, "the push")?;
+        s.map(WIN, page_once(), P | W);
+        page_fault(&Ctx::user(c).rsi(WIN).run(), 5, WIN + 24, "the read of a supervisor page")?;
+        done(&Ctx::kernel(c).rsi(WIN).run(), "kernel")?;
+    }
+    Ok(())
+}
+
+/// The same page each time.
+fn page_once() -> u64 {
+    (&raw const PLACE) as u64
+}
+
+static mut PLACE: Page = Page::ZERO;
 
 fn divide_storm() -> Verdict {
     set_mode(0, RESUME | SKIP);

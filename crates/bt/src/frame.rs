@@ -127,6 +127,12 @@ pub const GDT_LIMIT: i32 = 0x444;
 pub const GDT_BASE: i32 = 0x448;
 /// Descriptors of CS and of SS (0: a null SS) that IRETQ found, while [`MODE`] is [`MODE_IRET`].
 pub const IRET_DESCRIPTORS: i32 = 0x450;
+/// CR0, CR3, CR4.
+pub const CR0: i32 = 0x460;
+/// See [`CR0`].
+pub const CR3: i32 = 0x468;
+/// See [`CR0`].
+pub const CR4: i32 = 0x470;
 /// In [`IRET_ALLOWED`]: AC matters at level 0.
 pub const IRET_SMAP: u32 = 1 << 4;
 /// RFLAGS.AC.

@@ -10,5 +10,6 @@ pub mod lower;
 pub mod unit;
 
 pub use lower::{
-    Checked, Exit, Facts, FpLevel, Fragment, Place, Site, SiteKind, Variant, translate, translate_checked,
+    Checked, Exit, Facts, FpLevel, Fragment, Own, Place, Site, SiteKind, Variant, translate,
+    translate_checked,
 };

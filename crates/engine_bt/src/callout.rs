@@ -1,7 +1,8 @@
 //! What translated code asks of Rust in the middle of a fragment: to fill the TLB, and to interpret an instruction.
 
-use bt::{SiteKind, frame};
+use bt::{Own, SiteKind, frame};
 use guestmem::Hva;
+use iced_x86::Code;
 use x86::Exception;
 use x86::bits::is_canonical;
 use x86::paging::{Access, AccessKind};
@@ -56,7 +57,11 @@ impl BtVcpu {
         self.interp.cpu().rip = rip;
         let before = self.mode();
         let fp = x86_interp::vector::exceptions_masked(&self.interp.cpu().s.fpu);
+        let touched = self.interp.cpu().fpu_touched;
         self.interp.step();
+        if saves_fpu(site.code) {
+            self.interp.cpu().fpu_touched = touched;
+        }
         let after = self.mode();
         let cpu = self.interp.cpu();
         let same = cpu.rip == rip.wrapping_add(u64::from(site.len))
@@ -111,6 +116,28 @@ impl BtVcpu {
         traced == 0 || traced & guestmem::trace::lines(gpa.page_offset(), size) != 0
     }
 
+    /// The page fault that an instruction's own access raises, and its address, where the check of `write` from `la` on found `exception`; None if
+    /// it may be another exception, or none.
+    fn own_fault(
+        &mut self,
+        la: u64,
+        own: Own,
+        write: bool,
+        exception: Exception,
+    ) -> Option<(u64, Exception)> {
+        let la = la.wrapping_add(u64::from(own.above));
+        if usize::from(own.size) > WHOLE {
+            return None;
+        }
+        if own.write == write {
+            return Some((la, exception));
+        }
+        match self.fill(la, usize::from(own.size), own.write) {
+            Fill::Fault(exception) => Some((la, exception)),
+            Fill::Done | Fill::Unfit => None,
+        }
+    }
+
     /// Whether the frame's TLB already had the page: the access then missed for another reason.
     fn is_known(&self, la: u64, variant: usize, write: bool) -> bool {
         #[expect(
@@ -126,6 +153,21 @@ impl BtVcpu {
     }
 }
 
+/// Whether an instruction only reads the vector state: what makes it ready to be loaded need not be done again.
+const fn saves_fpu(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Xsave_mem
+            | Code::Xsave64_mem
+            | Code::Xsaveopt_mem
+            | Code::Xsaveopt64_mem
+            | Code::Xsavec_mem
+            | Code::Xsavec64_mem
+            | Code::Xsaves_mem
+            | Code::Xsaves64_mem
+    )
+}
+
 /// How translated code goes on behind an instruction that was done for it.
 const fn behind(site: &bt::Site) -> u64 {
     (if site.flags_in_host { action::FLAGS } else { 0 }) | again(site)
@@ -139,11 +181,12 @@ const fn again(site: &bt::Site) -> u64 {
 impl Callouts for BtVcpu {
     fn slow(&mut self, site: u32) -> u64 {
         let Some(placed) = self.cache.site(site) else { return action::LEAVE };
-        let (size, write, group) = match placed.site.kind {
-            SiteKind::Access { size, write } => (usize::from(size), write, false),
-            SiteKind::Group { size, write } => (usize::from(size), write, true),
+        let (size, write, own) = match placed.site.kind {
+            SiteKind::Access { size, write } => (usize::from(size), write, Own { above: 0, size, write }),
+            SiteKind::Group { size, write, own } => (usize::from(size), write, own),
             _ => return action::LEAVE,
         };
+        let group = matches!(placed.site.kind, SiteKind::Group { .. });
         self.bt.misses += 1;
         state::read_mode(self.interp.cpu(), &self.frame);
         let la = self.frame.get(frame::ADDRESS);
@@ -158,8 +201,10 @@ impl Callouts for BtVcpu {
                 }
                 return again(&placed.site);
             }
-            Fill::Fault(exception) if !group && size <= WHOLE && placed.site.faults_first => {
-                return self.deliver_page_fault(self.site_rip(&placed), la, exception);
+            Fill::Fault(exception) if placed.site.faults_first => {
+                if let Some((la, exception)) = self.own_fault(la, own, write, exception) {
+                    return self.deliver_page_fault(self.site_rip(&placed), la, exception);
+                }
             }
             Fill::Fault(_) | Fill::Unfit => {}
         }

@@ -144,7 +144,10 @@ pub fn fill(cpu: &mut Cpu, frame: &Frame, counter: Option<u64>) {
         frame.set32(at, u32::from(selector));
     }
     fill_iret(cpu, frame);
+    frame.set(frame::CR0, cpu.s.cr0);
     frame.set(frame::CR2, cpu.s.cr2);
+    frame.set(frame::CR3, cpu.s.cr3);
+    frame.set(frame::CR4, cpu.s.cr4);
     frame.set(frame::CONTEXT, cpu.tlb.context[0]);
     frame.set(frame::CONTEXT + 8, cpu.tlb.context[1]);
     let m = &cpu.s.msr;

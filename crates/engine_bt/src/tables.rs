@@ -158,6 +158,9 @@ impl Tables {
     /// Where the code at `rip`, a canonical address, is, if that is known. `None` does not mean that there is none.
     pub fn find_jump(&self, rip: u64, variant: Variant) -> Option<u64> {
         let context = self.frame.get(frame::CONTEXT + 8 * half(rip) as i32);
+        if variant == Variant::User && half(rip) == 0 {
+            return self.user.find(rip);
+        }
         let e = self.second.get(frame::second_set(rip, context) as usize)?;
         (e[0] == frame::second_tag(rip, context, variant as u64)).then_some(e[1])
     }

@@ -70,6 +70,20 @@ impl UserCode {
         *first = [tag, code];
     }
 
+    /// Where the code at `rip` in the current address space is, if both tables know it.
+    pub fn find(&self, rip: u64) -> Option<u64> {
+        let context = self.frame.get(frame::CONTEXT);
+        let page = rip & !0xfff;
+        let e = self.pages.get(frame::code_page_set(page, context) as usize)?;
+        if e[0] != page | context {
+            return None;
+        }
+        let address = e[1] | rip & 0xfff;
+        let tag = address | self.frame.get(frame::FRAGMENT_TAG);
+        let set = frame::fragment_set(address) as usize;
+        self.fragments.get(set..set + 2)?.iter().find(|f| f[0] == tag).map(|f| f[1])
+    }
+
     /// Forgets what is at the page of an address, in every context.
     pub fn forget_page(&mut self, la: u64) {
         let page = la & !0xfff;

@@ -248,7 +248,10 @@ impl Lowering<'_, '_> {
         let mut held = self.held == Some(group);
         let first = self.misses.len();
         if self.plan.open >> group & 1 == 0 {
-            self.open_group(i, group, disp.checked_sub(above)?, live_before)?;
+            let size = if stack { 8 } else { i.memory_size().size() };
+            let own =
+                super::Own { above: above as u16, size: size as u8, write: self.plan.writes(self.number) };
+            self.open_group(i, group, disp.checked_sub(above)?, live_before, own)?;
             held = true;
         }
         let operand = self.member(i, group, disp, held, stack, first)?;
@@ -257,7 +260,14 @@ impl Lowering<'_, '_> {
     }
 
     /// The check of a group, at its first access. `low`: displacement of its lowest byte from the registers as they are now.
-    fn open_group(&mut self, i: &Instruction, group: usize, low: i32, live_before: u32) -> Option<()> {
+    fn open_group(
+        &mut self,
+        i: &Instruction,
+        group: usize,
+        low: i32,
+        live_before: u32,
+        own: super::Own,
+    ) -> Option<()> {
         let g = self.plan.groups.get(group)?;
         let (len, write, aligned) = ((g.high - g.low) as usize, g.write, g.aligned.is_some());
         self.spill(live_before);
@@ -267,7 +277,7 @@ impl Lowering<'_, '_> {
         } else if !self.effective(i, low) {
             return None;
         }
-        let first = self.check_range(len, write, retry, aligned);
+        let first = self.check_range(len, write, retry, aligned, own);
         let last = self.misses.len();
         self.asm.store(frame::DELTAS + 8 * group as i32, S1);
         for miss in first..last {

@@ -178,9 +178,16 @@ impl Lowering<'_, '_> {
 
     /// Host minus guest address of the page of the linear address in [`S0`] into [`S1`], if `len` bytes from there lie in the page (and, if `aligned`,
     /// the address is a multiple of 16). The number of the first of its misses.
-    pub(super) fn check_range(&mut self, len: usize, write: bool, retry: usize, aligned: bool) -> usize {
+    pub(super) fn check_range(
+        &mut self,
+        len: usize,
+        write: bool,
+        retry: usize,
+        aligned: bool,
+        own: super::Own,
+    ) -> usize {
         let first = self.misses.len();
-        let kind = SiteKind::Group { size: len as u16, write };
+        let kind = SiteKind::Group { size: len as u16, write, own };
         self.lookup_tag(write);
         self.asm.cmp_imm(S0, 4096 - len as i32);
         let jump = self.asm.jcc(cc::A);

@@ -83,6 +83,17 @@ pub struct Facts {
     pub plain: bool,
 }
 
+/// An access of one instruction within the range that a group checks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Own {
+    /// Bytes from the first that is checked.
+    pub above: u16,
+    /// Bytes.
+    pub size: u8,
+    /// It writes.
+    pub write: bool,
+}
+
 /// Why a site calls the engine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SiteKind {
@@ -99,6 +110,8 @@ pub enum SiteKind {
         size: u16,
         /// One of them writes.
         write: bool,
+        /// The access of the instruction that checks.
+        own: Own,
     },
     /// The interpreter does the instruction.
     Callout,
@@ -449,7 +462,8 @@ impl Lowering<'_, '_> {
             }
             return false;
         }
-        if is_nop(i) {
+        // With all exceptions masked WAIT finds none.
+        if is_nop(i) || i.mnemonic() == Mnemonic::Wait && self.facts.fp >= FpLevel::X87 {
             self.delta_in_s1 = self.held;
             return true;
         }

@@ -59,14 +59,7 @@ impl Lowering<'_, '_> {
                 self.asm.store(frame::GS_BASE, S1);
                 self.asm.store(frame::KERNEL_GS_BASE, S0);
             }
-            Mnemonic::Mov if i.op1_register() == iced_x86::Register::CR2 && supervisor => {
-                let r = i.op0_register();
-                let host = if in_frame(r) { S0 } else { host_number(r) };
-                self.asm.load(host, frame::CR2);
-                if in_frame(r) {
-                    self.asm.store(frame_slot(r), S0);
-                }
-            }
+            Mnemonic::Mov if i.op1_register().is_cr() && supervisor => return self.read_control(i),
             Mnemonic::Mov => return self.read_selector(i, live_before),
             Mnemonic::Rdfsbase | Mnemonic::Rdgsbase if self.facts.fsgsbase => self.read_base(i),
             Mnemonic::Wrfsbase | Mnemonic::Wrgsbase if self.facts.fsgsbase => self.write_base(i, live_before),
@@ -175,6 +168,25 @@ impl Lowering<'_, '_> {
             self.poll_in = 1;
         }
         self.complete(first, false);
+    }
+
+    /// MOV from a control register that the frame holds.
+    fn read_control(&mut self, i: &Instruction) -> bool {
+        use iced_x86::Register as R;
+        let field = match i.op1_register() {
+            R::CR0 => frame::CR0,
+            R::CR2 => frame::CR2,
+            R::CR3 => frame::CR3,
+            R::CR4 => frame::CR4,
+            _ => return false,
+        };
+        let r = i.op0_register();
+        let host = if in_frame(r) { S0 } else { host_number(r) };
+        self.asm.load(host, field);
+        if in_frame(r) {
+            self.asm.store(frame_slot(r), S0);
+        }
+        true
     }
 
     /// MOV from a segment register to a register or to memory.

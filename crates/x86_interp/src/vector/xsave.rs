@@ -317,7 +317,7 @@ fn restore<C: VectorCpu>(op: &VectorOp, cpu: &mut C, supervisor: bool) -> Result
     let offset = aligned_operand(op, cpu, 64)?;
     let enabled = if supervisor { c.xcr0 | c.xss } else { c.xcr0 };
     let rfbm = enabled & instruction_mask(cpu) & layout().supported;
-    let mut image = Box::new([0u8; FPU_BYTES]);
+    let mut image = [0u8; FPU_BYTES];
     let place = |image: usize| offset.wrapping_add(image as u64) & op.address.mask;
     cpu.read(op.segment(), offset, &mut image[..at::EXTENDED])?;
     let (bv, format) = check_header(&image[at::HEADER..at::EXTENDED], enabled, supervisor)?;
