@@ -7,6 +7,7 @@ pub mod emit;
 pub mod frame;
 pub mod listing;
 pub mod lower;
+pub mod normal;
 pub mod unit;
 
-pub use lower::{Exit, Facts, FpLevel, Fragment, Place, Site, SiteKind, Variant, translate};
+pub use lower::{Exit, Facts, FpLevel, Fragment, Legacy, Place, Site, SiteKind, Variant, translate};

@@ -1,6 +1,8 @@
 //! Translation units: the guest instructions that one translator call consumes, and which flags are live between them.
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, OpKind, RflagsBits};
+use iced_x86::{Decoder, DecoderError, FlowControl, Instruction, OpKind, RflagsBits};
+
+use crate::normal::{Decoding, normal};
 
 /// Instructions in a unit at most.
 pub const MAX_INSTRUCTIONS: usize = 48;
@@ -21,15 +23,14 @@ pub struct Unit {
     pub end: usize,
 }
 
-/// Reads the instructions of a page of 64-bit code. One decoder for all: making one costs more than an instruction.
+/// Reads the instructions of a page of code. One decoder for all: making one costs more than an instruction.
 pub struct Reader<'a>(Decoder<'a>);
 
 impl<'a> Reader<'a> {
     /// Reads `page`.
     #[must_use]
-    pub fn new(page: &'a [u8; 4096], amd: bool) -> Self {
-        let options = if amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
-        Self(Decoder::with_ip(64, page, 0, options))
+    pub fn new(page: &'a [u8; 4096], decoding: Decoding) -> Self {
+        Self(decoding.decoder(page, 0))
     }
 
     /// The instruction at `offset`, if it lies within the page.
@@ -37,7 +38,7 @@ impl<'a> Reader<'a> {
         self.0.set_position(offset).ok()?;
         self.0.set_ip(offset as u64);
         let i = self.0.decode();
-        (self.0.last_error() == DecoderError::None).then_some(i)
+        (self.0.last_error() == DecoderError::None).then(|| normal(i, self.0.bitness()))
     }
 
     /// The unit at `offset`. `limit` bounds its instructions (1 for bisecting). Empty if the first instruction cannot be decoded within
@@ -105,17 +106,16 @@ pub const fn may_cross(offset: u64) -> bool {
 
 /// The unit of the one instruction at `offset` that reaches into the next page, whose first bytes are `next`. Empty if there is none.
 #[must_use]
-pub fn form_crossing(page: &[u8; 4096], next: &[u8; MAX_LEN], offset: usize, amd: bool) -> Unit {
-    let options = if amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
+pub fn form_crossing(page: &[u8; 4096], next: &[u8; MAX_LEN], offset: usize, decoding: Decoding) -> Unit {
     let mut unit = Unit { instructions: Vec::new(), end: offset };
     let mut bytes = page.get(offset..).unwrap_or_default().to_vec();
     bytes.extend_from_slice(next);
     bytes.truncate(MAX_LEN);
-    let mut decoder = Decoder::with_ip(64, &bytes, offset as u64, options);
+    let mut decoder = decoding.decoder(&bytes, offset as u64);
     let i = decoder.decode();
     if decoder.last_error() == DecoderError::None && offset + i.len() > 4096 {
         unit.end += i.len();
-        unit.instructions.push(i);
+        unit.instructions.push(normal(i, decoding.bits));
     }
     unit
 }

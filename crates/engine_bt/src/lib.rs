@@ -14,6 +14,7 @@ mod code_memory;
 mod exec;
 mod iret;
 mod knobs;
+mod legacy;
 pub mod listing;
 mod observe;
 mod onward;
@@ -37,7 +38,8 @@ use state::Host;
 use tables::Tables;
 use x86::CpuState;
 use x86::bits::is_canonical;
-use x86::cpuid::{CpuModel, Gate, Vendor};
+use x86::cpuid::{CpuModel, Gate};
+use x86_interp::cpu::CodeSize;
 use x86_interp::holder::ALL_FRAMES;
 use x86_interp::tlb::TlbEvent;
 use x86_interp::{Interp, Parts};
@@ -122,7 +124,6 @@ pub struct BtVcpu {
     heat: Vec<u16>,
     knobs: Knobs,
     host: Host,
-    amd: bool,
     announced: Announced,
     /// What the guest's TSC (before its offset) is ahead of the host's, while the vCPU runs.
     counter: Option<u64>,
@@ -156,7 +157,6 @@ impl BtVcpu {
         let signals = Arc::clone(&parts.signals);
         frame.set(frame::SIGNALS, signals.address());
         signals.set_alarm(frame.alarm());
-        let amd = parts.model.vendor() == Vendor::Amd;
         let mut interp = Interp::new(parts);
         interp.cpu().tlb.events = Some(Vec::new());
         interp.cpu().holder.watch_code();
@@ -172,7 +172,6 @@ impl BtVcpu {
             heat: vec![0; HEAT_ENTRIES],
             host: if knobs.fp { host } else { host.without_fp() },
             knobs,
-            amd,
             announced: Announced(Vec::new()),
             counter: None,
             next_plain: false,
@@ -285,7 +284,7 @@ impl BtVcpu {
         let gfn = self.interp.code_frame()?;
         let cpu = self.interp.cpu();
         let facts = state::facts(cpu, self.host, self.counter);
-        let offset = (cpu.rip & 0xfff) as u16;
+        let offset = (legacy::linear_rip(cpu) & 0xfff) as u16;
         if self.tables.take_upper_changed() {
             self.cache.unlink_pages();
         }
@@ -294,7 +293,9 @@ impl BtVcpu {
             self.environments = Environments::default();
             self.environments.number(facts).unwrap_or_default()
         });
-        if env != self.environment {
+        if facts.legacy.is_some() {
+            self.tables.set_legacy_environment(facts.variant, env);
+        } else if env != self.environment {
             self.environment = env;
             self.tables.set_environment(env);
         }
@@ -335,8 +336,10 @@ impl BtVcpu {
 
     /// The frame behind the page at RIP, if an instruction may reach into it.
     fn second_frame(&mut self, offset: u16) -> Option<Gfn> {
-        let next = (self.interp.cpu().rip & !0xfff).wrapping_add(0x1000);
-        if bt::unit::may_cross(u64::from(offset)) { self.interp.code_frame_at(next) } else { None }
+        let cpu = self.interp.cpu();
+        let next = (legacy::linear_rip(cpu) & !0xfff).wrapping_add(0x1000) & cpu.linear_mask;
+        let within = legacy::may_run(cpu, next);
+        if within && bt::unit::may_cross(u64::from(offset)) { self.interp.code_frame_at(next) } else { None }
     }
 
     /// The fragment of the instruction at RIP that reaches into the next page.
@@ -373,14 +376,14 @@ impl BtVcpu {
         let start = std::time::Instant::now();
         let (page, version) = self.read_frame(key.gfn)?;
         let offset = usize::from(key.offset);
-        let mut reader = bt::unit::Reader::new(&page, self.amd);
+        let mut reader = bt::unit::Reader::new(&page, facts.decoding());
         let unit = reader.form(offset, self.knobs.unit);
         let (unit, key, next) = if unit.instructions.is_empty() {
             let second = self.second_frame(key.offset)?;
             let (next, second_version) = self.read_frame(second)?;
             let mut head = [0; bt::unit::MAX_LEN];
             head.copy_from_slice(&next[..bt::unit::MAX_LEN]);
-            let unit = bt::unit::form_crossing(&page, &head, offset, self.amd);
+            let unit = bt::unit::form_crossing(&page, &head, offset, facts.decoding());
             (unit, Key { second, ..key }, Some((next, second_version)))
         } else {
             (unit, key, None)
@@ -437,10 +440,11 @@ impl BtVcpu {
         self.bt.entries += 1;
         let code = self.cache.address(fragment);
         let cpu = self.interp.cpu();
-        let rip = cpu.rip;
+        let rip = legacy::linear_rip(cpu);
         let variant = state::variant(cpu);
+        let is_legacy = cpu.code_size != CodeSize::Bits64;
         state::fill(cpu, &self.frame, self.counter);
-        self.remember(fragment, rip, code, variant);
+        self.remember(fragment, rip, code, variant, is_legacy);
         self.frame.set32(frame::EXIT, 0);
         let frame = self.frame.clone();
         #[expect(unsafe_code, reason = "runs translated code")]
@@ -454,14 +458,16 @@ impl BtVcpu {
     }
 
     /// Has jumps to `rip` find a fragment.
-    fn remember(&mut self, fragment: u32, rip: u64, code: u64, variant: bt::Variant) {
+    fn remember(&mut self, fragment: u32, rip: u64, code: u64, variant: bt::Variant, legacy: bool) {
         match self.cache.key(fragment) {
             // For ranges that cross pages only: jumps do not lead to it.
             Some(key) if key.plain => {}
-            Some(key) if variant == bt::Variant::User && key.second == NO_FRAME && rip >> 63 == 0 => {
-                self.tables.set_user_jump(rip, key.gfn, code);
+            Some(key)
+                if (legacy || variant == bt::Variant::User) && key.second == NO_FRAME && rip >> 63 == 0 =>
+            {
+                self.tables.set_user_jump(rip, key.gfn, code, variant, legacy);
             }
-            _ => self.tables.set_jump(rip, code, variant),
+            _ => self.tables.set_jump(rip, code, variant, legacy),
         }
     }
 
@@ -469,7 +475,7 @@ impl BtVcpu {
     fn left(&mut self) {
         let cpu = self.interp.cpu();
         state::read(cpu, &self.frame);
-        cpu.rip = self.frame.get(frame::RIP);
+        cpu.rip = legacy::pointer(cpu, self.frame.get(frame::RIP));
         let exit = self.frame.get32(frame::EXIT);
         if exit != 0 {
             self.bt.exits += 1;
@@ -485,7 +491,7 @@ impl BtVcpu {
         let from = target.from;
         let base = if from.page_rip == 0 { self.frame.get(frame::PAGE_RIP) } else { from.page_rip };
         let cpu = self.interp.cpu();
-        cpu.rip = base.wrapping_add(i64::from(target.offset) as u64);
+        cpu.rip = legacy::pointer(cpu, base.wrapping_add(i64::from(target.offset) as u64));
         self.next_plain = target.plain;
         if !self.knobs.chain || cpu.poll() || !state::eligible(cpu) {
             return;

@@ -32,9 +32,9 @@ pub fn target(data: &[u8]) {
     input.fill(&mut next);
     let limit = 1 + usize::from(input.byte() % 64);
     let announce = !input.byte().is_multiple_of(16);
-    let mut reader = Reader::new(&page, facts.amd);
+    let mut reader = Reader::new(&page, facts.decoding());
     let unit = reader.form(offset, limit);
-    let crossing = form_crossing(&page, &next, offset, facts.amd);
+    let crossing = form_crossing(&page, &next, offset, facts.decoding());
     for unit in [unit, crossing] {
         if !unit.instructions.is_empty() {
             let fragment = translate(&unit, &mut reader, facts, 1000, 2000, &|_| announce);
@@ -61,6 +61,7 @@ fn facts(input: &mut Input<'_>) -> Facts {
         rdtsc: bits & 16 != 0,
         bmi2: bits & 32 != 0,
         plain: bits & 128 != 0,
+        legacy: None,
     }
 }
 
@@ -171,7 +172,7 @@ mod tests {
         let mut page = [0x90; 4096];
         page[..8].copy_from_slice(&[0x48, 0x8b, 0x03, 0x48, 0x89, 0x4b, 0x08, 0xc3]);
         let facts = facts(&mut Input::new(&[0x20, 0, 0, 1]));
-        let mut reader = Reader::new(&page, true);
+        let mut reader = Reader::new(&page, facts.decoding());
         let unit = reader.form(0, 3);
         let mut f = translate(&unit, &mut reader, facts, 0, 0, &|_| true);
         let at = f.code.windows(from.len()).position(|w| w == from).expect("the code is there");

@@ -160,7 +160,7 @@ fn is_engine_code(field: i32) -> bool {
 /// The host addresses of a jump cache.
 fn is_jump_host(field: i32) -> bool {
     let at = field - frame::JUMPS;
-    (0..frame::VARIANTS * frame::JUMP_STRIDE).contains(&at)
+    (0..frame::JUMP_CLASSES * frame::JUMP_STRIDE).contains(&at)
         && at % frame::JUMP_STRIDE >= frame::JUMP_HOSTS
         && at % 8 == 0
 }

@@ -14,8 +14,10 @@ mod branch;
 mod divide;
 mod group;
 mod ident;
+mod legacy;
 mod memory;
 mod registers;
+mod segment;
 mod stack;
 mod string;
 mod system;
@@ -25,9 +27,11 @@ use iced_x86::{Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic}
 
 use crate::emit::{Asm, S0};
 use crate::frame;
+use crate::normal::Decoding;
 use crate::unit::{self, Reader, STATUS, Unit};
 
 use branch::PendingExit;
+pub use legacy::Legacy;
 use memory::Miss;
 
 /// Rights with which code accesses memory: which of the TLBs, and of the jump caches, it asks.
@@ -80,6 +84,21 @@ pub struct Facts {
     pub bmi2: bool,
     /// Every access checks for itself ([`group`]).
     pub plain: bool,
+    /// 16- or 32-bit code, and what is known of its segments; None: 64-bit code.
+    pub legacy: Option<Legacy>,
+}
+
+impl Facts {
+    /// How the bytes are to be decoded.
+    #[must_use]
+    pub const fn decoding(&self) -> Decoding {
+        let bits = match self.legacy {
+            None => 64,
+            Some(Legacy { bits16: false, .. }) => 32,
+            Some(Legacy { bits16: true, .. }) => 16,
+        };
+        Decoding { bits, amd: self.amd }
+    }
 }
 
 /// Why a site calls the engine.
@@ -210,6 +229,8 @@ struct Lowering<'a, 'p> {
     poll_in: u8,
     /// The instruction is the unit's last.
     last: bool,
+    /// Control falls through the unit's end.
+    falls: bool,
     code: Code,
     /// See [`Site::faults_first`].
     faults_first: bool,
@@ -253,6 +274,7 @@ pub fn translate(
         plain_exits: Vec::new(),
         poll_in: 0,
         last: false,
+        falls: false,
         code: Code::INVALID,
         faults_first: false,
         current: 0,
@@ -276,6 +298,7 @@ pub fn translate(
     let leave = l.asm.here();
     if open {
         l.poll_after_shadow(unit.end as u64, live.last().copied().unwrap_or(STATUS));
+        l.falls = true;
         l.leave_to(unit.end as u64, live.last().copied().unwrap_or(STATUS));
     }
     let straight = l.asm.here();
@@ -375,11 +398,16 @@ impl Targets<'_, '_> {
 impl Lowering<'_, '_> {
     /// The RIP of an offset in the page (it may lie outside) into a register; flags stay.
     fn rip_to(&mut self, register: u8, offset: u64) {
+        let legacy = self.facts.legacy.is_some();
         if let Some(page_rip) = self.facts.page_rip {
-            self.asm.mov_imm(register, page_rip.wrapping_add(offset));
+            let rip = page_rip.wrapping_add(offset);
+            self.asm.mov_imm(register, if legacy { rip & 0xffff_ffff } else { rip });
             return;
         }
         self.asm.load(register, frame::PAGE_RIP);
+        if legacy {
+            return self.asm.lea32(register, register, None, offset as i32);
+        }
         // Offsets of direct jumps fit: 32 bits of displacement and an offset in the page. Others end in a wrong RIP's low
         // bits only if they do not, and then the jump itself was lowered as a callout (see `reachable`).
         self.asm.lea(register, register, None, offset as i32);
@@ -422,8 +450,7 @@ impl Lowering<'_, '_> {
                 return true;
             }
             if !self.terminator(i, live_after) {
-                self.callout();
-                self.asm.jmp_gs(frame::LEAVE);
+                self.interpret_transfer();
             }
             return false;
         }
@@ -534,6 +561,7 @@ fn is_nop(i: &Instruction) -> bool {
         i.mnemonic(),
         M::Nop
             | M::Endbr64
+            | M::Endbr32
             | M::Prefetcht0
             | M::Prefetcht1
             | M::Prefetcht2
