@@ -266,5 +266,6 @@ impl Lowering<'_, '_> {
         }
         self.asm.load(S0, LEFT);
         self.asm.lea(RCX, RCX, Some((S0, 0)), 0);
+        self.cut(RCX);
     }
 }
