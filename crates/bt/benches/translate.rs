@@ -21,6 +21,7 @@ const FACTS: Facts = Facts {
     rdtsc: true,
     bmi2: true,
     plain: false,
+    legacy: None,
 };
 
 /// Pages of this program's code: those around a function that is surely there.
@@ -34,7 +35,7 @@ fn pages() -> Vec<[u8; 4096]> {
 fn whole(page: &[u8; 4096]) -> usize {
     let (mut at, mut count) = (0, 0);
     while at < 4096 {
-        let mut reader = Reader::new(page, false);
+        let mut reader = Reader::new(page, FACTS.decoding());
         let unit = reader.form(at, unit::MAX_INSTRUCTIONS);
         if unit.instructions.is_empty() {
             at += 1;

@@ -401,18 +401,51 @@ impl Asm {
             _ => self.op(Op::Cmp, to, from),
         }
     }
-    /// `mov [operand], reg`, 64 bits.
-    pub fn store_to(&mut self, (base, index, disp): (u8, Option<u8>, i32), reg: u8) {
-        self.memory_op(true, &[0x89], reg, base, index.map(|x| (x, 0)), disp);
+    /// `mov [operand], reg` of 2, 4 or 8 bytes.
+    pub fn store_to(&mut self, size: usize, (base, index, disp): (u8, Option<u8>, i32), reg: u8) {
+        if size == 2 {
+            self.code.push(0x66);
+        }
+        self.memory_op(size == 8, &[0x89], reg, base, index.map(|x| (x, 0)), disp);
     }
-    /// `mov reg, [operand]`, 64 bits.
-    pub fn load_from(&mut self, reg: u8, (base, index, disp): (u8, Option<u8>, i32)) {
-        self.memory_op(true, &[0x8b], reg, base, index.map(|x| (x, 0)), disp);
+    /// `mov reg, [operand]` of 2 (the rest of the register stays), 4 or 8 bytes.
+    pub fn load_from(&mut self, size: usize, reg: u8, (base, index, disp): (u8, Option<u8>, i32)) {
+        if size == 2 {
+            self.code.push(0x66);
+        }
+        self.memory_op(size == 8, &[0x8b], reg, base, index.map(|x| (x, 0)), disp);
     }
-    /// `mov qword [operand], imm32` (sign-extended).
-    pub fn store_imm_to(&mut self, (base, index, disp): (u8, Option<u8>, i32), imm: i32) {
-        self.memory_op(true, &[0xc7], 0, base, index.map(|x| (x, 0)), disp);
-        self.imm32(imm);
+    /// `mov [operand], imm` of 2, 4 or 8 bytes (then 32 bits, sign-extended).
+    pub fn store_imm_to(&mut self, size: usize, (base, index, disp): (u8, Option<u8>, i32), imm: i32) {
+        if size == 2 {
+            self.code.push(0x66);
+        }
+        self.memory_op(size == 8, &[0xc7], 0, base, index.map(|x| (x, 0)), disp);
+        self.bytes(&imm.to_le_bytes()[..size.min(4)]);
+    }
+    /// `lea to16, [base + disp]`: the rest of the register stays.
+    pub fn lea16(&mut self, to: u8, base: u8, disp: i32) {
+        self.code.push(0x66);
+        self.lea32(to, base, None, disp);
+    }
+    /// `lea to32, [index * 2^scale + disp]`
+    pub fn lea32_scaled(&mut self, to: u8, index: u8, scale: u8, disp: i32) {
+        self.opcode(Self::rex(false, to, index, 0), &[0x8d, low3(to) << 3 | 4]);
+        self.code.push(scale << 6 | low3(index) << 3 | 5);
+        self.imm32(disp);
+    }
+    /// `movzx reg32, reg16`
+    pub fn zero_extend16(&mut self, reg: u8) {
+        self.opcode(Self::rex(false, reg, 0, reg), &[0x0f, 0xb7, 0xc0 | low3(reg) << 3 | low3(reg)]);
+    }
+    /// `mov to16, from16`: the rest of the register stays.
+    pub fn mov16(&mut self, to: u8, from: u8) {
+        self.code.push(0x66);
+        self.op32(Op::Mov, to, from);
+    }
+    /// `xchg a, b`, 64 bits.
+    pub fn xchg(&mut self, a: u8, b: u8) {
+        self.bytes(&[Self::rex(true, a, 0, b), 0x87, 0xc0 | low3(a) << 3 | low3(b)]);
     }
     /// `mov reg32, reg32`: clears the upper half.
     pub fn zero_extend(&mut self, reg: u8) {

@@ -98,6 +98,21 @@ pub const COUNT_LOOKUPS: i32 = 0x208;
 /// Selectors of ES, CS, SS, DS, FS, GS, four bytes each.
 pub const SELECTORS: i32 = 0x218;
 
+/// The same as [`LOOKUP`] for 16- and 32-bit code.
+pub const LOOKUP_LEGACY: i32 = 0x800;
+/// Linear bases of ES, CS, SS, DS, FS, GS for 16- and 32-bit code, eight bytes each.
+pub const SEGMENT_BASES: i32 = 0x820;
+/// For each of these segments, where accesses to it must end at the latest: reads, then writes, eight bytes each. An access whose offset and size
+/// exceed that is the interpreter's.
+pub const SEGMENT_ENDS: i32 = 0x850;
+/// Linear address of the first whole page within CS.
+pub const CODE_START: i32 = 0x8b0;
+/// Bytes of whole pages from there on (4 GiB at most).
+pub const CODE_SIZE: i32 = 0x8b8;
+/// What the tags of the second-level jump table have besides RIP, context and class: the number of the environment of 16- and 32-bit code, by variant, in
+/// bits 32 to 39.
+pub const ENVIRONMENTS: i32 = 0x8c0;
+
 /// Selectors of CS and SS that SYSCALL loads, then those of SYSRET to 64-bit code, four bytes each.
 pub const SYSCALL_SELECTORS: i32 = 0x338;
 /// CR2.
@@ -150,6 +165,8 @@ pub const CODE_COPY: i32 = 0xb80;
 pub const COUNTERS: i32 = 0xc00;
 /// How many there are.
 pub const COUNTERS_COUNT: usize = 256;
+/// The same for 16- and 32-bit code, by variant: [`legacy_fragment_tag`].
+pub const LEGACY_FRAGMENT_TAGS: i32 = 0x8d8;
 
 /// [`MODE`]: SYSCALL's segments.
 pub const MODE_SYSCALL: u32 = 1;
@@ -158,16 +175,16 @@ pub const MODE_SYSRET: u32 = 2;
 /// [`MODE`]: IRETQ's segments, from [`SELECTORS`] and [`IRET_DESCRIPTORS`].
 pub const MODE_IRET: u32 = 3;
 
-/// Entries of the jump cache of one variant.
+/// Entries of the jump cache of one class.
 pub const JUMP_ENTRIES: u32 = 16384;
-/// The jump caches: for each variant the guest RIPs, then the host addresses.
+/// The jump caches: for each class ([`jump_class`]) the guest RIPs, then the host addresses.
 pub const JUMPS: i32 = 0x1000;
 /// Bytes from the RIPs to the host addresses.
 pub const JUMP_HOSTS: i32 = 8 * JUMP_ENTRIES as i32;
-/// Bytes from one variant's jump cache to the next.
+/// Bytes from one class's jump cache to the next.
 pub const JUMP_STRIDE: i32 = 2 * JUMP_HOSTS;
 /// The software TLB: entries of 32 bytes: read tag, write tag, host page, host minus guest address.
-pub const TLB: i32 = JUMPS + VARIANTS * JUMP_STRIDE;
+pub const TLB: i32 = JUMPS + JUMP_CLASSES * JUMP_STRIDE;
 /// Entries per variant.
 pub const TLB_ENTRIES: u32 = 4096;
 /// Bytes from one variant's table to the next.
@@ -189,6 +206,14 @@ pub const fn frame_of(entry: i32) -> i32 {
 
 /// Rights with which accesses are made: supervisor, supervisor with AC, user.
 pub const VARIANTS: i32 = 3;
+/// Kinds of code that have a jump cache each.
+pub const JUMP_CLASSES: i32 = 2 * VARIANTS;
+
+/// Which jump cache code asks: by rights, and 16- and 32-bit code another than 64-bit code, which may lie at the same address.
+#[must_use]
+pub const fn jump_class(variant: crate::Variant, legacy: bool) -> i32 {
+    variant as i32 + if legacy { VARIANTS } else { 0 }
+}
 
 /// The tag of an empty TLB entry (given by its displacement): a page that belongs to another set, so that no access asks this entry for it.
 /// INV-TAG-1: there is no value that a guest could not ask for, so what marks an empty place must be what nobody asks this place for.
@@ -223,11 +248,20 @@ pub const fn second_set(rip: u64, context: u64) -> u64 {
     (rip ^ (rip >> 15) ^ (context << 6)) & (SECOND_JUMP_ENTRIES - 1)
 }
 
-/// The tag in the second-level jump table: RIP, with the context in the bits that a canonical address has to spare. Only canonical addresses
-/// are looked up: another would meet an entry of another context or variant.
+/// The tag in the second-level jump table: RIP, with the context and the class in the bits that a canonical address has to spare. Only canonical
+/// addresses are looked up: another would meet an entry of another context or class. RIPs of 16- and 32-bit code are linear addresses of 32 bits, which
+/// leaves room for the number of their environment.
 #[must_use]
-pub const fn second_tag(rip: u64, context: u64, variant: u64) -> u64 {
-    rip ^ (context << 48 | variant << 60)
+pub const fn second_tag(rip: u64, context: u64, class: u64, environment: u8) -> u64 {
+    rip ^ (context << 48 | class << 60 | (environment as u64) << 32)
+}
+
+/// Whether a tag of the second-level jump table belongs to code in the page at a linear address.
+#[must_use]
+pub const fn tag_is_in(tag: u64, page: u64) -> bool {
+    let canonical = 0x0000_ffff_ffff_f000;
+    let legacy = tag & canonical & 0xffff_ffff == page && (tag >> 60 & 7) >= VARIANTS as u64;
+    legacy || tag & canonical == page & canonical
 }
 
 /// Entries of the table of code pages: address of the page with the context number in its low bits, and the frame's address.
@@ -261,6 +295,16 @@ pub const fn fragment_tag(environment: u8) -> u64 {
     1 << 63 | (environment as u64) << 52
 }
 
+/// The same of 16- or 32-bit code with these rights.
+#[must_use]
+pub const fn legacy_fragment_tag(environment: u8, variant: crate::Variant) -> u64 {
+    fragment_tag(environment) | (variant as u64 + 1) << 60
+}
+
+/// In the tag of a code page: code at level 0 may be fetched there, which says nothing about other levels. Addresses in the table are canonical and of
+/// the lower half.
+pub const SUPERVISOR_PAGE: u64 = 1 << 62;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -272,15 +316,18 @@ mod tests {
                 let tag = no_page(TLB + variant * TLB_STRIDE + 32 * set);
                 assert_ne!((tag >> 12) & (u64::from(TLB_ENTRIES) - 1), set as u64);
             }
+        }
+        for class in 0..JUMP_CLASSES {
             for set in 0..JUMP_ENTRIES as i32 {
-                let tag = no_target(JUMPS + variant * JUMP_STRIDE + 8 * set);
+                let tag = no_target(JUMPS + class * JUMP_STRIDE + 8 * set);
                 assert_ne!(jump_set(tag), set as u32);
             }
         }
         for (rip, context) in [(1u64 << 63, 0), (0, 4095), (0x7fff_ffff_ffff, 4095), (u64::MAX << 47, 1)] {
             let canonical = ((rip.cast_signed() << 16) >> 16).cast_unsigned();
-            for variant in 0..3 {
-                assert_ne!(second_tag(canonical, context, variant), NO_SECOND_TAG);
+            for class in 0..6 {
+                assert_ne!(second_tag(canonical, context, class, 0), NO_SECOND_TAG);
+                assert_ne!(second_tag(canonical & 0xffff_ffff, context, class, 255), NO_SECOND_TAG);
             }
         }
     }

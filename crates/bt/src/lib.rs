@@ -7,9 +7,10 @@ pub mod emit;
 pub mod frame;
 pub mod listing;
 pub mod lower;
+pub mod normal;
 pub mod unit;
 
 pub use lower::{
-    Checked, Exit, Facts, FpLevel, Fragment, Own, Place, Site, SiteKind, Variant, translate,
+    Checked, Exit, Facts, FpLevel, Fragment, Legacy, Own, Place, Site, SiteKind, Variant, translate,
     translate_checked,
 };

@@ -43,11 +43,11 @@ fn number_behind(i: &Instruction) -> Option<usize> {
     }
     let refills = frame::REFILL..frame::REFILL + 16 * frame::VARIANTS;
     let group_refills = frame::REFILL_GROUP..frame::REFILL_GROUP + 16 * frame::VARIANTS;
-    let lookups = frame::LOOKUP..frame::LOOKUP + 8 * frame::VARIANTS;
+    let lookups = [frame::LOOKUP, frame::LOOKUP_LEGACY].map(|at| at..at + 8 * frame::VARIANTS);
     match frame_field(i)? {
         frame::CALLOUT | frame::TAKE_EXIT => Some(0),
         d if frame::HELPERS.contains(&d) => Some(0),
-        at if lookups.contains(&at) => Some(0),
+        at if lookups.iter().any(|l| l.contains(&at)) => Some(0),
         // The jump that tries again.
         at if refills.contains(&at) || group_refills.contains(&at) => Some(1),
         _ => None,
@@ -119,6 +119,8 @@ pub fn field_name(at: i32) -> String {
         (frame::DONE, "DONE"),
         (frame::MEMORY, "MEMORY"),
         (frame::SECOND_TLB, "SECOND_TLB"),
+        (frame::CODE_START, "CODE_START"),
+        (frame::CODE_SIZE, "CODE_SIZE"),
     ];
     let within = |from: i32, each: i32, count: i32| {
         let n = at.wrapping_sub(from);
@@ -143,6 +145,16 @@ pub fn field_name(at: i32) -> String {
     if let Some((n, 0)) = within(frame::LOOKUP, 8, frame::VARIANTS) {
         return format!("LOOKUP_{}", rights(n));
     }
+    if let Some((n, 0)) = within(frame::LOOKUP_LEGACY, 8, frame::VARIANTS) {
+        return format!("LOOKUP_LEGACY_{}", rights(n));
+    }
+    if let Some((n, 0)) = within(frame::SEGMENT_BASES, 8, 6) {
+        return format!("{:?}_BASE", Register::ES + n.unsigned_abs());
+    }
+    if let Some((n, kind)) = within(frame::SEGMENT_ENDS, 16, 6) {
+        let end = if kind == 0 { "READ_END" } else { "WRITE_END" };
+        return format!("{:?}_{end}", Register::ES + n.unsigned_abs());
+    }
     if let Some((n, kind)) = within(frame::REFILL, 16, frame::VARIANTS) {
         return format!("REFILL_{}_{}", rights(n), if kind == 0 { "read" } else { "write" });
     }
@@ -159,10 +171,11 @@ pub fn field_name(at: i32) -> String {
         };
         return format!("TLB_{}.{field}", rights(n));
     }
-    if let Some((n, part)) = within(frame::JUMPS, frame::JUMP_STRIDE, frame::VARIANTS) {
+    if let Some((n, part)) = within(frame::JUMPS, frame::JUMP_STRIDE, frame::JUMP_CLASSES) {
         let (field, set) =
             if part < frame::JUMP_HOSTS { ("rip", part) } else { ("host", part - frame::JUMP_HOSTS) };
-        return format!("JUMPS_{}.{field}+{:#x}", rights(n), set / 8);
+        let kind = if n < frame::VARIANTS { "" } else { "_LEGACY" };
+        return format!("JUMPS{kind}_{}.{field}+{:#x}", rights(n % frame::VARIANTS), set / 8);
     }
     format!("{at:#x}")
 }

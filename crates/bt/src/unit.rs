@@ -3,9 +3,10 @@
 #![expect(clippy::cast_possible_truncation, reason = "offsets in a page")]
 
 use iced_x86::{
-    Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, OpAccess,
-    OpKind, RflagsBits,
+    Decoder, DecoderError, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind, RflagsBits,
 };
+
+use crate::normal::{Decoding, normal};
 
 /// Instructions in a unit at most.
 pub const MAX_INSTRUCTIONS: usize = 48;
@@ -24,7 +25,7 @@ pub struct Unit {
     pub end: usize,
 }
 
-/// Reads the instructions of a page of 64-bit code. One decoder for all: making one costs more than an instruction.
+/// Reads the instructions of a page of code. One decoder for all: making one costs more than an instruction.
 pub struct Reader<'a> {
     decoder: Decoder<'a>,
     page: &'a [u8; 4096],
@@ -33,9 +34,8 @@ pub struct Reader<'a> {
 impl<'a> Reader<'a> {
     /// Reads `page`.
     #[must_use]
-    pub fn new(page: &'a [u8; 4096], amd: bool) -> Self {
-        let options = if amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
-        Self { decoder: Decoder::with_ip(64, page, 0, options), page }
+    pub fn new(page: &'a [u8; 4096], decoding: Decoding) -> Self {
+        Self { decoder: decoding.decoder(page, 0), page }
     }
 
     /// The page.
@@ -49,7 +49,7 @@ impl<'a> Reader<'a> {
         self.decoder.set_position(offset).ok()?;
         self.decoder.set_ip(offset as u64);
         let i = self.decoder.decode();
-        (self.decoder.last_error() == DecoderError::None).then_some(i)
+        (self.decoder.last_error() == DecoderError::None).then(|| normal(i, self.decoder.bitness()))
     }
 
     /// The unit at `offset`. `limit` bounds its instructions (1 for bisecting). Empty if the first instruction cannot be decoded within
@@ -153,17 +153,16 @@ pub const fn may_cross(offset: u64) -> bool {
 
 /// The unit of the one instruction at `offset` that reaches into the next page, whose first bytes are `next`. Empty if there is none.
 #[must_use]
-pub fn form_crossing(page: &[u8; 4096], next: &[u8; MAX_LEN], offset: usize, amd: bool) -> Unit {
-    let options = if amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
+pub fn form_crossing(page: &[u8; 4096], next: &[u8; MAX_LEN], offset: usize, decoding: Decoding) -> Unit {
     let mut unit = Unit { instructions: Vec::new(), end: offset };
     let mut bytes = page.get(offset..).unwrap_or_default().to_vec();
     bytes.extend_from_slice(next);
     bytes.truncate(MAX_LEN);
-    let mut decoder = Decoder::with_ip(64, &bytes, offset as u64, options);
+    let mut decoder = decoding.decoder(&bytes, offset as u64);
     let i = decoder.decode();
     if decoder.last_error() == DecoderError::None && offset + i.len() > 4096 {
         unit.end += i.len();
-        unit.instructions.push(i);
+        unit.instructions.push(normal(i, decoding.bits));
     }
     unit
 }

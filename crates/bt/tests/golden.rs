@@ -10,7 +10,7 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use bt::listing::{Part, parts, text};
-use bt::{Facts, FpLevel, Fragment, Variant, translate};
+use bt::{Facts, FpLevel, Fragment, Legacy, Variant, translate};
 use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction};
 
 /// Where the code lies if the facts say that it knows.
@@ -30,6 +30,7 @@ fn facts(words: &str) -> Facts {
         rdtsc: true,
         bmi2: true,
         plain: false,
+        legacy: None,
     };
     for word in words.split_whitespace() {
         match word {
@@ -39,6 +40,12 @@ fn facts(words: &str) -> Facts {
             "plain" => f.plain = true,
             "bmi2=off" => f.bmi2 = false,
             "fp=none" => f.fp = FpLevel::None,
+            "32" | "32-based" | "16" => {
+                let flat = word == "32";
+                let bits16 = word == "16";
+                f.legacy = Some(Legacy { bits16, flat_code: flat, flat_data: flat, wide_stack: !bits16 });
+                f.page_rip = f.page_rip.map(|rip| rip & 0xffff_f000);
+            }
             other => panic!("no such fact: {other}"),
         }
     }
@@ -75,8 +82,10 @@ fn describe(code: &[u8], facts: Facts) -> String {
     // What follows overwrites all flags: cmp eax, eax.
     page[OFFSET + code.len()..OFFSET + code.len() + 2].copy_from_slice(&[0x39, 0xc0]);
     let guest: Vec<Instruction> =
-        Decoder::with_ip(64, code, OFFSET as u64, DecoderOptions::AMD).into_iter().collect();
-    let mut reader = bt::unit::Reader::new(&page, facts.amd);
+        Decoder::with_ip(facts.decoding().bits, code, OFFSET as u64, DecoderOptions::AMD)
+            .into_iter()
+            .collect();
+    let mut reader = bt::unit::Reader::new(&page, facts.decoding());
     let unit = reader.form(OFFSET, guest.len());
     assert_eq!(unit.instructions.len(), guest.len(), "the unit takes all instructions");
     let f: Fragment = translate(&unit, &mut reader, facts, 0, 0, &|_| true);

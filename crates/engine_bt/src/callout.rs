@@ -11,7 +11,7 @@ use x86_interp::memory::Target;
 
 use crate::cache::PlacedSite;
 use crate::exec::{Callouts, action};
-use crate::{BtVcpu, TlbKnob, state};
+use crate::{BtVcpu, TlbKnob, legacy, state};
 
 /// The mode that a fragment was translated for, as far as an instruction may change it.
 #[derive(PartialEq, Eq)]
@@ -20,6 +20,7 @@ struct Mode {
     variant: usize,
     code_size: x86_interp::cpu::CodeSize,
     control: [u64; 4],
+    legacy: Option<legacy::Mode>,
 }
 
 /// Accesses of at most so many bytes need not be aligned, which would come before a page fault.
@@ -44,6 +45,7 @@ impl BtVcpu {
             variant: cpu.variant,
             code_size: cpu.code_size,
             control: [cpu.s.cr0, cpu.s.cr4, cpu.s.msr.efer, cpu.s.xcr0],
+            legacy: legacy::mode(cpu),
         }
     }
 
@@ -53,7 +55,8 @@ impl BtVcpu {
         let site = placed.site;
         self.bt.callouts += 1;
         *self.callouts.entry(site.code).or_default() += 1;
-        let rip = self.site_rip(placed);
+        let linear = self.site_rip(placed);
+        let rip = legacy::pointer(self.interp.cpu(), linear);
         self.interp.cpu().rip = rip;
         let before = self.mode();
         let fp = x86_interp::vector::exceptions_masked(&self.interp.cpu().s.fpu);
@@ -64,7 +67,7 @@ impl BtVcpu {
         }
         let after = self.mode();
         let cpu = self.interp.cpu();
-        let same = cpu.rip == rip.wrapping_add(u64::from(site.len))
+        let same = cpu.rip == rip.wrapping_add(u64::from(site.len)) & cpu.linear_mask
             && before == after
             && fp == x86_interp::vector::exceptions_masked(&cpu.s.fpu)
             && !cpu.code_changed

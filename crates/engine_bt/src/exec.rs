@@ -291,7 +291,7 @@ miss!("trellis_bt_miss_2w", 2, 1);
 /// Goes on at the guest address in R14 if a second-level table knows it, and tells the jump cache; else leaves with RIP there. Fragments
 /// call this, with the number of the site behind the call; flags and R15 are free. `$before` may jump to 5 with what it found in R15.
 macro_rules! lookup {
-    ($name:literal, $variant:literal, $before:literal) => {
+    ($name:literal, $variant:literal, $class:literal, $environment:literal, $before:literal) => {
         global_asm!(
             concat!(".globl ", $name),
             concat!($name, ":"),
@@ -306,7 +306,8 @@ macro_rules! lookup {
             "mov rcx, r14\nshr rcx, 63",
             "mov rax, gs:[rcx*8 + {context}]",
             "mov rcx, r14\nshr rcx, 15\nxor rcx, r14\nmov r15d, eax\nshl r15d, 6\nxor ecx, r15d\nand ecx, {sets} - 1",
-            "or rax, {variant} << 12\nshl rax, 48\nxor rax, r14",
+            "or rax, {class} << 12\nshl rax, 48\nxor rax, r14",
+            $environment,
             "shl rcx, 4\nadd rcx, gs:[{second}]",
             "cmp [rcx], rax\njne 7f",
             "mov r15, [rcx + 8]",
@@ -328,49 +329,88 @@ macro_rules! lookup {
             site = const frame::SITE,
             alarm = const frame::ALARM,
             context = const frame::CONTEXT,
-            variant = const $variant,
+            class = const $class,
             sets = const frame::SECOND_JUMP_ENTRIES,
             second = const frame::SECOND_JUMPS,
             count = const frame::COUNT_LOOKUPS,
             entries = const frame::JUMP_ENTRIES,
             log = const frame::JUMP_LOG,
             log_end = const frame::JUMP_LOG_END,
-            table = const frame::JUMPS + $variant * frame::JUMP_STRIDE,
+            table = const frame::JUMPS + $class * frame::JUMP_STRIDE,
+            environments = const frame::ENVIRONMENTS + 8 * $variant,
             hosts = const frame::JUMP_HOSTS,
             rip = const frame::RIP,
         );
     };
 }
-lookup!("trellis_bt_lookup_0", 0, "");
-lookup!("trellis_bt_lookup_1", 1, "");
-lookup!("trellis_bt_lookup_2", 2, "call trellis_bt_user_code\ntest r15, r15\njne 5f");
-
-// The fragment of user code at the address in R14, by its frame (`user_code`): in R15, or 0. Uses RAX and RCX.
-global_asm!(
-    "trellis_bt_user_code:",
-    "mov rcx, r14\nshr rcx, 12",
-    "mov r15, gs:[{context}]",
-    "mov eax, r15d\nshl eax, 5\nxor eax, ecx\nand eax, {pages} - 1\nshl eax, 4",
-    "add rax, gs:[{code_pages}]",
-    "shl rcx, 12\nor rcx, r15",
-    "xor r15d, r15d",
-    "cmp [rax], rcx\njne 9f",
-    // The frame's address, with the offset in the page: the code's guest physical address.
-    "mov rax, [rax + 8]\nmov ecx, r14d\nand ecx, 0xfff\nor rcx, rax",
-    "mov rax, rcx\nshr rax, 16\nxor eax, ecx\nimul eax, eax, {hash}\nshr eax, 32 - {bits}\nand eax, -2\nshl eax, 4",
-    "add rax, gs:[{fragments}]",
-    "or rcx, gs:[{tag}]",
-    "cmp [rax], rcx\njne 8f\nmov r15, [rax + 8]\nret",
-    "8:\ncmp [rax + 16], rcx\ncmove r15, [rax + 24]",
-    "9:\nret",
-    context = const frame::CONTEXT,
-    pages = const frame::CODE_PAGE_ENTRIES,
-    code_pages = const frame::CODE_PAGES,
-    hash = const frame::FRAGMENT_HASH.cast_signed() as i32,
-    bits = const frame::FRAGMENT_ENTRIES.trailing_zeros(),
-    fragments = const frame::FRAGMENTS,
-    tag = const frame::FRAGMENT_TAG,
+lookup!("trellis_bt_lookup_0", 0, 0, "/* {environments} */", "");
+lookup!("trellis_bt_lookup_1", 1, 1, "/* {environments} */", "");
+lookup!(
+    "trellis_bt_lookup_2",
+    2,
+    2,
+    "/* {environments} */",
+    "call trellis_bt_user_code\ntest r15, r15\njne 5f"
 );
+// Of 16- and 32-bit code.
+lookup!(
+    "trellis_bt_lookup_3",
+    0,
+    3,
+    "xor rax, gs:[{environments}]",
+    "call trellis_bt_legacy_code_0\ntest r15, r15\njne 5f"
+);
+lookup!(
+    "trellis_bt_lookup_4",
+    1,
+    4,
+    "xor rax, gs:[{environments}]",
+    "call trellis_bt_legacy_code_1\ntest r15, r15\njne 5f"
+);
+lookup!(
+    "trellis_bt_lookup_5",
+    2,
+    5,
+    "xor rax, gs:[{environments}]",
+    "call trellis_bt_legacy_code_2\ntest r15, r15\njne 5f"
+);
+
+/// The fragment of code at the address in R14, by its frame (`user_code`): in R15, or 0. Uses RAX and RCX. `$rights`: what the tag of a code page has for
+/// who executes there.
+macro_rules! code_by_frame {
+    ($name:literal, $rights:literal, $tag:expr) => {
+        global_asm!(
+            concat!($name, ":"),
+            "mov rcx, r14\nshr rcx, 12",
+            "mov r15, gs:[{context}]",
+            "mov eax, r15d\nshl eax, 5\nxor eax, ecx\nand eax, {pages} - 1\nshl eax, 4",
+            "add rax, gs:[{code_pages}]",
+            "shl rcx, 12\nor rcx, r15",
+            $rights,
+            "xor r15d, r15d",
+            "cmp [rax], rcx\njne 9f",
+            // The frame's address, with the offset in the page: the code's guest physical address.
+            "mov rax, [rax + 8]\nmov ecx, r14d\nand ecx, 0xfff\nor rcx, rax",
+            "mov rax, rcx\nshr rax, 16\nxor eax, ecx\nimul eax, eax, {hash}\nshr eax, 32 - {bits}\nand eax, -2\nshl eax, 4",
+            "add rax, gs:[{fragments}]",
+            "or rcx, gs:[{tag}]",
+            "cmp [rax], rcx\njne 8f\nmov r15, [rax + 8]\nret",
+            "8:\ncmp [rax + 16], rcx\ncmove r15, [rax + 24]",
+            "9:\nret",
+            context = const frame::CONTEXT,
+            pages = const frame::CODE_PAGE_ENTRIES,
+            code_pages = const frame::CODE_PAGES,
+            hash = const frame::FRAGMENT_HASH.cast_signed() as i32,
+            bits = const frame::FRAGMENT_ENTRIES.trailing_zeros(),
+            fragments = const frame::FRAGMENTS,
+            tag = const $tag,
+        );
+    };
+}
+code_by_frame!("trellis_bt_user_code", "", frame::FRAGMENT_TAG);
+code_by_frame!("trellis_bt_legacy_code_0", "bts rcx, 62", frame::LEGACY_FRAGMENT_TAGS);
+code_by_frame!("trellis_bt_legacy_code_1", "bts rcx, 62", frame::LEGACY_FRAGMENT_TAGS + 8);
+code_by_frame!("trellis_bt_legacy_code_2", "", frame::LEGACY_FRAGMENT_TAGS + 16);
 
 unsafe extern "C" {
     fn trellis_bt_enter(code: u64, rip: u64);
@@ -399,6 +439,9 @@ unsafe extern "C" {
     fn trellis_bt_lookup_0();
     fn trellis_bt_lookup_1();
     fn trellis_bt_lookup_2();
+    fn trellis_bt_lookup_3();
+    fn trellis_bt_lookup_4();
+    fn trellis_bt_lookup_5();
 }
 
 /// What translated code asks of the engine.
@@ -505,6 +548,11 @@ impl Frame {
         let lookups: [unsafe extern "C" fn(); 3] =
             [trellis_bt_lookup_0, trellis_bt_lookup_1, trellis_bt_lookup_2];
         for (at, code) in (frame::LOOKUP..).step_by(8).zip(lookups) {
+            f.set(at, code as *const () as u64);
+        }
+        let legacy: [unsafe extern "C" fn(); 3] =
+            [trellis_bt_lookup_3, trellis_bt_lookup_4, trellis_bt_lookup_5];
+        for (at, code) in (frame::LOOKUP_LEGACY..).step_by(8).zip(legacy) {
             f.set(at, code as *const () as u64);
         }
         f.set(frame::TAKE_EXIT, trellis_bt_take_exit as *const () as u64);

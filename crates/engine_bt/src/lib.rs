@@ -16,6 +16,7 @@ mod content;
 mod exec;
 mod iret;
 mod knobs;
+mod legacy;
 pub mod listing;
 mod observe;
 mod onward;
@@ -42,7 +43,8 @@ use state::Host;
 use tables::Tables;
 use x86::CpuState;
 use x86::bits::is_canonical;
-use x86::cpuid::{CpuModel, Gate, Vendor};
+use x86::cpuid::{CpuModel, Gate};
+use x86_interp::cpu::CodeSize;
 use x86_interp::tlb::TlbEvent;
 use x86_interp::{Interp, Parts};
 
@@ -148,7 +150,6 @@ pub struct BtVcpu {
     written_in_a_row: u8,
     knobs: Knobs,
     host: Host,
-    amd: bool,
     announced: Announced,
     /// What the guest's TSC (before its offset) is ahead of the host's, while the vCPU runs.
     counter: Option<u64>,
@@ -182,7 +183,6 @@ impl BtVcpu {
         let signals = Arc::clone(&parts.signals);
         frame.set(frame::SIGNALS, signals.address());
         signals.set_alarm(frame.alarm());
-        let amd = parts.model.vendor() == Vendor::Amd;
         let mut interp = Interp::new(parts);
         interp.cpu().tlb.events = Some(Vec::new());
         interp.cpu().holder.watch_code();
@@ -201,7 +201,6 @@ impl BtVcpu {
             written_in_a_row: 0,
             host: if knobs.fp { host } else { host.without_fp() },
             knobs,
-            amd,
             announced: Announced(Vec::new()),
             counter: None,
             next_plain: false,
@@ -309,7 +308,7 @@ impl BtVcpu {
         let gfn = self.interp.code_frame()?;
         let cpu = self.interp.cpu();
         let facts = state::facts(cpu, self.host, self.counter);
-        let offset = (cpu.rip & 0xfff) as u16;
+        let offset = (legacy::linear_rip(cpu) & 0xfff) as u16;
         if self.tables.take_upper_changed() {
             self.cache.unlink_pages();
         }
@@ -318,7 +317,9 @@ impl BtVcpu {
             self.environments = Environments::default();
             self.environments.number(facts).unwrap_or_default()
         });
-        if env != self.environment {
+        if facts.legacy.is_some() {
+            self.tables.set_legacy_environment(facts.variant, env);
+        } else if env != self.environment {
             self.environment = env;
             self.tables.set_environment(env);
         }
@@ -357,8 +358,10 @@ impl BtVcpu {
 
     /// The frame behind the page at RIP, if an instruction may reach into it.
     fn second_frame(&mut self, offset: u16) -> Option<Gfn> {
-        let next = (self.interp.cpu().rip & !0xfff).wrapping_add(0x1000);
-        if bt::unit::may_cross(u64::from(offset)) { self.interp.code_frame_at(next) } else { None }
+        let cpu = self.interp.cpu();
+        let next = (legacy::linear_rip(cpu) & !0xfff).wrapping_add(0x1000) & cpu.linear_mask;
+        let within = legacy::may_run(cpu, next);
+        if within && bt::unit::may_cross(u64::from(offset)) { self.interp.code_frame_at(next) } else { None }
     }
 
     /// The fragment of the instruction at RIP that reaches into the next page.
@@ -378,7 +381,13 @@ impl BtVcpu {
     }
 
     /// The unit at a key, and if it reaches there, the next frame and what is in it.
-    fn unit(&mut self, key: Key, reader: &mut Reader<'_>, checked: bool) -> Option<(Unit, Option<Next>)> {
+    fn unit(
+        &mut self,
+        key: Key,
+        reader: &mut Reader<'_>,
+        facts: bt::Facts,
+        checked: bool,
+    ) -> Option<(Unit, Option<Next>)> {
         let offset = usize::from(key.offset);
         let unit = if checked {
             bt::unit::form_checked(reader, offset, self.knobs.unit)
@@ -392,7 +401,7 @@ impl BtVcpu {
         let (next, version) = self.read_frame(gfn)?;
         let mut head = [0; bt::unit::MAX_LEN];
         head.copy_from_slice(&next[..bt::unit::MAX_LEN]);
-        let unit = bt::unit::form_crossing(reader.page(), &head, offset, self.amd);
+        let unit = bt::unit::form_crossing(reader.page(), &head, offset, facts.decoding());
         (!unit.instructions.is_empty()).then_some((unit, Some(Next { gfn, page: next, version })))
     }
 
@@ -400,9 +409,9 @@ impl BtVcpu {
         let start = std::time::Instant::now();
         let (page, version) = self.read_frame(key.gfn)?;
         self.note_code(key.gfn);
-        let wants_check = self.knobs.check || self.places.changes_often(&key);
-        let mut reader = Reader::new(&page, self.amd);
-        let (unit, next) = self.unit(key, &mut reader, wants_check)?;
+        let wants_check = facts.legacy.is_none() && (self.knobs.check || self.places.changes_often(&key));
+        let mut reader = Reader::new(&page, facts.decoding());
+        let (unit, next) = self.unit(key, &mut reader, facts, wants_check)?;
         let second = next.as_ref().map_or(NO_FRAME, |next| next.gfn);
         let key = Key { second, ..key };
         let (sites, links) = self.cache.bases();
@@ -462,10 +471,11 @@ impl BtVcpu {
         self.bt.entries += 1;
         let code = self.cache.address(fragment);
         let cpu = self.interp.cpu();
-        let rip = cpu.rip;
+        let rip = legacy::linear_rip(cpu);
         let variant = state::variant(cpu);
+        let is_legacy = cpu.code_size != CodeSize::Bits64;
         state::fill(cpu, &self.frame, self.counter);
-        self.remember(fragment, rip, code, variant);
+        self.remember(fragment, rip, code, variant, is_legacy);
         self.frame.set32(frame::EXIT, 0);
         let frame = self.frame.clone();
         #[expect(unsafe_code, reason = "runs translated code")]
@@ -479,14 +489,16 @@ impl BtVcpu {
     }
 
     /// Has jumps to `rip` find a fragment.
-    fn remember(&mut self, fragment: u32, rip: u64, code: u64, variant: bt::Variant) {
+    fn remember(&mut self, fragment: u32, rip: u64, code: u64, variant: bt::Variant, legacy: bool) {
         match self.cache.key(fragment) {
             // For ranges that cross pages only: jumps do not lead to it.
             Some(key) if key.plain => {}
-            Some(key) if variant == bt::Variant::User && key.second == NO_FRAME && rip >> 63 == 0 => {
-                self.tables.set_user_jump(rip, key.gfn, code);
+            Some(key)
+                if (legacy || variant == bt::Variant::User) && key.second == NO_FRAME && rip >> 63 == 0 =>
+            {
+                self.tables.set_user_jump(rip, key.gfn, code, variant, legacy);
             }
-            _ => self.tables.set_jump(rip, code, variant),
+            _ => self.tables.set_jump(rip, code, variant, legacy),
         }
     }
 
@@ -494,7 +506,7 @@ impl BtVcpu {
     fn left(&mut self) {
         let cpu = self.interp.cpu();
         state::read(cpu, &self.frame);
-        cpu.rip = self.frame.get(frame::RIP);
+        cpu.rip = legacy::pointer(cpu, self.frame.get(frame::RIP));
         let exit = self.frame.get32(frame::EXIT);
         if exit != 0 {
             self.bt.exits += 1;
@@ -513,7 +525,7 @@ impl BtVcpu {
         let from = target.from;
         let base = if from.page_rip == 0 { self.frame.get(frame::PAGE_RIP) } else { from.page_rip };
         let cpu = self.interp.cpu();
-        cpu.rip = base.wrapping_add(i64::from(target.offset) as u64);
+        cpu.rip = legacy::pointer(cpu, base.wrapping_add(i64::from(target.offset) as u64));
         self.next_plain = target.plain;
         if !self.knobs.chain || cpu.poll() || !state::eligible(cpu) {
             return;

@@ -267,6 +267,9 @@ impl Source<'_> {
 const REFILLS: [std::ops::Range<i32>; 2] =
     [frame::REFILL..frame::SECOND_TLB, frame::REFILL_GROUP..frame::REFILL_GROUP + 16 * frame::VARIANTS];
 
+/// Addresses of the code that looks up targets of 16- and 32-bit code.
+const LEGACY_LOOKUPS: std::ops::Range<i32> = frame::LOOKUP_LEGACY..frame::LOOKUP_LEGACY + 8 * frame::VARIANTS;
+
 /// The number of a site or an exit that stands in the code behind some calls: after how many more instructions, and what it is. See
 /// `bt::lower`: the engine finds it by the return address.
 fn number_behind(i: &Instruction) -> Option<(u8, &'static str)> {
@@ -278,6 +281,7 @@ fn number_behind(i: &Instruction) -> Option<(u8, &'static str)> {
         frame::CALLOUT => Some((0, "site")),
         d if frame::HELPERS.contains(&d) => Some((0, "site")),
         d if (frame::LOOKUP..frame::REFILL).contains(&d) => Some((0, "site")),
+        d if LEGACY_LOOKUPS.contains(&d) => Some((0, "site")),
         d if REFILLS.iter().any(|refills| refills.contains(&d)) => Some((1, "site")),
         _ => None,
     }
@@ -333,6 +337,24 @@ const FIELDS: &[(i32, &str)] = &[
     (frame::DONE, "done"),
 ];
 
+/// A field of 16- and 32-bit code's segments, in words.
+fn segment_field(disp: i32) -> Option<String> {
+    const SEGMENTS: [&str; 6] = ["es", "cs", "ss", "ds", "fs", "gs"];
+    let name = |n: i32| usize::try_from(n).ok().and_then(|n| SEGMENTS.get(n)).copied();
+    match disp {
+        frame::CODE_START => Some("first page of cs".to_owned()),
+        frame::CODE_SIZE => Some("size of cs".to_owned()),
+        d if (frame::SEGMENT_BASES..frame::SEGMENT_ENDS).contains(&d) => {
+            name((d - frame::SEGMENT_BASES) / 8).map(|s| format!("{s} base"))
+        }
+        d if (frame::SEGMENT_ENDS..frame::CODE_START).contains(&d) => {
+            let (n, write) = ((d - frame::SEGMENT_ENDS) / 16, d & 8 != 0);
+            name(n).map(|s| format!("{s} end for {}", if write { "writes" } else { "reads" }))
+        }
+        _ => None,
+    }
+}
+
 /// A place in the frame, in words.
 fn frame_field(disp: i32) -> String {
     const RIGHTS: [&str; 3] = ["supervisor", "supervisor-ac", "user"];
@@ -356,6 +378,10 @@ fn frame_field(disp: i32) -> String {
         format!("temporary {}", (disp - frame::TEMP) / 8)
     } else if lookups.contains(&disp) {
         format!("look up, {}", rights((disp - frame::LOOKUP) / 8))
+    } else if LEGACY_LOOKUPS.contains(&disp) {
+        format!("look up legacy, {}", rights((disp - frame::LOOKUP_LEGACY) / 8))
+    } else if let Some(note) = segment_field(disp) {
+        note
     } else if let Some(refills) = REFILLS.iter().find(|refills| refills.contains(&disp)) {
         let n = disp - refills.start;
         let group = if refills.start == frame::REFILL_GROUP { " group" } else { "" };
@@ -363,7 +389,9 @@ fn frame_field(disp: i32) -> String {
     } else if jumps.contains(&disp) {
         let n = disp - frame::JUMPS;
         let what = if n % frame::JUMP_STRIDE < frame::JUMP_HOSTS { "rip" } else { "host" };
-        format!("jump cache {what}, {}", rights(n / frame::JUMP_STRIDE))
+        let class = n / frame::JUMP_STRIDE;
+        let kind = if class < frame::VARIANTS { "" } else { " legacy" };
+        format!("jump cache{kind} {what}, {}", rights(class % frame::VARIANTS))
     } else if tlb.contains(&disp) {
         let n = disp - frame::TLB;
         let what = ["read tag", "write tag", "host page", "host minus guest"];
@@ -467,8 +495,6 @@ mod tests {
     fn listing(code: &[u8], variant: Variant) -> Listing {
         let mut page = [6; 4096];
         page[0x100..0x100 + code.len()].copy_from_slice(code);
-        let mut reader = bt::unit::Reader::new(&page, false);
-        let unit = reader.form(0x100, 48);
         let user = variant == Variant::User;
         let facts = Facts {
             page_rip: (!user).then_some(0xffff_ffff_8100_0000),
@@ -481,7 +507,10 @@ mod tests {
             rdtsc: true,
             bmi2: true,
             plain: false,
+            legacy: None,
         };
+        let mut reader = bt::unit::Reader::new(&page, facts.decoding());
+        let unit = reader.form(0x100, 48);
         let fragment = bt::translate(&unit, &mut reader, facts, 7, 3, &|_| true);
         Listing::new(&Source {
             unit: &unit,

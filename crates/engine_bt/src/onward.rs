@@ -10,7 +10,7 @@ use x86::Exception;
 use x86::bits::is_canonical;
 
 use crate::exec::action;
-use crate::{BtVcpu, state};
+use crate::{BtVcpu, legacy, state};
 
 impl BtVcpu {
     /// Where translated code goes on now that the interpreter is at RIP: at the fragment there, or out of the cache. Fills the frame. The
@@ -46,11 +46,13 @@ impl BtVcpu {
     /// Host address of the code at RIP, if the second-level table knows it; the frame is filled.
     fn fragment_here(&mut self) -> Option<u64> {
         let cpu = self.interp.cpu();
-        let rip = cpu.rip;
+        let rip = legacy::linear_rip(cpu);
         let facts = state::facts(cpu, self.host, self.counter);
-        let same = self.environments.number(facts) == Some(self.environment);
+        let is_legacy = facts.legacy.is_some();
+        let known = if is_legacy { self.tables.legacy_environment(facts.variant) } else { self.environment };
+        let same = self.environments.number(facts) == Some(known);
         // Only canonical addresses have tags of their own (`bt::frame::second_tag`).
-        if same && is_canonical(rip) { self.tables.find_jump(rip, facts.variant) } else { None }
+        if same && is_canonical(rip) { self.tables.find_jump(rip, facts.variant, is_legacy) } else { None }
     }
 
     /// Delivers the page fault of an access that the guest's tables, just walked, do not allow.
@@ -58,7 +60,7 @@ impl BtVcpu {
         self.bt.faults += 1;
         let cpu = self.interp.cpu();
         state::read(cpu, &self.frame);
-        cpu.rip = rip;
+        cpu.rip = legacy::pointer(cpu, rip);
         cpu.s.cr2 = la;
         x86_interp::system::interrupt::deliver_exception(cpu, exception);
         self.go_on()

@@ -13,6 +13,7 @@ use x86_interp::system::syscall;
 use x86_interp::vector;
 
 use crate::exec::Frame;
+use crate::legacy;
 
 /// What the host offers to translated code.
 #[derive(Clone, Copy)]
@@ -44,9 +45,9 @@ pub fn drop_resume_flag(cpu: &mut Cpu) {
     }
 }
 
-/// Whether the code at RIP may be translated: 64-bit, at level 0 or 3, with plain memory accesses.
+/// Whether the code at RIP may be translated: at level 0 or 3, with plain memory accesses.
 pub fn eligible(cpu: &Cpu) -> bool {
-    cpu.code_size == CodeSize::Bits64
+    (cpu.code_size == CodeSize::Bits64 || legacy::eligible(cpu))
         && matches!(cpu.s.cpl, 0 | 3)
         && !cpu.careful()
         && !cpu.alignment_checked()
@@ -61,6 +62,7 @@ pub fn only_legacy(cpu: &Cpu) -> bool {
         && !cpu.careful()
         && !cpu.poll()
         && !cpu.code_changed
+        && !eligible(cpu)
 }
 
 /// Rights of the code at RIP.
@@ -97,7 +99,9 @@ pub fn facts(cpu: &Cpu, host: Host, counter: Option<u64>) -> Facts {
     let variant = variant(cpu);
     let user = variant == Variant::User;
     // Only kernel code knows its address: user pages are mapped at many.
-    let page_rip = Some(cpu.rip & !0xfff).filter(|page| !user && *page != 0);
+    let legacy = legacy::facts(cpu);
+    // 16- and 32-bit kernels share the half that each address space has to itself: their code is found by its frame, at whatever address.
+    let page_rip = Some(cpu.rip & !0xfff).filter(|page| !user && legacy.is_none() && *page != 0);
     Facts {
         page_rip,
         variant,
@@ -109,6 +113,7 @@ pub fn facts(cpu: &Cpu, host: Host, counter: Option<u64>) -> Facts {
         rdtsc: cpu.s.cr4 & cr4::TSD == 0 && counter.is_some(),
         bmi2: host.bmi2,
         plain: false,
+        legacy,
     }
 }
 
@@ -133,11 +138,14 @@ pub fn fill(cpu: &mut Cpu, frame: &Frame, counter: Option<u64>) {
     #[expect(clippy::cast_possible_truncation, reason = "flags in 16 bits")]
     frame.set32(frame::FLAGS, ((f & 0xd5 | 2) << 8 | (f >> 11 & 1)) as u32);
     frame.set(frame::SYSFLAGS, cpu.system_flags);
-    frame.set(frame::RIP, cpu.rip);
+    frame.set(frame::RIP, legacy::linear_rip(cpu));
     frame.set(frame::FS_BASE, cpu.s.seg[sreg::FS].base);
     frame.set(frame::GS_BASE, cpu.s.seg[sreg::GS].base);
     for (at, segment) in (frame::SELECTORS..).step_by(4).zip(&cpu.s.seg) {
         frame.set32(at, u32::from(segment.selector));
+    }
+    if cpu.code_size != CodeSize::Bits64 {
+        legacy::fill(cpu, frame);
     }
     let selectors = syscall::selectors(cpu);
     for (at, selector) in (frame::SYSCALL_SELECTORS..).step_by(4).zip(selectors) {

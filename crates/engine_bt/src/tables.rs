@@ -38,6 +38,8 @@ pub struct Tables {
     only: Option<i32>,
     /// Nothing known by linear address outlives a switch of the address space.
     distrust: bool,
+    /// Of 16- and 32-bit code, by variant.
+    environments: [u8; 3],
 }
 
 const fn half(address: u64) -> usize {
@@ -69,13 +71,16 @@ impl Tables {
             log_entries: knobs.log.clamp(1, frame::LOG_ENTRIES),
             only: None,
             distrust: !knobs.context,
+            environments: [0; 3],
         };
         for variant in 0..frame::VARIANTS {
             for i in 0..frame::TLB_ENTRIES as i32 {
                 t.clear_entry(frame::TLB + variant * frame::TLB_STRIDE + 32 * i);
             }
+        }
+        for class in 0..frame::JUMP_CLASSES {
             for i in 0..frame::JUMP_ENTRIES as i32 {
-                t.clear_jump(frame::JUMPS + variant * frame::JUMP_STRIDE + 8 * i);
+                t.clear_jump(frame::JUMPS + class * frame::JUMP_STRIDE + 8 * i);
             }
         }
         t.frame.set(frame::SECOND_JUMPS, t.second.as_ptr() as u64);
@@ -119,13 +124,13 @@ impl Tables {
         if let Some(logged) = self.logged(log, half) {
             return logged.iter().for_each(|&at| act(at as i32));
         }
-        let (table, stride, entries, size) = match log {
-            Log::Tlb => (frame::TLB, frame::TLB_STRIDE, frame::TLB_ENTRIES, 32),
-            Log::Jumps => (frame::JUMPS, frame::JUMP_STRIDE, frame::JUMP_ENTRIES, 8),
+        let (table, count, stride, entries, size) = match log {
+            Log::Tlb => (frame::TLB, frame::VARIANTS, frame::TLB_STRIDE, frame::TLB_ENTRIES, 32),
+            Log::Jumps => (frame::JUMPS, frame::JUMP_CLASSES, frame::JUMP_STRIDE, frame::JUMP_ENTRIES, 8),
         };
-        for variant in 0..frame::VARIANTS {
+        for n in 0..count {
             for entry in 0..entries as i32 {
-                act(table + variant * stride + size * entry);
+                act(table + n * stride + size * entry);
             }
         }
     }
@@ -143,32 +148,44 @@ impl Tables {
         self.frame.set(at, frame::no_target(at));
     }
 
-    /// Remembers where the code at `rip` is, under the context of its half.
-    pub fn set_jump(&mut self, rip: u64, code: u64, variant: Variant) {
+    /// Remembers where the code at `rip` (if `legacy`: 16- or 32-bit code, at a linear address) is, under the context of its half.
+    pub fn set_jump(&mut self, rip: u64, code: u64, variant: Variant, legacy: bool) {
+        let class = frame::jump_class(variant, legacy);
+        let environment = if legacy { self.environments[variant as usize] } else { 0 };
         let context = self.frame.get(frame::CONTEXT + 8 * half(rip) as i32);
         let at = frame::second_set(rip, context) as usize;
         if let Some(e) = self.second.get_mut(at) {
-            *e = [frame::second_tag(rip, context, variant as u64), code];
+            *e = [frame::second_tag(rip, context, class as u64, environment), code];
         }
         let (word, bit) = page_bit(rip);
         self.pages[word] |= bit;
-        self.cache_jump(rip, code, variant);
+        self.cache_jump(rip, code, class);
     }
 
     /// Where the code at `rip`, a canonical address, is, if that is known. `None` does not mean that there is none.
-    pub fn find_jump(&self, rip: u64, variant: Variant) -> Option<u64> {
+    pub fn find_jump(&self, rip: u64, variant: Variant, legacy: bool) -> Option<u64> {
+        let class = frame::jump_class(variant, legacy);
+        let environment = if legacy { self.environments[variant as usize] } else { 0 };
+        if legacy && let Some(code) = self.user.find_legacy(rip, variant) {
+            return Some(code);
+        }
         let context = self.frame.get(frame::CONTEXT + 8 * half(rip) as i32);
         if variant == Variant::User && half(rip) == 0 {
             return self.user.find(rip);
         }
         let e = self.second.get(frame::second_set(rip, context) as usize)?;
-        (e[0] == frame::second_tag(rip, context, variant as u64)).then_some(e[1])
+        (e[0] == frame::second_tag(rip, context, class as u64, environment)).then_some(e[1])
+    }
+
+    /// What 16- and 32-bit code of these rights relies on, as last set.
+    pub const fn legacy_environment(&self, variant: Variant) -> u8 {
+        self.environments[variant as usize]
     }
 
     /// Tells the frame's jump cache.
-    fn cache_jump(&self, rip: u64, code: u64, variant: Variant) {
+    fn cache_jump(&self, rip: u64, code: u64, class: i32) {
         let field = Self::log_field(Log::Jumps, half(rip));
-        let at = frame::JUMPS + variant as i32 * frame::JUMP_STRIDE + 8 * frame::jump_set(rip) as i32;
+        let at = frame::JUMPS + class * frame::JUMP_STRIDE + 8 * frame::jump_set(rip) as i32;
         if self.frame.get(at) == rip && self.frame.get(at + frame::JUMP_HOSTS) == code {
             return;
         }
@@ -205,18 +222,35 @@ impl Tables {
         self.frame.set(frame::frame_of(at), entry.gfn & !TRACED);
     }
 
-    /// As [`Tables::set_jump`], for user code that lies in one frame: every process that has this frame finds it.
-    pub fn set_user_jump(&mut self, rip: u64, gfn: Gfn, code: u64) {
+    /// As [`Tables::set_jump`], for code that lies in one frame and does not know its RIP: every process that has this frame finds it.
+    pub fn set_user_jump(&mut self, rip: u64, gfn: Gfn, code: u64, variant: Variant, legacy: bool) {
         let (word, bit) = page_bit(rip);
         self.pages[word] |= bit;
-        self.user.set(rip, gfn, code);
-        self.cache_jump(rip, code, Variant::User);
+        self.user.set(rip, gfn, code, variant, legacy);
+        self.cache_jump(rip, code, frame::jump_class(variant, legacy));
     }
 
     /// Fragments made for another environment are not found from now on.
     pub fn set_environment(&mut self, environment: u8) {
         self.forget_targets();
         self.user.set_environment(environment);
+    }
+
+    /// 16- and 32-bit code of these rights now relies on the facts with this number. What the jump cache knows of it relied on others; in the
+    /// second-level table the number is in the tags.
+    pub fn set_legacy_environment(&mut self, variant: Variant, number: u8) {
+        let known = &mut self.environments[variant as usize];
+        if std::mem::replace(known, number) == number {
+            return;
+        }
+        self.frame.set(frame::ENVIRONMENTS + 8 * variant as i32, u64::from(number) << 32);
+        self.user.set_legacy_environment(variant, number);
+        let start = frame::JUMPS + frame::jump_class(variant, true) * frame::JUMP_STRIDE;
+        self.for_each_filled(Log::Jumps, 0, |at| {
+            if (start..start + frame::JUMP_HOSTS).contains(&at) {
+                self.clear_jump(at);
+            }
+        });
     }
 
     /// Forgets all code.
@@ -333,8 +367,6 @@ impl Tables {
 
     fn forget_jumps_of_page(&mut self, page: u64) {
         const OFFSETS: u64 = 0x0fff;
-        /// Bits of a tag that are the page's.
-        const PAGE: u64 = 0x0000_ffff_ffff_f000;
         if !self.has_jumps(page) {
             return;
         }
@@ -342,7 +374,7 @@ impl Tables {
             self.user.forget_page(page);
         }
         for e in &mut self.second {
-            if e[0] & PAGE == page & PAGE {
+            if frame::tag_is_in(e[0], page) {
                 e[0] = frame::NO_SECOND_TAG;
             }
         }

@@ -2,7 +2,10 @@
 //! said), and behind it the table of fragments by frame and offset. A new process finds what others had translated as soon as its code
 //! pages are known; each of them comes to Rust once, not each jump target.
 //!
-//! Read by `trellis_bt_lookup_2`. Fragments that reach into a second page are in neither: two pages decide about them.
+//! 16- and 32-bit code of every level is here too, because its kernels lie in the lower half, which an address-space switch empties. Rights are in the tag
+//! of a code page, and in those of 16- and 32-bit fragments.
+//!
+//! Read by `trellis_bt_lookup_2` to `_5`. Fragments that reach into a second page are in neither: two pages decide about them.
 //!
 //! INV-TAB-2: an entry of the table of code pages was made from the guest's tables under the context number in its tag, and goes with the event
 //! that takes that translation back. An entry of the table of fragments stays right until code memory is emptied (INV-TC-3): whatever
@@ -10,7 +13,7 @@
 
 #![expect(clippy::cast_possible_truncation, reason = "masked to the number of entries")]
 
-use bt::frame;
+use bt::{Variant, frame};
 use guestmem::Gfn;
 
 use crate::exec::Frame;
@@ -46,15 +49,24 @@ impl UserCode {
         self.frame.set(frame::FRAGMENT_TAG, frame::fragment_tag(environment));
     }
 
-    /// Remembers the frame of the code page at `rip` in the current address space, and the fragment there.
-    pub fn set(&mut self, rip: u64, gfn: Gfn, code: u64) {
+    /// The same for 16- and 32-bit code with these rights.
+    pub fn set_legacy_environment(&self, variant: Variant, environment: u8) {
+        let tag = frame::legacy_fragment_tag(environment, variant);
+        self.frame.set(frame::LEGACY_FRAGMENT_TAGS + 8 * variant as i32, tag);
+    }
+
+    /// Remembers the frame of the code page at `rip` in the current address space for who has these rights, and the fragment there.
+    pub fn set(&mut self, rip: u64, gfn: Gfn, code: u64, variant: Variant, legacy: bool) {
         let context = self.frame.get(frame::CONTEXT);
         let page = rip & !0xfff;
         if let Some(e) = self.pages.get_mut(frame::code_page_set(page, context) as usize) {
-            *e = [page | context, gfn.0 << 12];
+            let rights = if variant == Variant::User { 0 } else { frame::SUPERVISOR_PAGE };
+            *e = [page | context | rights, gfn.0 << 12];
         }
         let address = gfn.0 << 12 | rip & 0xfff;
-        let tag = address | self.frame.get(frame::FRAGMENT_TAG);
+        let tags =
+            if legacy { frame::LEGACY_FRAGMENT_TAGS + 8 * variant as i32 } else { frame::FRAGMENT_TAG };
+        let tag = address | self.frame.get(tags);
         let set = frame::fragment_set(address) as usize;
         let Some([first, second]) =
             self.fragments.get_mut(set..set + 2).and_then(|s| s.as_chunks_mut().0.first_mut())
@@ -70,16 +82,26 @@ impl UserCode {
         *first = [tag, code];
     }
 
-    /// Where the code at `rip` in the current address space is, if both tables know it.
+    /// Where the 64-bit user code at `rip` in the current address space is, if both tables know it.
     pub fn find(&self, rip: u64) -> Option<u64> {
+        self.find_tagged(rip, 0, frame::FRAGMENT_TAG)
+    }
+
+    /// Where the 16- or 32-bit code at `rip` in the current address space is for who has these rights, if both tables know it.
+    pub fn find_legacy(&self, rip: u64, variant: Variant) -> Option<u64> {
+        let rights = if variant == Variant::User { 0 } else { frame::SUPERVISOR_PAGE };
+        self.find_tagged(rip, rights, frame::LEGACY_FRAGMENT_TAGS + 8 * variant as i32)
+    }
+
+    fn find_tagged(&self, rip: u64, rights: u64, tag_field: i32) -> Option<u64> {
         let context = self.frame.get(frame::CONTEXT);
         let page = rip & !0xfff;
-        let e = self.pages.get(frame::code_page_set(page, context) as usize)?;
-        if e[0] != page | context {
+        let [tag, at] = *self.pages.get(frame::code_page_set(page, context) as usize)?;
+        if tag != page | context | rights {
             return None;
         }
-        let address = e[1] | rip & 0xfff;
-        let tag = address | self.frame.get(frame::FRAGMENT_TAG);
+        let address = at | rip & 0xfff;
+        let tag = address | self.frame.get(tag_field);
         let set = frame::fragment_set(address) as usize;
         self.fragments.get(set..set + 2)?.iter().find(|f| f[0] == tag).map(|f| f[1])
     }
@@ -87,7 +109,7 @@ impl UserCode {
     /// Forgets what is at the page of an address, in every context.
     pub fn forget_page(&mut self, la: u64) {
         let page = la & !0xfff;
-        for e in self.pages.iter_mut().filter(|e| e[0] & !0xfff == page) {
+        for e in self.pages.iter_mut().filter(|e| e[0] & !(0xfff | frame::SUPERVISOR_PAGE) == page) {
             e[0] = frame::NO_CODE_PAGE;
         }
     }

@@ -8,7 +8,7 @@ mod verify;
 
 use bt::listing::{Part, parts};
 use bt::unit::{MAX_INSTRUCTIONS, MAX_LEN, Reader, Unit, form_crossing};
-use bt::{Facts, FpLevel, Fragment, Variant, translate};
+use bt::{Facts, FpLevel, Fragment, Legacy, Variant, translate};
 
 use crate::input::Input;
 
@@ -26,15 +26,15 @@ pub fn target(data: &[u8]) {
         let end = (offset + 512).min(4096);
         input.fill(&mut page[offset..end]);
     } else {
-        plausible(&mut input, &mut page[offset..]);
+        plausible(&mut input, &mut page[offset..], facts.legacy.is_some());
     }
     let mut next = [0; MAX_LEN];
     input.fill(&mut next);
     let limit = 1 + usize::from(input.byte() % 64);
     let announce = !input.byte().is_multiple_of(16);
-    let mut reader = Reader::new(&page, facts.amd);
+    let mut reader = Reader::new(&page, facts.decoding());
     let unit = reader.form(offset, limit);
-    let crossing = form_crossing(&page, &next, offset, facts.amd);
+    let crossing = form_crossing(&page, &next, offset, facts.decoding());
     for unit in [unit, crossing] {
         if !unit.instructions.is_empty() {
             let fragment = translate(&unit, &mut reader, facts, 1000, 2000, &|_| announce);
@@ -50,6 +50,15 @@ fn facts(input: &mut Input<'_>) -> Facts {
         [usize::from(input.byte() % 5)];
     let pages = [0, 0xffff_ffff_8123_4000, 0x7fff_ffff_f000, !0xfff, 0x40_0000, 1 << 63];
     let known = variant != Variant::User || bits & 64 != 0;
+    let segments = input.byte();
+    let legacy = (segments & 3 == 0).then_some(Legacy {
+        bits16: segments & 4 != 0,
+        flat_code: segments & 8 != 0 && segments & 4 == 0,
+        flat_data: segments & 16 != 0,
+        wide_stack: segments & 32 != 0,
+    });
+    // The engine finds such code by its frame, at whatever address.
+    let known = known && legacy.is_none();
     Facts {
         page_rip: known.then(|| pages[usize::from(input.byte()) % pages.len()]),
         variant,
@@ -61,11 +70,14 @@ fn facts(input: &mut Input<'_>) -> Facts {
         rdtsc: bits & 16 != 0,
         bmi2: bits & 32 != 0,
         plain: bits & 128 != 0,
+        legacy,
     }
 }
 
 /// Code as compilers make it: many accesses off few bases. Random bytes seldom share a check.
-fn plausible(input: &mut Input<'_>, code: &mut [u8]) {
+fn plausible(input: &mut Input<'_>, code: &mut [u8], legacy: bool) {
+    // What 16- and 32-bit code has in place of REX: a segment prefix that changes nothing where data is flat.
+    let prefix = |rex: u8| if legacy { 0x3e } else { rex };
     let mut at = 0;
     let bases = input.byte();
     while at + 16 < code.len().min(600) {
@@ -82,24 +94,24 @@ fn plausible(input: &mut Input<'_>, code: &mut [u8]) {
         let disp = input.byte() & if a & 1 == 0 { 0x3f } else { 0xff };
         let sib = if a & 2 == 0 { 0x24 } else { input.byte() };
         match a % 16 {
-            0 => put(&[0x41, 0x50 | reg]),
+            0 => put(&[prefix(0x41), 0x50 | reg]),
             1 => put(&[0x50 | reg]),
             2 => put(&[0x58 | reg]),
-            3 => put(&[0x41, 0x58 | reg]),
-            4 => put(&[rex & 0x49, 0x83, 0xc0 | (b & 0x28) | rm, disp]),
-            5 => put(&[rex & 0x49, 0xff, 0xc0 | (b & 8) | rm]),
+            3 => put(&[prefix(0x41), 0x58 | reg]),
+            4 => put(&[prefix(rex & 0x49), 0x83, 0xc0 | (b & 0x28) | rm, disp]),
+            5 => put(&[prefix(rex & 0x49), 0xff, 0xc0 | (b & 8) | rm]),
             6 => put(&[0x70 | reg, disp & 0x1f]),
             7 => {
                 let op = [0x10, 0x11, 0x28, 0x29, 0x58, 0x59][usize::from(b) % 6];
-                put(&[rex, 0x0f, op, 0x40 | reg << 3 | if rm == 4 { 5 } else { rm }, disp]);
+                put(&[prefix(rex), 0x0f, op, 0x40 | reg << 3 | if rm == 4 { 5 } else { rm }, disp]);
             }
             8 => put(&[0x0f, 0x01, if b & 1 == 0 { 0xcb } else { 0xca }]),
-            9 => put(&[rex, 0x8b, reg << 3 | 5, disp, 0, 0, 0]),
+            9 => put(&[prefix(rex), 0x8b, reg << 3 | 5, disp, 0, 0, 0]),
             10 if b & 8 == 0 => put(&[0xe8, disp, 0, 0, 0]),
             _ => {
                 let op = operations[usize::from(input.byte()) % operations.len()];
                 let modrm = if a & 8 == 0 { 0x40 } else { 0 } | reg << 3 | rm;
-                put(&[rex, op, modrm]);
+                put(&[prefix(rex), op, modrm]);
                 if rm == 4 {
                     put(&[sib]);
                 }
@@ -159,7 +171,7 @@ fn check(unit: &Unit, f: &Fragment, facts: Facts) {
             );
         }
     }
-    verify::verify(unit, f, &parts);
+    verify::verify(unit, f, &parts, facts.legacy.is_some());
 }
 
 #[cfg(test)]
@@ -170,8 +182,8 @@ mod tests {
     fn check_with(from: &[u8], to: &[u8]) {
         let mut page = [0x90; 4096];
         page[..8].copy_from_slice(&[0x48, 0x8b, 0x03, 0x48, 0x89, 0x4b, 0x08, 0xc3]);
-        let facts = facts(&mut Input::new(&[0x20, 0, 0, 1]));
-        let mut reader = Reader::new(&page, true);
+        let facts = facts(&mut Input::new(&[0x20, 0, 0, 1, 1]));
+        let mut reader = Reader::new(&page, facts.decoding());
         let unit = reader.form(0, 3);
         let mut f = translate(&unit, &mut reader, facts, 0, 0, &|_| true);
         let at = f.code.windows(from.len()).position(|w| w == from).expect("the code is there");

@@ -8,7 +8,10 @@
 //! - Any other access is by a host address that was derived from the guest address by a TLB entry whose tag was compared on every way
 //!   there, for at least as many bytes in the page as the access (with its displacement) takes, and in the tag for writes if it writes.
 //!
-//! The last is proved by running the straight line abstractly. A register holds a linear form of symbols and a constant, or one of the
+//! - In 16- and 32-bit code, the upper halves of RAX to RDI and of the guest's RSP are clear wherever control leaves the straight line (INV-LEG-1). There,
+//!   forms hold modulo 4 GiB, and an address is looked up only if it was cut to 32 bits.
+//!
+//! The last but one is proved by running the straight line abstractly. A register holds a linear form of symbols and a constant, or one of the
 //! steps from a guest address to a host address. At a label, what the ways there disagree on is forgotten; engine calls forget R14 and R15. The
 //! interpreter does what the instruction itself would do to registers, so forms of the guest's registers stand (that is what
 //! the differential tests are for). Of repeated string instructions only the start is proved, the count is `bt::lower::string`'s arithmetic.
@@ -71,6 +74,8 @@ struct Checked {
 enum Value {
     Unknown,
     Linear(Form),
+    /// In 16- and 32-bit code: 64 bits, the lower of which are a form.
+    Wide(Form),
     /// An address, rotated for the TLB's index; then masked.
     Rotated(Form),
     Index(Form),
@@ -98,6 +103,8 @@ struct State {
 }
 
 struct Verifier<'a> {
+    /// 16- or 32-bit code.
+    legacy: bool,
     unit: &'a Unit,
     fragment: &'a Fragment,
     parts: &'a [Part],
@@ -109,8 +116,9 @@ struct Verifier<'a> {
 }
 
 /// Checks INV-BT-3.
-pub fn verify(unit: &Unit, fragment: &Fragment, parts: &[Part]) {
+pub fn verify(unit: &Unit, fragment: &Fragment, parts: &[Part], legacy: bool) {
     let mut v = Verifier {
+        legacy,
         unit,
         fragment,
         parts,
@@ -140,8 +148,10 @@ fn is_jump(i: &Instruction) -> bool {
 
 /// A call that does not come back.
 fn is_way_out(i: &Instruction) -> bool {
-    let lookups = frame::LOOKUP..frame::LOOKUP + 8 * frame::VARIANTS;
-    i.is_call_near_indirect() && frame_field(i).is_some_and(|f| f == frame::TAKE_EXIT || lookups.contains(&f))
+    let lookups = [frame::LOOKUP, frame::LOOKUP_LEGACY].map(|at| at..at + 8 * frame::VARIANTS);
+    i.is_call_near_indirect()
+        && frame_field(i)
+            .is_some_and(|f| f == frame::TAKE_EXIT || lookups.iter().any(|l| l.contains(&f)))
 }
 
 /// Fields that hold addresses of code.
@@ -151,6 +161,7 @@ fn is_engine_code(field: i32) -> bool {
         frame::REFILL..frame::REFILL + 16 * rights,
         frame::REFILL_GROUP..frame::REFILL_GROUP + 16 * rights,
         frame::LOOKUP..frame::LOOKUP + 8 * rights,
+        frame::LOOKUP_LEGACY..frame::LOOKUP_LEGACY + 8 * rights,
     ];
     matches!(field, frame::LEAVE | frame::CALLOUT | frame::FP_LOAD | frame::TAKE_EXIT)
         || tables.iter().chain([&frame::HELPERS]).any(|t| t.contains(&field)) && field % 8 == 0
@@ -160,7 +171,7 @@ fn is_engine_code(field: i32) -> bool {
 /// The host addresses of a jump cache.
 fn is_jump_host(field: i32) -> bool {
     let at = field - frame::JUMPS;
-    (0..frame::VARIANTS * frame::JUMP_STRIDE).contains(&at)
+    (0..frame::JUMP_CLASSES * frame::JUMP_STRIDE).contains(&at)
         && at % frame::JUMP_STRIDE >= frame::JUMP_HOSTS
         && at % 8 == 0
 }
@@ -179,6 +190,9 @@ fn constant_change(i: &Instruction, r: Register) -> Option<i64> {
         }
         Code::Inc_rm64 if own => Some(1),
         Code::Dec_rm64 if own => Some(-1),
+        // Of 32-bit code.
+        Code::Inc_rm32 if i.op0_register().full_register() == r => Some(1),
+        Code::Dec_rm32 if i.op0_register().full_register() == r => Some(-1),
         _ => None,
     }
 }
@@ -236,6 +250,9 @@ impl Verifier<'_> {
         let mut reachable = true;
         for (n, i) in instructions.iter().enumerate() {
             self.kind(i, &starts);
+            if self.legacy && reachable && i.ip() < straight {
+                self.check_halves(i, straight);
+            }
             if i.ip() >= straight {
                 self.out_of_line(i);
                 continue;
@@ -404,6 +421,9 @@ impl Verifier<'_> {
             if a != b {
                 self.state.registers[r] = match (a, b) {
                     (Value::Linear(_), Value::Linear(_)) => self.fresh(),
+                    _ if self.legacy && r != R14 && r != R15 => {
+                        panic!("INV-LEG-1: register {r} is {a:?} on one way and {b:?} on another")
+                    }
                     _ => Value::Unknown,
                 };
             }
@@ -458,6 +478,15 @@ impl Verifier<'_> {
             }
             Code::Mov_r32_imm32 => Some(Value::Linear(Form::constant(i64::from(i.immediate32())))),
             Code::Lea_r64_m => Some(self.lea(i)),
+            _ if self.legacy && self.cut(i).is_some() => self.cut(i),
+            Code::Xchg_rm64_r64 if registers => {
+                let (a, b) = (i.op0_register(), i.op1_register());
+                let (x, y) = (self.get(a), self.get(b));
+                self.state.registers[a.full_register().number() & 15] = y;
+                self.state.registers[b.full_register().number() & 15] = x;
+                return;
+            }
+            Code::Shr_rm64_imm8 if self.legacy && registers && i.immediate8() >= 32 => Some(self.fresh()),
             Code::VEX_Rorx_r64_rm64_imm8 if i.op1_kind() == OpKind::Register => {
                 match self.get(i.op1_register()) {
                     Value::Linear(f) if i.immediate8() == 7 => Some(Value::Rotated(f)),
@@ -469,7 +498,7 @@ impl Verifier<'_> {
                 _ => None,
             },
             Code::And_rm32_imm32 if registers => match (self.get(to), i.immediate32()) {
-                (Value::Rotated(f), mask) if mask == (frame::TLB_ENTRIES - 1) << 5 => Some(Value::Index(f)),
+                (Value::Rotated(f), TLB_MASK) => Some(Value::Index(f)),
                 (_, mask) if mask == frame::JUMP_ENTRIES - 1 => Some(Value::Target),
                 _ => None,
             },
@@ -485,7 +514,11 @@ impl Verifier<'_> {
         };
         self.store(i);
         for r in self.written(i) {
-            self.forget(r);
+            if self.legacy && self.is_widened(i, r) {
+                self.state.registers[r] = Value::Unknown;
+            } else {
+                self.forget(r);
+            }
         }
         if let (Some(value), true) = (result, registers) {
             let r = to.full_register().number() & 15;
@@ -537,6 +570,65 @@ impl Verifier<'_> {
             }
         }
         self.state.slots.retain(|slot, _| !(frame::TEMP..frame::TEMP + 32).contains(slot));
+    }
+
+    /// In 16- and 32-bit code: what an instruction that writes 32 bits of a register makes of it, if that is a form.
+    fn cut(&self, i: &Instruction) -> Option<Value> {
+        let registers = i.op0_kind() == OpKind::Register;
+        let low = |v| match v {
+            Value::Linear(f) | Value::Wide(f) => Some(f),
+            _ => None,
+        };
+        let own = |n: i64| low(self.get(i.op0_register())).map(|f| f.plus(n));
+        let form = match i.code() {
+            Code::Mov_r32_rm32 if i.op1_kind() == OpKind::Register => low(self.get(i.op1_register())),
+            Code::Mov_rm32_r32 if registers => low(self.get(i.op1_register())),
+            Code::Lea_r32_m => self.form_of(i),
+            Code::Add_rm32_imm8 | Code::Add_rm32_imm32 if registers => own(i.immediate(1).cast_signed()),
+            Code::Sub_rm32_imm8 | Code::Sub_rm32_imm32 if registers => {
+                own(i.immediate(1).cast_signed().wrapping_neg())
+            }
+            Code::Inc_rm32 if registers => own(1),
+            Code::Dec_rm32 if registers => own(-1),
+            _ => None,
+        };
+        form.map(Value::Linear)
+    }
+
+    /// Whether an instruction may leave something in the upper half of a register that it writes.
+    fn is_widened(&self, i: &Instruction, r: usize) -> bool {
+        let operands = (0..i.op_count()).filter(|n| i.op_kind(*n) == OpKind::Register);
+        let sizes: Vec<usize> = operands
+            .map(|n| i.op_register(n))
+            .filter(|x| x.is_gpr() && x.full_register().number() == r)
+            .map(Register::size)
+            .collect();
+        match sizes.iter().max() {
+            Some(8) => true,
+            Some(4) => false,
+            // Less than 32 bits keep the upper half.
+            Some(_) => !matches!(self.state.registers[r], Value::Linear(_)),
+            None => {
+                let wide = (0..i.op_count())
+                    .any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_gpr64());
+                wide || i.is_string_instruction() || matches!(i.mnemonic(), M::Cqo | M::Cdqe)
+            }
+        }
+    }
+
+    /// INV-LEG-1, where control leaves the straight line.
+    fn check_halves(&self, i: &Instruction, straight: u64) {
+        let leaves = i.is_call_near_indirect()
+            || i.flow_control() == FlowControl::IndirectBranch
+            || is_jump(i) && i.near_branch_target() >= straight;
+        if !leaves {
+            return;
+        }
+        for r in [0, 1, 2, 3, 5, 6, 7, R13] {
+            if !matches!(self.state.registers[r], Value::Linear(_)) {
+                self.fail(i, &format!("the upper half of register {r} is {:?}", self.state.registers[r]));
+            }
+        }
     }
 
     fn plus(&self, r: Register, n: i64) -> Option<Value> {
@@ -630,6 +722,13 @@ impl Verifier<'_> {
                 let scaled = i.memory_index_scale() == 1 && disp >= 0;
                 scaled.then_some((a.room - disp, a.write))
             }
+            (Value::Linear(f), Some(Value::Delta(c))) if self.legacy => {
+                // Modulo 4 GiB; the group's page does not wrap.
+                #[expect(clippy::cast_possible_truncation, reason = "modulo 4 GiB")]
+                let above = i64::from(f.above(&c.from)? as i32);
+                let fits = i.memory_index_scale() == 1 && above >= 0 && disp >= 0 && above + disp <= c.room;
+                fits.then_some((c.room - above - disp, c.write))
+            }
             (Value::Linear(f), Some(Value::Delta(c))) if i.memory_index_scale() == 1 => {
                 let above = f.plus(disp).above(&c.from)?;
                 (0..=c.room).contains(&above).then_some((c.room - above, c.write))
@@ -641,6 +740,9 @@ impl Verifier<'_> {
     fn lea(&mut self, i: &Instruction) -> Value {
         if let Some((room, write)) = self.host(i) {
             return Value::Host { room, write };
+        }
+        if self.legacy {
+            return self.form_of(i).map_or(Value::Unknown, Value::Wide);
         }
         self.form_of(i).map_or_else(|| self.fresh(), Value::Linear)
     }
@@ -683,7 +785,7 @@ impl Verifier<'_> {
         let last = match (i.memory_base(), i.memory_index()) {
             (Register::None, Register::None) => 0,
             (Register::R15, Register::None) => match self.state.registers[R15] {
-                Value::Index(_) => 32 * i64::from(frame::TLB_ENTRIES - 1),
+                Value::Index(_) => i64::from(TLB_MASK),
                 _ => self.fail(i, "the TLB by an index that is not masked"),
             },
             (Register::None, Register::R15) => match self.state.registers[R15] {
@@ -732,3 +834,6 @@ impl Verifier<'_> {
         }
     }
 }
+
+/// What bounds an index of the TLB.
+const TLB_MASK: u32 = (frame::TLB_ENTRIES - 1) << 5;

@@ -3,11 +3,11 @@
 //! INV-BT-2: every cycle of fragments polls. A jump that goes back, or anywhere by register or memory, leaves the cache if the alarm is set; who
 //! only goes forward comes to an end.
 
-use iced_x86::{Code, FlowControl, Instruction, OpKind};
+use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind};
 
 use x86::decode::condition;
 
-use super::stack::Value;
+use super::stack::{self, Value};
 use super::{Exit, Lowering, SiteKind};
 use crate::emit::{Asm, Fixup, Op, S0, S1, SP, cc};
 use crate::frame;
@@ -32,7 +32,7 @@ pub(super) struct PendingExit {
 }
 
 /// Whether a whole instruction lies at an offset of this page, so that a jump there may be linked.
-const fn in_page(offset: u64) -> bool {
+pub(super) const fn in_page(offset: u64) -> bool {
     offset < 4096 && !unit::may_cross(offset)
 }
 
@@ -47,19 +47,20 @@ impl Lowering<'_, '_> {
         }
         match i.flow_control() {
             FlowControl::UnconditionalBranch if i.is_jmp_short_or_near() => {
+                let live_after = if self.is_bounded() { STATUS } else { live_after };
                 self.leave_to(i.near_branch_target(), live_after);
             }
             FlowControl::Call if i.is_call_near() => self.call(i),
             FlowControl::IndirectBranch if i.is_jmp_near_indirect() => return self.jump_indirect(i),
             FlowControl::IndirectCall if i.is_call_near_indirect() => return self.call_indirect(i),
-            FlowControl::Return if matches!(i.code(), Code::Retnq | Code::Retnq_imm16) => self.ret(i),
+            FlowControl::Return if i.mnemonic() == Mnemonic::Ret => self.ret(i),
             _ => return self.system_transfer(i),
         }
         true
     }
 
     /// Whether a jump from the current instruction may close a loop. Offsets beyond the page's ends are signed.
-    const fn is_backward(&self, offset: u64) -> bool {
+    pub(super) const fn is_backward(&self, offset: u64) -> bool {
         offset as i64 <= self.current as i64
     }
 
@@ -90,6 +91,9 @@ impl Lowering<'_, '_> {
         self.spill(live);
         let backward = self.is_backward(offset);
         if !in_page(offset) && !self.links_pages(offset) {
+            if self.is_bounded() {
+                return self.leave_bounded(offset);
+            }
             self.rip_to(S0, offset);
             // Whoever goes forward only cannot come back without a jump that polls.
             return self.leave_indirect(None, backward || self.facts.page_rip.is_some());
@@ -115,6 +119,8 @@ impl Lowering<'_, '_> {
         let target = i.near_branch_target();
         let live = self.targets.live(target);
         let code = condition(i);
+        // Out of a segment that ends somewhere, the instruction may have to be executed once more, with all flags.
+        let live = if self.is_bounded() && !in_page(target) { STATUS } else { live };
         if live == 0 && in_page(target) && !self.is_backward(target) {
             let jump = self.asm.jcc(code);
             self.delta_in_s1 = self.held;
@@ -139,8 +145,12 @@ impl Lowering<'_, '_> {
 
     fn call(&mut self, i: &Instruction) {
         self.spill(STATUS);
+        let target = i.near_branch_target();
+        if self.is_bounded() && !in_page(target) {
+            return self.call_bounded(i);
+        }
         self.push_value(i, Value::Rip(i.next_ip()), 0);
-        self.leave_to(i.near_branch_target(), 0);
+        self.leave_to(target, 0);
     }
 
     /// DEVIATION: if the target is not canonical, the return address was pushed (RSP is put back) before the exception, as AMD's processors
@@ -157,7 +167,7 @@ impl Lowering<'_, '_> {
         self.asm.store(frame::TEMP, S0);
         self.push_value(i, Value::Rip(i.next_ip()), 0);
         self.asm.load(S0, frame::TEMP);
-        self.leave_indirect(Some(-8), true);
+        self.leave_indirect(self.facts.legacy.is_none().then_some(-8), true);
         true
     }
 
@@ -169,12 +179,15 @@ impl Lowering<'_, '_> {
             self.back_to(mark);
             return false;
         }
-        self.leave_indirect(Some(0), true);
+        self.leave_indirect(self.facts.legacy.is_none().then_some(0), true);
         true
     }
 
     /// An indirect target into [`S0`].
     fn target_to_s0(&mut self, i: &Instruction) -> bool {
+        if self.facts.legacy.is_some() {
+            return self.legacy_target_to_s0(i);
+        }
         if i.op0_kind() == OpKind::Register {
             self.register_to(S0, i.op0_register());
             return i.op0_register().size() == 8;
@@ -188,14 +201,18 @@ impl Lowering<'_, '_> {
 
     fn ret(&mut self, i: &Instruction) {
         self.spill(STATUS);
+        if self.facts.legacy.is_some() {
+            return self.legacy_ret(i);
+        }
+        if stack::item(i) != 8 {
+            return self.interpret_transfer();
+        }
         let more = if i.code() == Code::Retnq_imm16 { i32::from(i.immediate16()) } else { 0 };
         if more > i32::from(i8::MAX) - 8 {
-            self.callout();
-            self.asm.jmp_gs(frame::LEAVE);
-            return;
+            return self.interpret_transfer();
         }
         let top = self.stack_top(i, 0);
-        self.asm.load_from(S0, top.place());
+        self.asm.load_from(8, S0, top.place());
         self.asm.lea(SP, SP, None, 8 + more);
         self.leave_indirect(Some(8 + more as i8), true);
     }
@@ -204,7 +221,8 @@ impl Lowering<'_, '_> {
     /// that faults itself when the address is not canonical.
     pub(super) fn leave_indirect(&mut self, popped: Option<i8>, polls: bool) {
         let poll = polls.then(|| self.poll());
-        let rips = frame::JUMPS + self.variant as i32 * frame::JUMP_STRIDE;
+        let class = frame::jump_class(self.variant, self.facts.legacy.is_some());
+        let rips = frame::JUMPS + class * frame::JUMP_STRIDE;
         self.asm.rotate_to(S1, S0, 10);
         self.asm.op32(Op::Xor, S1, S0);
         self.asm.and32(S1, frame::JUMP_ENTRIES - 1);
@@ -221,7 +239,8 @@ impl Lowering<'_, '_> {
     /// Looks the address in [`S0`] up in the second-level table, or leaves.
     fn lookup(&mut self, popped: Option<i8>) {
         let site = popped.map_or(u32::MAX, |popped| self.site(SiteKind::Branch { popped }));
-        self.asm.call_gs(frame::LOOKUP + 8 * self.variant as i32);
+        let lookups = if self.facts.legacy.is_some() { frame::LOOKUP_LEGACY } else { frame::LOOKUP };
+        self.asm.call_gs(lookups + 8 * self.variant as i32);
         self.asm.bytes(&site.to_le_bytes());
     }
 
@@ -262,6 +281,12 @@ impl Lowering<'_, '_> {
                 self.take_exit(None, p.target, p.variant, p.plain);
             }
         }
+    }
+
+    /// The interpreter does the current instruction, and the fragment is left.
+    pub(super) fn interpret_transfer(&mut self) {
+        self.callout();
+        self.asm.jmp_gs(frame::LEAVE);
     }
 
     /// Leaves by an exit.

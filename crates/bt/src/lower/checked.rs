@@ -65,7 +65,7 @@ impl Lowering<'_, '_> {
             let copied = !bytes.clone().all(is_fixed);
             let place = (chunk - base) as i32;
             if copied {
-                self.asm.load_from(S1, (S0, None, place));
+                self.asm.load_from(8, S1, (S0, None, place));
                 self.asm.store(frame::CODE_COPY + place, S1);
             }
             let mut at = bytes.start;

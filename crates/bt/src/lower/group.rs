@@ -15,7 +15,7 @@ use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Regi
 
 use super::memory::Operand;
 use super::registers::{frame_slot, host_number, in_frame, is_write};
-use super::{Facts, Lowering, ident, vector};
+use super::{Facts, Lowering, ident, segment, vector};
 use crate::emit::{S0, S1, SP};
 use crate::frame;
 use crate::unit::Unit;
@@ -76,21 +76,26 @@ fn number(r: Register) -> usize {
 
 /// The access of an instruction, if it can share a check.
 fn access(i: &Instruction, facts: Facts, write: bool) -> Option<Access> {
-    let stack = |disp, write| Access {
+    let stack = |disp, size, write| Access {
         base: Register::RSP,
         index: Register::None,
         scale: 1,
         disp,
-        size: 8,
+        size,
         write,
         aligned: false,
     };
+    if facts.legacy.is_some_and(|l| !l.flat_data || !l.wide_stack) {
+        return None;
+    }
+    if let Some(size) = pushed(i) {
+        return Some(stack(-size, size, true));
+    }
     match i.code() {
-        Code::Push_r64 | Code::Pushq_imm32 | Code::Pushq_imm8 | Code::Call_rel32_64 => {
-            return Some(stack(-8, true));
-        }
-        Code::Pop_r64 if i.op0_register() != Register::RSP => return Some(stack(0, false)),
-        Code::Retnq => return Some(stack(0, false)),
+        Code::Pop_r64 if i.op0_register() != Register::RSP => return Some(stack(0, 8, false)),
+        Code::Pop_r32 if i.op0_register() != Register::ESP => return Some(stack(0, 4, false)),
+        Code::Retnq => return Some(stack(0, 8, false)),
+        Code::Retnd => return Some(stack(0, 4, false)),
         _ => {}
     }
     let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
@@ -107,15 +112,63 @@ fn access(i: &Instruction, facts: Facts, write: bool) -> Option<Access> {
     };
     let size = i.memory_size();
     let size = if size.is_broadcast() { size.element_size() } else { size.size() };
-    let (base, index) = (i.memory_base(), i.memory_index());
-    let wide = |r: Register| r == Register::None || r.is_gpr64();
-    let based = base == Register::RIP || base.is_gpr64() && wide(index);
+    let (base, index) = (i.memory_base().full_register(), i.memory_index().full_register());
+    let based = match facts.legacy {
+        None => {
+            let wide = |r: Register| r == Register::None || r.is_gpr64();
+            i.memory_base() == Register::RIP || i.memory_base().is_gpr64() && wide(i.memory_index())
+        }
+        Some(_) => segment::address_bits(i) == 32 && i.memory_segment() != Register::CS,
+    };
     if !based || !(1..=64).contains(&size) || aligned && size != 16 {
         return None;
     }
-    let disp = i32::try_from(i.memory_displacement64() as i64).ok()?;
+    let disp = displacement(i, facts.legacy.is_some())?;
     let scale = i.memory_index_scale();
     Some(Access { base, index, scale, disp, size: size as i32, write, aligned })
+}
+
+fn displacement(i: &Instruction, legacy: bool) -> Option<i32> {
+    if legacy {
+        return Some(segment::displacement(i));
+    }
+    i32::try_from(i.memory_displacement64() as i64).ok()
+}
+
+/// Bytes that an instruction pushes of which a group may take care.
+const fn pushed(i: &Instruction) -> Option<i32> {
+    match i.code() {
+        Code::Push_r64 | Code::Pushq_imm32 | Code::Pushq_imm8 | Code::Call_rel32_64 => Some(8),
+        Code::Push_r32 | Code::Pushd_imm32 | Code::Pushd_imm8 | Code::Call_rel32_32 => Some(4),
+        _ => None,
+    }
+}
+
+/// Bytes that an instruction of a group pushes or pops.
+const fn stack_bytes(i: &Instruction) -> usize {
+    match (pushed(i), i.code()) {
+        (Some(4), _) | (None, Code::Pop_r32 | Code::Retnd) => 4,
+        _ => 8,
+    }
+}
+
+/// What an instruction of 32-bit code adds to a register, modulo 4 GiB.
+fn constant_change_legacy(i: &Instruction, r: Register) -> Option<i32> {
+    let own = i.op0_register().full_register() == r;
+    match i.code() {
+        Code::Push_r32 | Code::Pushd_imm32 | Code::Pushd_imm8 if r == Register::RSP => Some(-4),
+        Code::Pop_r32 if r == Register::RSP && i.op0_register() != Register::ESP => Some(4),
+        Code::Add_rm32_imm8 | Code::Add_rm32_imm32 if own => Some(i.immediate(1) as i32),
+        Code::Sub_rm32_imm8 | Code::Sub_rm32_imm32 if own => (i.immediate(1) as i32).checked_neg(),
+        Code::Inc_rm32 if own => Some(1),
+        Code::Dec_rm32 if own => Some(-1),
+        Code::Lea_r32_m
+            if own && i.memory_base().full_register() == r && i.memory_index() == Register::None =>
+        {
+            (segment::address_bits(i) == 32).then(|| segment::displacement(i))
+        }
+        _ => None,
+    }
 }
 
 /// What an instruction adds to a register that it changes by a constant.
@@ -158,8 +211,13 @@ impl Plan {
                 let r = u.register();
                 if is_write(u.access()) && r.is_gpr() {
                     let v = &mut values[number(r)];
-                    match constant_change(i, r.full_register()).and_then(|c| v.offset.checked_add(c)) {
-                        Some(offset) if r.size() == 8 => v.offset = offset,
+                    let full = r.full_register();
+                    let (change, size) = match facts.legacy {
+                        None => (constant_change(i, full), 8),
+                        Some(_) => (constant_change_legacy(i, full), 4),
+                    };
+                    match change.and_then(|c| v.offset.checked_add(c)) {
+                        Some(offset) if r.size() == size => v.offset = offset,
                         _ => *v = Value { version: v.version + 1, offset: 0 },
                     }
                 }
@@ -239,19 +297,21 @@ impl Lowering<'_, '_> {
     /// are spilled where the check is; otherwise they stay.
     pub(super) fn grouped(&mut self, i: &Instruction, live_before: u32) -> Option<Operand> {
         let (group, above) = self.plan.members.get(self.number).copied().flatten()?;
-        let stack = i.memory_base() == Register::None;
-        let disp = match i.code() {
-            Code::Push_r64 | Code::Pushq_imm32 | Code::Pushq_imm8 | Code::Call_rel32_64 => -8,
-            _ if stack => 0,
-            _ => i32::try_from(i.memory_displacement64() as i64).ok()?,
+        let stack = !(0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        let disp = match pushed(i) {
+            Some(size) => -size,
+            None if stack => 0,
+            None => displacement(i, self.facts.legacy.is_some())?,
         };
         let mut held = self.held == Some(group);
         let first = self.misses.len();
         if self.plan.open >> group & 1 == 0 {
-            let size = if stack { 8 } else { i.memory_size().size() };
-            let own =
-                super::Own { above: above as u16, size: size as u8, write: self.plan.writes(self.number) };
-            self.open_group(i, group, disp.checked_sub(above)?, live_before, own)?;
+            let own = super::Own {
+                above: above as u16,
+                size: if stack { stack_bytes(i) } else { i.memory_size().size() } as u8,
+                write: self.plan.writes(self.number),
+            };
+            self.open_group(i, group, disp.checked_sub(above)?, stack, live_before, own)?;
             held = true;
         }
         let operand = self.member(i, group, disp, held, stack, first)?;
@@ -265,6 +325,7 @@ impl Lowering<'_, '_> {
         i: &Instruction,
         group: usize,
         low: i32,
+        stack: bool,
         live_before: u32,
         own: super::Own,
     ) -> Option<()> {
@@ -272,8 +333,8 @@ impl Lowering<'_, '_> {
         let (len, write, aligned) = ((g.high - g.low) as usize, g.write, g.aligned.is_some());
         self.spill(live_before);
         let retry = self.asm.here();
-        if i.memory_base() == Register::None {
-            self.asm.lea(S0, SP, None, low);
+        if stack {
+            self.stack_address(low, len, write);
         } else if !self.effective(i, low) {
             return None;
         }
@@ -298,6 +359,9 @@ impl Lowering<'_, '_> {
     ) -> Option<Operand> {
         let slot = frame::DELTAS + 8 * group as i32;
         let (base, index) = (i.memory_base(), i.memory_index());
+        if self.facts.legacy.is_some() {
+            return self.member_legacy(i, group, disp, held, stack, first);
+        }
         if stack {
             if !held {
                 self.asm.load(S1, slot);
@@ -321,5 +385,33 @@ impl Lowering<'_, '_> {
             return Some(Operand { base: S0, index: Some(S1), disp, first });
         }
         Some(Operand { base: host_number(base), index: Some(S1), disp, first })
+    }
+
+    /// As [`Lowering::member`], in 32-bit code: the offset from the group's first byte holds modulo 4 GiB only, so the address is computed and cut.
+    fn member_legacy(
+        &mut self,
+        i: &Instruction,
+        group: usize,
+        disp: i32,
+        held: bool,
+        stack: bool,
+        first: usize,
+    ) -> Option<Operand> {
+        let slot = frame::DELTAS + 8 * group as i32;
+        if !held {
+            self.asm.load(S1, slot);
+        }
+        let (base, index) = (i.memory_base(), i.memory_index());
+        if disp == 0 && (stack || base != Register::None && index == Register::None) {
+            // A 32-bit register is its 64-bit register (INV-LEG-1).
+            let base = if stack { SP } else { host_number(base) };
+            return Some(Operand { base, index: Some(S1), disp: 0, first });
+        }
+        if stack {
+            self.stack_address(disp, 0, false);
+        } else if !self.effective_legacy(i, disp) {
+            return None;
+        }
+        Some(Operand { base: S0, index: Some(S1), disp: 0, first })
     }
 }

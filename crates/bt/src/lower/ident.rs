@@ -5,6 +5,7 @@ use iced_x86::{ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, Regist
 use super::Lowering;
 use super::memory::Operand;
 use super::registers::{Borrowed, frame_slot, host_number, in_frame, rename};
+use super::segment::{address_bits, displacement, names_high_byte};
 use crate::emit::{Op, S0, S1};
 use crate::frame;
 use crate::unit::{self, STATUS};
@@ -99,7 +100,7 @@ pub(super) fn is_ident(i: &Instruction) -> bool {
 }
 
 /// Puts a host operand in place of the instruction's memory operand.
-fn set_memory(i: &mut Instruction, at: Operand) {
+pub(super) fn set_memory(i: &mut Instruction, at: Operand) {
     let register = |n: u8| Register::RAX + u32::from(n);
     i.set_memory_base(register(at.base));
     i.set_memory_index(at.index.map_or(Register::None, register));
@@ -173,7 +174,10 @@ impl Lowering<'_, '_> {
     }
 
     fn lea(&mut self, i: &Instruction) -> bool {
-        if i.op0_register().size() == 2 || !self.address(i) {
+        if self.facts.legacy.is_some() {
+            return self.lea_legacy(i);
+        }
+        if i.op0_register().size() == 2 || !self.address(i, 0, false) {
             return false;
         }
         let to = i.op0_register();
@@ -224,11 +228,13 @@ impl Lowering<'_, '_> {
         aligned: bool,
     ) -> Option<Operand> {
         self.spill(live_before);
+        let first = self.misses.len();
         let retry = self.asm.here();
-        if !self.address(i) {
+        if !self.address(i, size, write) {
             return None;
         }
-        Some(Operand::checked(self.check_aligned(size, write, retry, aligned)))
+        self.check_aligned(size, write, retry, aligned);
+        Some(Operand::checked(first))
     }
 
     /// The instruction itself, on a host operand. `needs`: with the guest's flags.
@@ -240,6 +246,9 @@ impl Lowering<'_, '_> {
         operand: Operand,
     ) -> bool {
         let free = if operand.uses(S0) { [S1] } else { [S0] };
+        if self.facts.legacy.is_some() && names_high_byte(i) {
+            return self.with_high_byte(i, needs, touches, operand);
+        }
         let Some((mut renamed, used)) = rename(i, &free, &mut self.info) else { return false };
         let mut at = operand;
         if operand.uses(S0) && !used.is_empty() {
@@ -268,18 +277,24 @@ impl Lowering<'_, '_> {
     fn bit_string(&mut self, i: &Instruction, live_before: u32, needs: bool) -> bool {
         let size = i.memory_size().size();
         let offset = i.op1_register();
-        if !matches!(size, 4 | 8) {
+        let legacy = self.facts.legacy.is_some();
+        if !matches!(size, 4 | 8) || legacy && (address_bits(i) != 32 || !self.is_flat(i.memory_segment())) {
             return false;
         }
         self.spill(live_before);
         let retry = self.asm.here();
-        if !self.address(i) {
+        let mapped =
+            if legacy { self.effective_legacy(i, displacement(i)) } else { self.address(i, size, true) };
+        if !mapped {
             return false;
         }
         self.bit_offset(offset, size);
         // Bytes: (offset >> log2(bits)) * size.
         self.asm.sar(S1, if size == 8 { 6 } else { 5 });
         self.asm.lea(S0, S0, Some((S1, size.trailing_zeros() as u8)), 0);
+        if legacy {
+            self.asm.zero_extend(S0);
+        }
         let write = i.mnemonic() != Mnemonic::Bt;
         let first = self.check(size, write, retry);
         self.asm.lea(S0, S0, Some((S1, 0)), 0);

@@ -65,8 +65,11 @@ impl Operand {
 }
 
 impl Lowering<'_, '_> {
-    /// The linear address of the memory operand into [`S0`]. May use [`S1`]; flags stay.
-    pub(super) fn address(&mut self, i: &Instruction) -> bool {
+    /// The linear address of the memory operand into [`S0`], for an access of `size` bytes. May use [`S1`]; flags stay, but of 16- and 32-bit code.
+    pub(super) fn address(&mut self, i: &Instruction, size: usize, write: bool) -> bool {
+        if self.facts.legacy.is_some() {
+            return self.segmented_address(i, size, write);
+        }
         let Ok(disp) = i32::try_from(i.memory_displacement64() as i64) else {
             return i.memory_base() == Register::RIP && self.rip_operand(i);
         };
@@ -100,6 +103,9 @@ impl Lowering<'_, '_> {
 
     /// Base + index * scale + `disp` (for RIP: the target) into [`S0`].
     pub(super) fn effective(&mut self, i: &Instruction, disp: i32) -> bool {
+        if self.facts.legacy.is_some() {
+            return self.effective_legacy(i, disp);
+        }
         let (base, index) = (i.memory_base(), i.memory_index());
         let scale = i.memory_index_scale().trailing_zeros() as u8;
         if base == Register::RIP {

@@ -15,8 +15,10 @@ mod checked;
 mod divide;
 mod group;
 mod ident;
+mod legacy;
 mod memory;
 mod registers;
+mod segment;
 mod stack;
 mod string;
 mod system;
@@ -26,9 +28,11 @@ use iced_x86::{Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic}
 
 use crate::emit::{Asm, S0};
 use crate::frame;
+use crate::normal::Decoding;
 use crate::unit::{self, Reader, STATUS, Unit};
 
 use branch::PendingExit;
+pub use legacy::Legacy;
 use memory::Miss;
 
 /// Rights with which code accesses memory: which of the TLBs, and of the jump caches, it asks.
@@ -81,6 +85,21 @@ pub struct Facts {
     pub bmi2: bool,
     /// Every access checks for itself ([`group`]).
     pub plain: bool,
+    /// 16- or 32-bit code, and what is known of its segments; None: 64-bit code.
+    pub legacy: Option<Legacy>,
+}
+
+impl Facts {
+    /// How the bytes are to be decoded.
+    #[must_use]
+    pub const fn decoding(&self) -> Decoding {
+        let bits = match self.legacy {
+            None => 64,
+            Some(Legacy { bits16: false, .. }) => 32,
+            Some(Legacy { bits16: true, .. }) => 16,
+        };
+        Decoding { bits, amd: self.amd }
+    }
 }
 
 /// An access of one instruction within the range that a group checks.
@@ -229,6 +248,8 @@ struct Lowering<'a, 'p> {
     poll_in: u8,
     /// The instruction is the unit's last.
     last: bool,
+    /// Control falls through the unit's end.
+    falls: bool,
     code: Code,
     /// See [`Site::faults_first`].
     faults_first: bool,
@@ -298,6 +319,7 @@ fn translate_as(
         plain_exits: Vec::new(),
         poll_in: 0,
         last: false,
+        falls: false,
         code: Code::INVALID,
         faults_first: false,
         current: 0,
@@ -322,6 +344,7 @@ fn translate_as(
     let leave = l.asm.here();
     if open {
         l.poll_after_shadow(unit.end as u64, live.last().copied().unwrap_or(STATUS));
+        l.falls = true;
         l.leave_to(unit.end as u64, live.last().copied().unwrap_or(STATUS));
     }
     let straight = l.asm.here();
@@ -410,11 +433,16 @@ impl Targets<'_, '_> {
 impl Lowering<'_, '_> {
     /// The RIP of an offset in the page (it may lie outside) into a register; flags stay.
     fn rip_to(&mut self, register: u8, offset: u64) {
+        let legacy = self.facts.legacy.is_some();
         if let Some(page_rip) = self.facts.page_rip {
-            self.asm.mov_imm(register, page_rip.wrapping_add(offset));
+            let rip = page_rip.wrapping_add(offset);
+            self.asm.mov_imm(register, if legacy { rip & 0xffff_ffff } else { rip });
             return;
         }
         self.asm.load(register, frame::PAGE_RIP);
+        if legacy {
+            return self.asm.lea32(register, register, None, offset as i32);
+        }
         // Offsets of direct jumps fit: 32 bits of displacement and an offset in the page. Others end in a wrong RIP's low
         // bits only if they do not, and then the jump itself was lowered as a callout (see `reachable`).
         self.asm.lea(register, register, None, offset as i32);
@@ -457,8 +485,7 @@ impl Lowering<'_, '_> {
                 return true;
             }
             if !self.terminator(i, live_after) {
-                self.callout();
-                self.asm.jmp_gs(frame::LEAVE);
+                self.interpret_transfer();
             }
             return false;
         }
@@ -573,6 +600,7 @@ fn is_nop(i: &Instruction) -> bool {
         i.mnemonic(),
         M::Nop
             | M::Endbr64
+            | M::Endbr32
             | M::Prefetcht0
             | M::Prefetcht1
             | M::Prefetcht2

@@ -5,7 +5,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-use super::Lowering;
+use super::{Facts, Lowering};
 use crate::emit::{Op, RAX, RCX, RDI, RSI, S0, S1, cc};
 use crate::frame;
 
@@ -45,17 +45,25 @@ impl Form {
     }
 }
 
-/// Element size, if the operands are the usual ones: 64-bit addresses, no segment with a base.
-fn element(i: &Instruction) -> Option<usize> {
-    let plain = (0..i.op_count())
-        .all(|n| matches!(i.op_kind(n), OpKind::Register | OpKind::MemorySegRSI | OpKind::MemoryESRDI));
-    let flat = !matches!(i.memory_segment(), Register::FS | Register::GS);
-    (plain && flat).then(|| i.memory_size().size()).filter(|s| matches!(s, 1 | 2 | 4 | 8))
+/// Element size, if the operands are the usual ones: addresses of 64 bits (in 32-bit code, of 32), no segment with a base.
+fn element(i: &Instruction, facts: Facts) -> Option<usize> {
+    let plain = |kind| match facts.legacy {
+        None => matches!(kind, OpKind::Register | OpKind::MemorySegRSI | OpKind::MemoryESRDI),
+        Some(l) => {
+            l.flat_data && matches!(kind, OpKind::Register | OpKind::MemorySegESI | OpKind::MemoryESEDI)
+        }
+    };
+    let segment = i.memory_segment();
+    let flat = !matches!(segment, Register::FS | Register::GS)
+        && (facts.legacy.is_none() || segment != Register::CS);
+    ((0..i.op_count()).all(|n| plain(i.op_kind(n))) && flat)
+        .then(|| i.memory_size().size())
+        .filter(|s| matches!(s, 1 | 2 | 4 | 8))
 }
 
 impl Lowering<'_, '_> {
     pub(super) fn string(&mut self, i: &Instruction, live_before: u32) -> bool {
-        let (Some(size), Some(form)) = (element(i), Form::of(i.mnemonic())) else { return false };
+        let (Some(size), Some(form)) = (element(i, self.facts), Form::of(i.mnemonic())) else { return false };
         match (i.has_rep_prefix(), i.has_repne_prefix()) {
             (false, false) => self.once(form, size, live_before),
             (true, false) => self.repeat(form, size, cc::NE, live_before),
@@ -71,7 +79,7 @@ impl Lowering<'_, '_> {
             (true, None) => {
                 let miss = self.element_at(RSI, size, false, live_before);
                 self.load_accumulator(size);
-                self.asm.lea(RSI, RSI, None, size as i32);
+                self.advance(RSI, size);
                 self.complete(miss, false);
             }
             (_, write) => {
@@ -82,7 +90,7 @@ impl Lowering<'_, '_> {
                 } else {
                     self.asm.cmp_sized(size, RAX, S0, S1);
                 }
-                self.asm.lea(RDI, RDI, None, size as i32);
+                self.advance(RDI, size);
                 self.complete(miss, !write);
                 self.in_host = !write;
             }
@@ -94,6 +102,18 @@ impl Lowering<'_, '_> {
         let retry = self.asm.here();
         self.asm.mov(S0, pointer);
         self.check(size, write, retry)
+    }
+
+    fn advance(&mut self, pointer: u8, size: usize) {
+        self.asm.lea(pointer, pointer, None, size as i32);
+        self.cut(pointer);
+    }
+
+    /// A pointer of 32-bit code behind the last byte of 4 GiB is 0 (INV-LEG-1). Flags stay.
+    fn cut(&mut self, pointer: u8) {
+        if self.facts.legacy.is_some() {
+            self.asm.zero_extend(pointer);
+        }
     }
 
     /// `mov al/ax/eax/rax, [S0 + S1]`
@@ -128,8 +148,8 @@ impl Lowering<'_, '_> {
             self.asm.load(S0, SOURCE);
             self.asm.cmp_registers(size, S0, S1);
         }
-        self.asm.lea(RSI, RSI, None, size as i32);
-        self.asm.lea(RDI, RDI, None, size as i32);
+        self.advance(RSI, size);
+        self.advance(RDI, size);
         self.complete(first, !write);
         self.in_host = !write;
     }
@@ -240,11 +260,14 @@ impl Lowering<'_, '_> {
         }
         if form.source {
             self.asm.lea(RSI, RSI, Some((S0, 0)), 0);
+            self.cut(RSI);
         }
         if form.target.is_some() {
             self.asm.lea(RDI, RDI, Some((S1, 0)), 0);
+            self.cut(RDI);
         }
         self.asm.load(S0, LEFT);
         self.asm.lea(RCX, RCX, Some((S0, 0)), 0);
+        self.cut(RCX);
     }
 }

@@ -7,9 +7,9 @@
 use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::registers::{frame_slot, host_number, in_frame};
-use super::stack::Value;
+use super::stack::{self, Value};
 use super::{Lowering, Variant};
-use crate::emit::{Op, R11, RAX, RCX, RDX, S0, S1, SP, cc};
+use crate::emit::{Op, R11, RAX, RCX, RDX, S0, S1, cc};
 use crate::frame;
 use crate::unit::STATUS;
 
@@ -46,13 +46,19 @@ impl Lowering<'_, '_> {
                 self.alarm_if_pending();
             }
             Mnemonic::Stac | Mnemonic::Clac if supervisor => self.access_control(i, live_before),
-            Mnemonic::Pushfq => {
+            // In virtual-8086 mode they depend on IOPL.
+            Mnemonic::Pushfd | Mnemonic::Pushf | Mnemonic::Popfd | Mnemonic::Popf
+                if !supervisor && self.facts.legacy.is_none_or(|l| l.bits16) =>
+            {
+                return false;
+            }
+            Mnemonic::Pushfq | Mnemonic::Pushfd | Mnemonic::Pushf => {
                 self.spill(STATUS);
                 self.compose_flags();
                 self.asm.store(frame::TEMP, S1);
                 self.push_one(i, Value::Frame(frame::TEMP), 0);
             }
-            Mnemonic::Popfq => self.pop_flags(supervisor),
+            Mnemonic::Popfq | Mnemonic::Popfd | Mnemonic::Popf => self.pop_flags(i, supervisor),
             Mnemonic::Swapgs if supervisor => {
                 self.asm.load(S0, frame::GS_BASE);
                 self.asm.load(S1, frame::KERNEL_GS_BASE);
@@ -75,6 +81,7 @@ impl Lowering<'_, '_> {
     pub(super) fn system_transfer(&mut self, i: &Instruction) -> bool {
         let supervisor = self.variant != Variant::User;
         match i.code() {
+            _ if self.facts.legacy.is_some() => return false,
             Code::Syscall if self.facts.syscall && !supervisor => self.syscall(i),
             Code::Sysretq if self.facts.syscall && supervisor => self.sysret(),
             Code::Iretq if supervisor => self.iret(),
@@ -136,19 +143,21 @@ impl Lowering<'_, '_> {
         self.asm.store16(frame::FLAGS, S0);
     }
 
-    fn pop_flags(&mut self, supervisor: bool) {
+    fn pop_flags(&mut self, i: &Instruction, supervisor: bool) {
+        let size = stack::item(i);
         let first = self.misses.len();
         self.in_host = false;
         if supervisor {
             self.poll_here();
         }
         let retry = self.asm.here();
-        self.asm.mov(S0, SP);
-        self.check(8, false, retry);
-        self.asm.load_sum(S0, S0, S1);
+        self.stack_address(0, size, false);
+        self.check(size, false, retry);
+        self.asm.load_sized(size, S0, S0, S1);
         self.asm.mov(S1, S0);
         self.asm.gs(Op::Xor, S1, frame::SYSFLAGS);
         let left_alone = if supervisor { SELDOM } else { SELDOM | IF };
+        let left_alone = if size == 2 { left_alone & 0xffff } else { left_alone };
         self.asm.test_imm(S1, left_alone as i32);
         let seldom = self.asm.jcc(cc::NE);
         self.interpret_if(seldom);
@@ -159,7 +168,7 @@ impl Lowering<'_, '_> {
             self.asm.store(frame::SYSFLAGS, S1);
         }
         self.decompose_flags(S0);
-        self.asm.lea(SP, SP, None, 8);
+        self.move_stack(size as i32);
         if supervisor {
             self.asm.test_bits32(frame::SYSFLAGS, IF);
             let masked = self.asm.jcc(cc::E);
@@ -182,7 +191,11 @@ impl Lowering<'_, '_> {
         };
         let r = i.op0_register();
         let host = if in_frame(r) { S0 } else { host_number(r) };
-        self.asm.load(host, field);
+        if r.size() == 8 {
+            self.asm.load(host, field);
+        } else {
+            self.asm.load32(host, field);
+        }
         if in_frame(r) {
             self.asm.store(frame_slot(r), S0);
         }

@@ -136,6 +136,10 @@ impl Lowering<'_, '_> {
         if memory {
             return self.vector_memory(i, live_before, needs, touches);
         }
+        if self.facts.legacy.is_some() && matches!(i.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall) {
+            self.zero_eight(i.mnemonic() == Mnemonic::Vzeroall);
+            return true;
+        }
         if needs && !self.in_host {
             self.asm.restore_flags(frame::FLAGS, S0);
             self.in_host = true;
@@ -163,6 +167,19 @@ impl Lowering<'_, '_> {
         let aligned = must_align(i, size);
         let Some(operand) = self.operand(i, live_before, size, write, aligned) else { return false };
         self.with_operand(i, needs, touches, operand)
+    }
+
+    /// VZEROUPPER and VZEROALL of 16- and 32-bit code leave registers 8 to 15 alone (SDM 2C VZEROALL): a VEX instruction for each of the others.
+    fn zero_eight(&mut self, all: bool) {
+        for n in 0..8u8 {
+            if all {
+                // vxorps xmm, xmm, xmm
+                self.asm.bytes(&[0xc5, 0x80 | (15 - n) << 3, 0x57, 0xc0 | n << 3 | n]);
+            } else {
+                // vmovaps xmm, xmm
+                self.asm.bytes(&[0xc5, 0xf8, 0x28, 0xc0 | n << 3 | n]);
+            }
+        }
     }
 
     /// Sees to it that the guest's registers are in the host's. Guest flags are in the frame or dead.

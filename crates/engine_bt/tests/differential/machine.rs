@@ -24,6 +24,8 @@ const PT_DATA: u64 = 0x7000;
 const GDT: u64 = 0x8000;
 const IDT: u64 = 0x9000;
 const TSS: u64 = 0xa000;
+/// Descriptors of 16- and 32-bit code: behind the others in the GDT.
+const SEGMENTS: u64 = GDT + 0x50;
 /// The stack of all exceptions.
 pub const STACK_TOP: u64 = 0xc000;
 /// 16 bytes for each vector.
@@ -81,6 +83,42 @@ pub struct Setup {
     pub sfmask: u64,
     /// Bases of FS and GS.
     pub bases: [u64; 2],
+    /// 16- or 32-bit code with these segments.
+    pub segments: Option<Segments>,
+}
+
+/// The segments of 16- and 32-bit code, as descriptors.
+#[derive(Clone, Copy, Debug)]
+pub struct Segments {
+    /// 16-bit code.
+    pub bits16: bool,
+    /// ES, CS, SS, DS, FS, GS.
+    pub descriptors: [u64; 6],
+}
+
+/// A descriptor of a present segment: `kind` is type, S and DPL; `big` is D/B. Limits of a MiB or more are in pages.
+pub fn descriptor(base: u32, limit: u32, kind: u8, big: bool) -> u64 {
+    let (limit, pages) = if limit >= 1 << 20 { (limit >> 12, 1u64) } else { (limit, 0) };
+    let (base, limit) = (u64::from(base), u64::from(limit));
+    limit & 0xffff
+        | (base & 0xff_ffff) << 16
+        | u64::from(kind | 0x80) << 40
+        | (limit >> 16) << 48
+        | u64::from(big) << 54
+        | pages << 55
+        | (base >> 24) << 56
+}
+
+impl Setup {
+    /// What an instruction pointer is cut to.
+    pub fn pointer_mask(&self) -> u64 {
+        if self.segments.is_some() { 0xffff_ffff } else { u64::MAX }
+    }
+
+    /// Linear base of the code.
+    pub fn code_base(&self) -> u64 {
+        self.segments.map_or(0, |s| Segment::from_descriptor(0, s.descriptors[1]).base)
+    }
 }
 
 /// Memory contents and start of a case.
@@ -228,6 +266,9 @@ fn lay_supervisor(low: &mut [u8], image: &Image<'_>) {
     put(low, GDT + 0x20, 0x00cf_fb00_0000_ffff);
     put(low, GDT + 0x28, 0x00cf_f300_0000_ffff);
     put(low, GDT + 0x30, 0x00af_fb00_0000_ffff);
+    for (n, d) in image.setup.segments.iter().flat_map(|s| &s.descriptors).enumerate() {
+        put(low, SEGMENTS + 8 * n as u64, *d);
+    }
     put(low, TSS + 4, HIGH + KERNEL_STACK_TOP);
     put(low, TSS + 0x24, HIGH + STACK_TOP);
     low[TSS as usize + 0x66] = 0x68;
@@ -254,7 +295,7 @@ fn lay_supervisor(low: &mut [u8], image: &Image<'_>) {
     }
     put(low, PER_CPU, HIGH + KERNEL_STACK_TOP);
     put(low, COUNTER, image.setup.survive.into());
-    put(low, COUNTER + 8, image.resume);
+    put(low, COUNTER + 8, image.resume.wrapping_sub(image.setup.code_base()) & image.setup.pointer_mask());
 }
 
 fn registers(image: &Image<'_>) -> CpuState {
@@ -269,6 +310,10 @@ fn registers(image: &Image<'_>) -> CpuState {
     s.seg[5] = Segment { base: setup.bases[1], ..null };
     s.tr = Segment { selector: 0x40, base: HIGH + TSS, limit: 0x67, attr: Attr(0x8b) };
     s.gdtr = TableRegister { base: HIGH + GDT, limit: 0x7f };
+    for (n, d) in setup.segments.iter().flat_map(|s| s.descriptors).enumerate() {
+        let rpl = if setup.supervisor { 0 } else { 3 };
+        s.seg[n] = Segment::from_descriptor(((SEGMENTS - GDT) as u16 + 8 * n as u16) | rpl, d);
+    }
     s.idtr = TableRegister { base: HIGH + IDT, limit: 0x1ff };
     s.cr0 = 0x8005_0033 | u64::from(setup.task_switched) << 3;
     s.cr3 = PML4;
@@ -281,7 +326,7 @@ fn registers(image: &Image<'_>) -> CpuState {
     s.msr.kernel_gs_base = HIGH + PER_CPU;
     s.cpl = if setup.supervisor { 0 } else { 3 };
     s.gpr = image.regs.gpr;
-    s.rip = image.regs.rip;
+    s.rip = image.regs.rip.wrapping_sub(setup.code_base()) & setup.pointer_mask();
     s.rflags = image.regs.rflags;
     s.fpu.0 = *image.regs.fpu;
     s

@@ -25,6 +25,7 @@ mod oracle;
 mod program;
 #[path = "../../../x86_interp/tests/differential/rng.rs"]
 mod rng;
+mod segments;
 mod special;
 #[path = "../../../x86_interp/tests/differential/state.rs"]
 mod state;
@@ -143,8 +144,8 @@ fn number(name: &str) -> Option<u64> {
     Some(parsed.unwrap_or_else(|_| panic!("{name} is no number: {text}")))
 }
 
-fn run_cases(knobs: Knobs, cases: u64, first: u64, patience: usize) -> Tally {
-    let catalogue = Catalogue::new(Mode::Long);
+fn run_cases(mode: Mode, knobs: Knobs, cases: u64, first: u64, patience: usize) -> Tally {
+    let catalogue = Catalogue::new(mode);
     let (mut oracle, mut subject) = (Oracle::new(), Subject::new(knobs));
     let mut seeds = Rng::new(first);
     let mut tally = Tally { same: 0, steps: 0, unfit: BTreeMap::new(), failures: Vec::new() };
@@ -182,10 +183,10 @@ fn run_cases(knobs: Knobs, cases: u64, first: u64, patience: usize) -> Tally {
 }
 
 /// Programs under `knobs`, which must all agree.
-fn check(name: &str, text: &str) {
+fn check(name: &str, text: &str, mode: Mode) {
     let knobs = Knobs::parse(&format!("warm=0,{text}"));
     if let Some(seed) = number("TRELLIS_SEED") {
-        let program = Program::generate(seed, &Catalogue::new(Mode::Long));
+        let program = Program::generate(seed, &Catalogue::new(mode));
         let (mut oracle, mut subject) = (Oracle::new(), Subject::new(knobs));
         if let Verdict::Different(text) = judge(&program, &mut oracle, &mut subject) {
             println!("{text}shrunk to:\n{}", shrink(&program, &mut oracle, &mut subject));
@@ -198,7 +199,7 @@ fn check(name: &str, text: &str) {
     let own = name.bytes().fold(FIRST_SEED, |n, b| n.rotate_left(7) ^ u64::from(b));
     let first = number("TRELLIS_FIRST").unwrap_or_else(|| if long_run.is_some() { clock() } else { own });
     let patience = if long_run.is_some() { 60 } else { 4 };
-    let tally = run_cases(knobs, long_run.unwrap_or(CASES), first, patience);
+    let tally = run_cases(mode, knobs, long_run.unwrap_or(CASES), first, patience);
     for text in &tally.failures {
         println!("---- {name}: {text}");
         println!("replay: TRELLIS_SEED=… cargo test -p engine_bt --test differential {name} -- --nocapture");
@@ -208,15 +209,16 @@ fn check(name: &str, text: &str) {
 }
 
 macro_rules! under {
-    ($($name:ident: $knobs:literal),* $(,)?) => {
+    ($mode:ident; $($name:ident: $knobs:literal),* $(,)?) => {
         $(#[test]
         fn $name() {
-            check(stringify!($name), $knobs);
+            check(stringify!($name), $knobs, Mode::$mode);
         })*
     };
 }
 
 under! {
+    Long;
     programs_agree: "",
     programs_agree_in_warm_code: "warm=3",
     programs_agree_instruction_by_instruction: "unit=1",
@@ -229,6 +231,18 @@ under! {
     programs_agree_with_fragments_made_again: "again=2",
     programs_agree_with_full_logs: "log=1",
     programs_agree_without_trust_in_address_spaces: "context=off",
+}
+
+under! {
+    Compat;
+    legacy_programs_agree: "",
+    legacy_programs_agree_in_warm_code: "warm=3",
+    legacy_programs_agree_instruction_by_instruction: "unit=1",
+    legacy_programs_agree_in_short_units: "unit=3",
+    legacy_programs_agree_without_links: "chain=off",
+    legacy_programs_agree_with_interpreted_vectors: "fp=off",
+    legacy_programs_agree_in_a_tiny_cache: "code=64K",
+    legacy_programs_agree_when_all_is_forgotten: "tlb=off,forget=1,chain=off",
 }
 
 #[test]

@@ -10,6 +10,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic
 use x86::CpuState;
 use x86::bits::rflags;
 use x86_interp::Interp;
+use x86_interp::cpu::CodeSize;
 
 use crate::machine::{
     Alias, COMPARED, HANDLERS, HIGH, Image, Machine, STACK_TOP, compared_address, data_physical,
@@ -91,11 +92,14 @@ impl Oracle {
         Self { machine, vcpu, executed: BTreeSet::new() }
     }
 
-    fn fetch(&self, rip: u64) -> Option<Instruction> {
-        let at = physical(rip)?;
+    fn fetch(&mut self, rip: u64) -> Option<Instruction> {
+        let cpu = self.vcpu.cpu();
+        let bits = cpu.code_size.bits();
+        let linear = if bits == 64 { rip } else { cpu.s.seg[1].base.wrapping_add(rip) & 0xffff_ffff };
+        let at = physical(linear)?;
         let mut bytes = [0; 15];
         self.machine.mem.read(guestmem::Gpa(at), &mut bytes).ok()?;
-        let i = Decoder::with_ip(64, &bytes, rip, DecoderOptions::NONE).decode();
+        let i = Decoder::with_ip(bits, &bytes, rip, DecoderOptions::NONE).decode();
         (!i.is_invalid()).then_some(i)
     }
 
@@ -103,7 +107,7 @@ impl Oracle {
     ///
     /// The translator (`docs/deviations.md`): such flags are not kept (`bt::unit::live_at`), so an exception's stack frame may show others. What the
     /// interrupted code itself sees is the same. At conditional jumps this looks only at the way that goes on, which makes it a superset.
-    fn dead_flags(&self, mut rip: u64) -> u64 {
+    fn dead_flags(&mut self, mut rip: u64) -> u64 {
         let (mut dead, mut open) = (0, rflags::STATUS);
         for _ in 0..64 {
             let Some(i) = self.fetch(rip) else { return dead };
@@ -116,6 +120,17 @@ impl Oracle {
                 _ => return dead,
             };
         }
+        dead
+    }
+
+    /// [`Oracle::dead_flags`] of code that was left for a handler.
+    fn dead_before(&mut self, (size, base): &(CodeSize, u64), rip: u64) -> u64 {
+        let cpu = self.vcpu.cpu();
+        let now = (cpu.code_size, cpu.s.seg[1].base);
+        (cpu.code_size, cpu.s.seg[1].base) = (*size, *base);
+        let dead = self.dead_flags(rip);
+        let cpu = self.vcpu.cpu();
+        (cpu.code_size, cpu.s.seg[1].base) = now;
         dead
     }
 
@@ -155,6 +170,7 @@ impl Oracle {
             let (rip, cl, sp) = (cpu.rip, cpu.gpr[1] as u8, cpu.gpr[4]);
             let i = self.fetch(rip);
             let before = undefined;
+            let saved = (self.vcpu.cpu().code_size, self.vcpu.cpu().s.seg[1].base);
             if let Some(i) = &i {
                 let reads = if shows_flags(i) { rflags::STATUS } else { status(i.rflags_read()) };
                 if reads & undefined != 0 || undefined_flags::result(i, Some(cl)) {
@@ -179,10 +195,12 @@ impl Oracle {
             }
             self.vcpu.step();
             if is_handler(self.vcpu.cpu().rip) && !is_handler(rip) {
-                undefined |= before | self.dead_flags(rip);
+                let dead = self.dead_before(&saved, rip);
+                undefined |= before | dead;
                 framed = undefined;
                 let vector = (self.vcpu.cpu().rip - HIGH - HANDLERS) / 16;
-                if vector == 13 && i.is_some_and(|i| i.is_call_near_indirect()) {
+                if vector == 13 && saved.0 == CodeSize::Bits64 && i.is_some_and(|i| i.is_call_near_indirect())
+                {
                     refused_push = data_physical(sp.wrapping_sub(8));
                 }
             } else if let Some(i) = &i {

@@ -8,6 +8,7 @@ use crate::generate::{Catalogue, Group, Roles, instance};
 use crate::initial;
 use crate::machine::{Alias, Setup};
 use crate::rng::Rng;
+use crate::segments;
 use crate::state::{CODE, CODE_BYTES, DATA, DATA_BYTES, Mode, READ_ONLY_BYTES, Registers};
 
 /// What of an instruction names a label.
@@ -18,6 +19,8 @@ pub enum Refers {
     Branch,
     /// Its memory operand, relative to RIP; so many bytes into the item.
     Memory(u64),
+    /// Its immediate of 32 bits.
+    Immediate,
 }
 
 /// One instruction; `label` is the number of an item (or of what is behind the last).
@@ -94,8 +97,95 @@ const SUPERVISOR: &[&[u8]] = &[
     &[0x44, 0x0f, 0x20, 0xc0],                                     // mov rax, cr8
 ];
 
+/// The same for 32-bit code, which as 16-bit code has prefixes.
+const ANYBODY_32: &[&[u8]] = &[
+    &[0x9c],                               // pushfd
+    &[0x9d],                               // popfd
+    &[0x66, 0x9c],                         // pushf
+    &[0x66, 0x9d],                         // popf
+    &[0xfc],                               // cld
+    &[0xfc],                               // cld
+    &[0xfd, 0xaa, 0xfc],                   // std; stosb; cld
+    &[0x60],                               // pushad
+    &[0x61],                               // popad
+    &[0x66, 0x60],                         // pusha
+    &[0x66, 0x61],                         // popa
+    &[0x1e, 0x1f],                         // push ds; pop ds
+    &[0x0e],                               // push cs
+    &[0x1e, 0x07],                         // push ds; pop es
+    &[0x06, 0x0f, 0xa1],                   // push es; pop fs
+    &[0x66, 0x0f, 0xa0],                   // push fs, 16 bits
+    &[0x0f, 0xa8],                         // push gs
+    &[0x8c, 0xd0, 0x8e, 0xd8],             // mov eax, ss; mov ds, eax
+    &[0x8c, 0xe2],                         // mov edx, fs
+    &[0x66, 0x8c, 0xc9],                   // mov cx, cs
+    &[0x8c, 0x06],                         // mov [esi], es
+    &[0x31, 0xc0, 0x8e, 0xe8],             // xor eax, eax; mov gs, eax
+    &[0x0f, 0x31],                         // rdtsc
+    &[0x0f, 0xa2],                         // cpuid
+    &[0xcc],                               // int3
+    &[0xce],                               // into
+    &[0xf3, 0x90],                         // pause
+    &[0xf3, 0x0f, 0x1e, 0xfb],             // endbr32
+    &[0x64, 0x8b, 0x4e, 0x08],             // mov ecx, fs:[esi + 8]
+    &[0x65, 0x01, 0x07],                   // add gs:[edi], eax
+    &[0x65, 0xa1, 8, 0, 0, 0],             // mov eax, gs:[8]
+    &[0x64, 0xa3, 4, 0, 0, 0],             // mov fs:[4], eax
+    &[0x2e, 0x8b, 0x1e],                   // mov ebx, cs:[esi]
+    &[0x43],                               // inc ebx
+    &[0x4a],                               // dec edx
+    &[0x66, 0x40],                         // inc ax
+    &[0x8a, 0x27],                         // mov ah, [edi]
+    &[0x88, 0x76, 0x05],                   // mov [esi + 5], dh
+    &[0x00, 0x2f],                         // add [edi], ch
+    &[0x3a, 0x3e],                         // cmp bh, [esi]
+    &[0xc8, 0x10, 0, 0],                   // enter 16, 0
+    &[0xc9],                               // leave
+    &[0x89, 0xe5, 0x83, 0xec, 0x20, 0xc9], // mov ebp, esp; sub esp, 32; leave
+    &[0x67, 0x8b, 0x04],                   // mov eax, [si]
+    &[0x67, 0x89, 0x51, 0x10],             // mov [bx + di + 16], edx
+    &[0x67, 0x8d, 0x48, 0x10],             // lea ecx, [bx + si + 16]
+    &[0x66, 0x8d, 0x44, 0x8b, 0x10],       // lea ax, [ebx + ecx * 4 + 16]
+    &[0x67, 0xa4],                         // movsb [di], [si]
+];
+
+/// The same of level 0.
+const SUPERVISOR_32: &[&[u8]] = &[
+    &[0xfa],                               // cli
+    &[0xfb],                               // sti
+    &[0xfb],                               // sti
+    &[0x0f, 0x01, 0xcb],                   // stac
+    &[0x0f, 0x01, 0xca],                   // clac
+    &[0x0f, 0x06],                         // clts
+    &[0x0f, 0x20, 0xd8],                   // mov eax, cr3
+    &[0x0f, 0x20, 0xd2],                   // mov edx, cr2
+    &[0x0f, 0x20, 0xc1],                   // mov ecx, cr0
+    &[0x0f, 0x01, 0x3e],                   // invlpg [esi]
+    &[0x0f, 0x20, 0xd8, 0x0f, 0x22, 0xd8], // mov eax, cr3; mov cr3, eax
+    &[0xec],                               // in al, dx
+];
+
 fn decode(bytes: &[u8]) -> Vec<Instruction> {
-    Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).into_iter().collect()
+    decode_as(64, bytes)
+}
+
+fn decode_as(bits: u32, bytes: &[u8]) -> Vec<Instruction> {
+    Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE).into_iter().collect()
+}
+
+fn plain_bytes_32(bytes: &[u8]) -> Vec<Item> {
+    decode_as(32, bytes).into_iter().map(plain).collect()
+}
+
+/// The direct branch that 64-bit code has as `code`, of 16- or 32-bit code.
+fn branch_code(code: Code, bits: u32) -> Code {
+    // The three forms follow each other.
+    let back = match bits {
+        16 => 2,
+        32 => 1,
+        _ => 0,
+    };
+    Code::try_from(code as usize - back).unwrap()
 }
 
 fn plain(instruction: Instruction) -> Item {
@@ -125,11 +215,15 @@ fn with_register(code: Code, register: Register) -> Item {
 const SCRATCH: [Register; 5] = [Register::RAX, Register::R10, Register::R13, Register::R14, Register::R15];
 
 struct Builder<'a> {
+    /// Of the code.
+    bits: u32,
     rng: Rng,
     roles: Roles,
     catalogue: &'a Catalogue,
     flavour: Group,
     supervisor: bool,
+    /// Some segments do not begin at 0.
+    based: bool,
     items: Vec<Item>,
 }
 
@@ -153,9 +247,12 @@ impl Builder<'_> {
         }
         let code = *self.rng.pick(codes);
         let mut instruction = instance(&mut self.rng, &self.roles, code);
-        let direct = (0..instruction.op_count()).any(|n| instruction.op_kind(n) == OpKind::NearBranch64);
+        let direct = (0..instruction.op_count())
+            .any(|n| matches!(instruction.op_kind(n), OpKind::NearBranch64 | OpKind::NearBranch32));
         let segment = instruction.memory_segment();
-        if !direct && segment == Register::DS && self.rng.chance(5) {
+        if self.bits != 64 {
+            self.fit(&mut instruction);
+        } else if !direct && segment == Register::DS && self.rng.chance(5) {
             instruction.set_segment_prefix(*self.rng.pick(&[Register::FS, Register::GS]));
             if instruction.memory_base() != Register::RIP {
                 // The bases point into the data: the offset is small.
@@ -167,7 +264,7 @@ impl Builder<'_> {
         }
         let label = self.label();
         let refers = if direct { Refers::Branch } else { Refers::Nothing };
-        if encode(&Item { instruction, refers, label }, CODE, CODE).is_some() {
+        if encode(&Item { instruction, refers, label }, CODE, CODE, self.bits, CODE).is_some() {
             self.items.push(Item { instruction, refers, label });
         }
     }
@@ -200,11 +297,97 @@ impl Builder<'_> {
             }
         };
         let label = self.label();
-        let instruction = Instruction::with_branch(code, 0).unwrap();
+        let bits = if self.bits == 16 && self.rng.chance(30) { 32 } else { self.bits };
+        let instruction = Instruction::with_branch(branch_code(code, bits), 0).unwrap();
         self.items.push(Item { instruction, refers: Refers::Branch, label });
     }
 
+    /// Makes an instruction's operands fit segments that do not begin at 0, and sometimes its addresses 16 bits wide.
+    fn fit(&mut self, i: &mut Instruction) {
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        let plain = i.memory_index() == Register::None || i.memory_index().is_gpr32();
+        if !memory || !plain || i.mnemonic() == iced_x86::Mnemonic::Xlatb {
+            return;
+        }
+        let absolute = i.memory_base() == Register::None && i.memory_index() == Register::None;
+        if absolute && self.based {
+            i.set_memory_displacement64(i.memory_displacement64() & 0xffff);
+        }
+        let narrow = if self.bits == 16 {
+            60
+        } else if self.based {
+            15
+        } else {
+            3
+        };
+        if self.rng.chance(narrow)
+            && !(absolute && i.code().op_code().op_count() > 0 && i.memory_displ_size() != 4)
+        {
+            let pair = *self.rng.pick(&[
+                (Register::BX, Register::SI),
+                (Register::BX, Register::DI),
+                (Register::BP, Register::SI),
+                (Register::BP, Register::DI),
+                (Register::SI, Register::None),
+                (Register::DI, Register::None),
+                (Register::BP, Register::None),
+                (Register::BX, Register::None),
+            ]);
+            if absolute {
+                i.set_memory_displ_size(2);
+            } else {
+                i.set_memory_base(pair.0);
+                i.set_memory_index(pair.1);
+                i.set_memory_index_scale(1);
+                i.set_memory_displ_size(if i.memory_displ_size() == 1 { 1 } else { 2 });
+            }
+            let disp = i.memory_displacement64() as u16;
+            i.set_memory_displacement64(disp.into());
+        }
+        if self.rng.chance(8) {
+            i.set_segment_prefix(*self.rng.pick(&[
+                Register::FS,
+                Register::GS,
+                Register::ES,
+                Register::SS,
+                Register::CS,
+            ]));
+        }
+    }
+
+    fn indirect_32(&mut self) {
+        let register = *self.rng.pick(&[Register::EAX, Register::EDX, Register::EBX]);
+        let label = self.items.len() + 2 + self.rng.below(5) as usize;
+        let instruction = Instruction::with2(Code::Mov_r32_imm32, register, 0u32).unwrap();
+        self.items.push(Item { instruction, refers: Refers::Immediate, label });
+        match self.rng.below(6) {
+            0 => self.items.push(with_register(Code::Jmp_rm32, register)),
+            1 => self.items.push(with_register(Code::Call_rm32, register)),
+            2 => {
+                self.items.push(with_register(Code::Push_r32, register));
+                self.items.push(plain(Instruction::with(Code::Retnd)));
+            }
+            3 => {
+                // 16 bits of it.
+                let half = Register::AX + register.number() as u32;
+                self.items.push(with_register(Code::Push_r16, half));
+                let drop = Instruction::with1(Code::Retnw_imm16, 2u32).unwrap();
+                self.items.push(plain(drop));
+            }
+            n => {
+                let operand = iced_x86::MemoryOperand::with_base_displ(Register::ESI, 0x40);
+                let store = Instruction::with2(Code::Mov_rm32_r32, operand, register).unwrap();
+                self.items.push(plain(store));
+                let code = if n == 4 { Code::Jmp_rm32 } else { Code::Call_rm32 };
+                self.items.push(plain(Instruction::with1(code, operand).unwrap()));
+            }
+        }
+    }
+
     fn indirect(&mut self) {
+        if self.bits != 64 {
+            return self.indirect_32();
+        }
         let register = *self.rng.pick(&SCRATCH);
         let label = self.items.len() + 2 + self.rng.below(5) as usize;
         self.items.push(address_of(register, label));
@@ -229,7 +412,9 @@ impl Builder<'_> {
     /// Puts a counted loop around the last few items.
     fn close_loop(&mut self) {
         let from = self.items.len() - self.rng.below(8.min(self.items.len() as u64 + 1)) as usize;
+        let legacy = self.bits != 64;
         let (set, down): (&[u8], &[u8]) = match self.rng.below(3) {
+            _ if legacy => (&[0xbb], &[0x4b]),         // mov ebx, n; dec ebx
             0 => (&[0xbb], &[0xff, 0xcb]),             // mov ebx, n; dec ebx
             1 => (&[0x41, 0xbc], &[0x41, 0xff, 0xcc]), // mov r12d, n; dec r12d
             _ => (&[0x41, 0xbf], &[0x41, 0xff, 0xcf]), // mov r15d, n; dec r15d
@@ -239,24 +424,28 @@ impl Builder<'_> {
         for item in self.items.iter_mut().filter(|i| i.label >= from) {
             item.label += 1;
         }
-        self.items.splice(from..from, plain_bytes(&start));
-        self.items.extend(plain_bytes(down));
-        let instruction = Instruction::with_branch(Code::Jne_rel32_64, 0).unwrap();
+        let decoded = |bytes: &[u8]| if legacy { plain_bytes_32(bytes) } else { plain_bytes(bytes) };
+        self.items.splice(from..from, decoded(&start));
+        self.items.extend(decoded(down));
+        let code = branch_code(Code::Jne_rel32_64, self.bits);
+        let instruction = Instruction::with_branch(code, 0).unwrap();
         self.items.push(Item { instruction, refers: Refers::Branch, label: from + 1 });
     }
 
     /// `mov eax, imm32`, and somewhere before or behind it a store that changes the immediate.
     fn patch(&mut self) {
         let imm = self.rng.next().to_le_bytes();
-        let target = plain_bytes(&[0xb8, imm[0], imm[1], imm[2], imm[3]]);
+        let bits = self.bits.max(32);
+        let target: Vec<Item> =
+            decode_as(bits, &[0xb8, imm[0], imm[1], imm[2], imm[3]]).into_iter().map(plain).collect();
         let ahead = self.rng.chance(70);
         let here = self.items.len();
         let label = if ahead { here + 1 + self.rng.below(3) as usize } else { here };
         if !ahead {
             self.items.extend(target.clone());
         }
-        let mut store = decode(&[0xc6, 0x05, 0, 0, 0, 0, imm[4]])[0];
-        store.set_memory_displ_size(8);
+        let mut store = decode_as(bits, &[0xc6, 0x05, 0, 0, 0, 0, imm[4]])[0];
+        store.set_memory_displ_size(bits / 8);
         let refers = Refers::Memory(1 + self.rng.below(4));
         self.items.push(Item { instruction: store, refers, label });
         if ahead {
@@ -273,6 +462,11 @@ impl Builder<'_> {
     }
 
     fn system(&mut self) {
+        if self.bits != 64 {
+            let level0 = self.supervisor && self.rng.chance(40) || self.rng.chance(3);
+            let bytes = *self.rng.pick(if level0 { SUPERVISOR_32 } else { ANYBODY_32 });
+            return self.items.extend(plain_bytes_32(bytes));
+        }
         let bytes = if self.supervisor && self.rng.chance(60) || self.rng.chance(3) {
             *self.rng.pick(SUPERVISOR)
         } else {
@@ -286,9 +480,22 @@ impl Program {
     /// The program of a seed.
     pub fn generate(seed: u64, catalogue: &Catalogue) -> Self {
         let mut rng = Rng::new(seed);
-        let roles = initial::roles(&mut rng, Mode::Long);
-        let setup = setup(&mut rng);
+        let mode = catalogue.mode;
+        let roles = initial::roles(&mut rng, mode);
+        let mut setup = setup(&mut rng);
         let mut regs = initial::initial(&mut rng, &roles);
+        let (mut bits, mut based) = (64, false);
+        if mode == Mode::Compat {
+            let segments = segments::choose(&mut rng, setup.supervisor);
+            setup.segments = Some(segments.descriptors);
+            (bits, based) = (if segments.descriptors.bits16 { 16 } else { 32 }, segments.based);
+            if based {
+                // Pointers are offsets now.
+                for &n in &roles.pointers {
+                    regs.gpr[n as usize] &= 0xffff;
+                }
+            }
+        }
         if rng.chance(80) {
             regs.rflags &= !(rflags::DF | rflags::TF | rflags::AC);
         }
@@ -310,19 +517,19 @@ impl Program {
         let wanted = if rng.chance(25) { 1 + rng.below(4) } else { 4 + rng.below(36) } as usize;
         let (branches, systems) = (rng.below(25), rng.below(25));
         let supervisor = setup.supervisor;
-        let mut b = Builder { rng, roles, catalogue, flavour, supervisor, items: Vec::new() };
+        let mut b = Builder { bits, rng, roles, catalogue, flavour, supervisor, based, items: Vec::new() };
         while b.items.len() < wanted {
             match b.rng.below(100) {
                 n if n < branches => b.branch(),
                 n if n < branches + systems => b.system(),
                 n if n < branches + systems + 4 => b.indirect(),
                 n if n < branches + systems + 7 => b.close_loop(),
-                n if n < branches + systems + 8 && setup.code_writable => b.patch(),
+                n if n < branches + systems + 8 && setup.code_writable && !based => b.patch(),
                 _ => b.ordinary(),
             }
         }
         // The flags at the end are shown.
-        b.items.extend(plain_bytes(&[0x9c]));
+        b.items.extend(if bits == 64 { plain_bytes(&[0x9c]) } else { plain_bytes_32(&[0x9c]) });
         let resume = b.rng.below(b.items.len() as u64 + 1) as usize;
         let mut items = b.items;
         let count = items.len();
@@ -354,11 +561,17 @@ impl Program {
         let mut starts = vec![self.regs.rip];
         for item in &self.items {
             let at = *starts.last()?;
-            starts.push(at + encode(item, at, at)?.len() as u64);
+            starts.push(at + encode(item, at, at, self.bits(), self.setup.code_base())?.len() as u64);
         }
         let mut code = vec![0xcc; CODE_BYTES];
         for (n, item) in self.items.iter().enumerate() {
-            let bytes = encode(item, starts[n], starts[item.label.min(self.items.len())])?;
+            let bytes = encode(
+                item,
+                starts[n],
+                starts[item.label.min(self.items.len())],
+                self.bits(),
+                self.setup.code_base(),
+            )?;
             // What does not fit lies beyond the mapped pages.
             for (k, byte) in bytes.iter().enumerate() {
                 if let Some(to) = code.get_mut((starts[n] - CODE) as usize + k) {
@@ -367,6 +580,11 @@ impl Program {
             }
         }
         Some(Layout { code, starts })
+    }
+
+    /// Size of the code.
+    fn bits(&self) -> u32 {
+        self.setup.segments.map_or(64, |s| if s.bits16 { 16 } else { 32 })
     }
 
     /// The program without item `n`.
@@ -388,7 +606,7 @@ impl Program {
             let bytes = layout.code.get(from..(window[1] - CODE) as usize).unwrap_or(&[]);
             let hex: String = bytes.iter().map(|b| format!("{b:02x} ")).collect();
             let mut text = String::new();
-            let i = Decoder::with_ip(64, bytes, window[0], DecoderOptions::NONE).decode();
+            let i = Decoder::with_ip(self.bits(), bytes, window[0], DecoderOptions::NONE).decode();
             FastFormatter::new().format(&i, &mut text);
             out += &format!("  {:#x}  {hex:45} {text}\n", window[0]);
         }
@@ -420,6 +638,7 @@ fn setup(rng: &mut Rng) -> Setup {
         syscall: rng.below(2) as usize,
         sfmask: if rng.chance(85) { 0x4_7700 } else { rng.next() & 0x25_7fd5 },
         bases,
+        segments: None,
     }
 }
 
@@ -432,15 +651,23 @@ fn start(rng: &mut Rng) -> u64 {
     }
 }
 
-/// The bytes of an item at `at` whose label is at `target`.
-fn encode(item: &Item, at: u64, target: u64) -> Option<Vec<u8>> {
+/// The bytes of an item at `at` whose label is at `target`, in code of so many bits in a segment at `base`.
+fn encode(item: &Item, at: u64, target: u64, bits: u32, base: u64) -> Option<Vec<u8>> {
     let mut i = item.instruction;
-    match item.refers {
-        Refers::Nothing => {}
-        Refers::Branch => i.set_near_branch64(target),
-        Refers::Memory(plus) => i.set_memory_displacement64(target + plus),
+    let (at, target) = if bits == 64 {
+        (at, target)
+    } else {
+        (at.wrapping_sub(base) & 0xffff_ffff, target.wrapping_sub(base) & 0xffff_ffff)
+    };
+    match (item.refers, i.op0_kind()) {
+        (Refers::Nothing, _) => {}
+        (Refers::Branch, OpKind::NearBranch16) => i.set_near_branch16(target as u16),
+        (Refers::Branch, OpKind::NearBranch32) => i.set_near_branch32(target as u32),
+        (Refers::Branch, _) => i.set_near_branch64(target),
+        (Refers::Memory(plus), _) => i.set_memory_displacement64(target + plus),
+        (Refers::Immediate, _) => i.set_immediate32(target as u32),
     }
-    let mut encoder = Encoder::new(64);
+    let mut encoder = Encoder::new(bits);
     encoder.encode(&i, at).ok()?;
     Some(encoder.take_buffer())
 }

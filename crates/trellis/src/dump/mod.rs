@@ -140,6 +140,7 @@ impl Translator {
             rdtsc: true,
             bmi2: std::is_x86_feature_detected!("bmi2"),
             plain: args.plain,
+            legacy: None,
         };
         Ok(Self { model, facts, limit: args.limit })
     }
@@ -165,13 +166,13 @@ impl Translator {
         let page_rip = rip & !(PAGE - 1);
         let (page, next) = (code.page(page_rip), code.page(page_rip.wrapping_add(PAGE)));
         let offset = usize::try_from(rip - page_rip).ok()?;
-        let mut reader = bt::unit::Reader::new(&page, self.facts.amd);
+        let mut reader = bt::unit::Reader::new(&page, self.facts.decoding());
         let mut unit = reader.form(offset, self.limit);
         let mut bytes = page.get(offset..)?.to_vec();
         if unit.instructions.is_empty() {
             let mut head = [0; bt::unit::MAX_LEN];
             head.copy_from_slice(next.get(..bt::unit::MAX_LEN)?);
-            unit = bt::unit::form_crossing(&page, &head, offset, self.facts.amd);
+            unit = bt::unit::form_crossing(&page, &head, offset, self.facts.decoding());
             bytes.extend_from_slice(&head);
         }
         if unit.instructions.is_empty() {
