@@ -90,6 +90,20 @@ impl Asm {
         self.code.extend_from_slice(b);
     }
 
+    /// NOPs up to an offset that is at most five bytes away (SDM 2B NOP, recommended sequences).
+    pub fn pad_to(&mut self, offset: usize) {
+        const NOPS: [&[u8]; 6] = [
+            &[],
+            &[0x90],
+            &[0x66, 0x90],
+            &[0x0f, 0x1f, 0],
+            &[0x0f, 0x1f, 0x40, 0],
+            &[0x0f, 0x1f, 0x44, 0, 0],
+        ];
+        let missing = offset.saturating_sub(self.here());
+        self.bytes(NOPS[missing.min(5)]);
+    }
+
     fn imm32(&mut self, v: i32) {
         self.bytes(&v.to_le_bytes());
     }

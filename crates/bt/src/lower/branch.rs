@@ -101,6 +101,8 @@ impl Lowering<'_, '_> {
         if backward {
             self.poll_at(offset);
         }
+        // The engine puts a jump over the first bytes of a fragment that is closed, and puts back what was there: no link may lie in them.
+        self.asm.pad_to(self.inner + super::ENTRY_BYTES);
         let jump = self.asm.jmp();
         self.exit(jump, offset, Entry::Link);
     }

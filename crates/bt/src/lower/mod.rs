@@ -216,8 +216,13 @@ pub struct Fragment {
 
 pub use checked::Checked;
 
+/// Bytes of the jump that the engine puts over an entry that is closed.
+const ENTRY_BYTES: usize = 5;
+
 struct Lowering<'a, 'p> {
     asm: Asm,
+    /// Offset of the inner entry.
+    inner: usize,
     facts: Facts,
     checked: Option<Checked>,
     targets: Targets<'a, 'p>,
@@ -297,6 +302,7 @@ fn translate_as(
 ) -> Fragment {
     let mut l = Lowering {
         asm: Asm::new(facts.bmi2),
+        inner: 0,
         facts,
         checked,
         targets: Targets { reader, known: Vec::with_capacity(8), unseen: checked.is_some() },
@@ -331,6 +337,7 @@ fn translate_as(
         l.asm.store(frame::PAGE_RIP, crate::emit::S1);
     }
     let inner = l.asm.here();
+    l.inner = inner;
     let failed = l.check_bytes(unit);
     let live = liveness(unit, &mut l.targets);
     l.plan = group::Plan::new(unit, facts, &mut l.info);
