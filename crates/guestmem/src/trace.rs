@@ -14,8 +14,8 @@
 //! Why no write is missed: the decoder sets its line (a locked OR, a full fence) before it reads the bytes; a slow writer
 //! stores the bytes and fences before it reads the lines. So either the decoder sees the new bytes or the writer sees the
 //! line (Dekker). Fast writers are excluded by INV-TR-1, whose invalidation waits for the other vCPU's
-//! next instruction boundary. Writers that look at the lines first are excluded in the same manner: on a shared page every
-//! new line is followed by that wait (INV-TR-2), after which all of them have written what they looked up before, and see the line.
+//! next instruction boundary. Writers that look at the lines first are excluded in the same manner: the next new
+//! line of a shared page ends the sharing and is followed by that wait (INV-TR-2), after which all of them have written what they looked up before.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -68,7 +68,7 @@ impl GuestMemory {
         // Who sees our lines sees that we are not done, too.
         self.tracing.fetch_add(1, Ordering::SeqCst);
         let old = entry.code_lines.fetch_or(lines, Ordering::SeqCst);
-        let waits = old == 0 || old & lines != lines && entry.shared.load(Ordering::SeqCst) != 0;
+        let waits = old == 0 || old & lines != lines && entry.shared.swap(0, Ordering::SeqCst) != 0;
         if waits {
             self.invalidate(&(gfn..Gfn(gfn.0 + 1)), Invalidation::WriteProtect, me);
         }
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn holders_are_told_the_lines_and_wait_for_each_new_one_of_a_shared_page() {
+    fn holders_are_told_the_lines_and_wait_for_a_new_one_of_a_shared_page() {
         let mem = GuestMemory::new(1 << 20).unwrap();
         let told = std::sync::Arc::new(Told::default());
         let holder: std::sync::Arc<dyn crate::Holder> = told.clone();
@@ -196,6 +196,9 @@ mod tests {
         mem.share_page(Gfn(2));
         assert!(mem.is_line_traced(Gfn(2), 2) && !mem.is_line_traced(Gfn(2), 4));
         mem.trace_code(Gfn(2), 4, None);
+        assert_eq!(waits(), 2);
+        assert!(!mem.is_shared(Gfn(2)), "until it is earned again");
+        mem.trace_code(Gfn(2), 8, None);
         assert_eq!(waits(), 2);
         mem.note_write(Gpa(0x2000 + 127), 2);
         assert_eq!(*told.0.lock().unwrap(), [(Gfn(2), 0b110)]);
