@@ -90,7 +90,9 @@ fn describe(code: &[u8], facts: Facts) -> String {
     assert_eq!(unit.instructions.len(), guest.len(), "the unit takes all instructions");
     let f: Fragment = translate(&unit, &mut reader, facts, 0, 0, &|_| true);
     // The engine puts a jump over the entry of what is closed, and puts back what was there.
-    assert!(f.exits.iter().filter_map(|e| e.place).all(|place| place as usize >= f.inner + 5));
+    for place in f.exits.iter().filter_map(|e| e.place) {
+        assert!(place as usize >= f.inner + 5, "{place} of {}", guest_text(&guest[0]));
+    }
     let parts = parts(&f.code).expect("a fragment consists of instructions and numbers");
     let mut out = String::new();
     let _ = writeln!(out, "entry: {} host instructions", count(&parts, 0, f.inner));

@@ -101,10 +101,15 @@ impl Lowering<'_, '_> {
         if backward {
             self.poll_at(offset);
         }
-        // The engine puts a jump over the first bytes of a fragment that is closed, and puts back what was there: no link may lie in them.
-        self.asm.pad_to(self.inner + super::ENTRY_BYTES);
+        self.leave_entry_alone(1);
         let jump = self.asm.jmp();
         self.exit(jump, offset, Entry::Link);
+    }
+
+    /// Before a jump that the engine may link, with so many bytes of opcode: the engine puts a jump over the first bytes of a fragment that is
+    /// closed, and puts back what was there, so no link may lie in them.
+    fn leave_entry_alone(&mut self, opcode: usize) {
+        self.asm.pad_to(self.inner + super::ENTRY_BYTES - opcode);
     }
 
     /// Whether a jump to another page may be linked: in kernel code, until the mapping of some code in the upper half changes.
@@ -124,6 +129,7 @@ impl Lowering<'_, '_> {
         // Out of a segment that ends somewhere, the instruction may have to be executed once more, with all flags.
         let live = if self.is_bounded() && !in_page(target) { STATUS } else { live };
         if live == 0 && in_page(target) && !self.is_backward(target) {
+            self.leave_entry_alone(2);
             let jump = self.asm.jcc(code);
             self.delta_in_s1 = self.held;
             return self.exit(jump, target, Entry::Link);
