@@ -30,6 +30,8 @@ use iced_x86::{
 const R13: usize = 13;
 const R14: usize = 14;
 const R15: usize = 15;
+/// Where RAX to RDI are.
+const GUEST_32: [usize; 8] = [0, 1, 2, 3, 5, 6, 7, R13];
 
 /// `base + index * scale + offset`, of symbols.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -150,8 +152,7 @@ fn is_jump(i: &Instruction) -> bool {
 fn is_way_out(i: &Instruction) -> bool {
     let lookups = [frame::LOOKUP, frame::LOOKUP_LEGACY].map(|at| at..at + 8 * frame::VARIANTS);
     i.is_call_near_indirect()
-        && frame_field(i)
-            .is_some_and(|f| f == frame::TAKE_EXIT || lookups.iter().any(|l| l.contains(&f)))
+        && frame_field(i).is_some_and(|f| f == frame::TAKE_EXIT || lookups.iter().any(|l| l.contains(&f)))
 }
 
 /// Fields that hold addresses of code.
@@ -421,7 +422,7 @@ impl Verifier<'_> {
             if a != b {
                 self.state.registers[r] = match (a, b) {
                     (Value::Linear(_), Value::Linear(_)) => self.fresh(),
-                    _ if self.legacy && r != R14 && r != R15 => {
+                    _ if self.legacy && GUEST_32.contains(&r) => {
                         panic!("INV-LEG-1: register {r} is {a:?} on one way and {b:?} on another")
                     }
                     _ => Value::Unknown,
@@ -498,7 +499,7 @@ impl Verifier<'_> {
                 _ => None,
             },
             Code::And_rm32_imm32 if registers => match (self.get(to), i.immediate32()) {
-                (Value::Rotated(f), TLB_MASK) => Some(Value::Index(f)),
+                (Value::Rotated(f), mask) if mask == (frame::TLB_ENTRIES - 1) << 5 => Some(Value::Index(f)),
                 (_, mask) if mask == frame::JUMP_ENTRIES - 1 => Some(Value::Target),
                 _ => None,
             },
@@ -624,7 +625,7 @@ impl Verifier<'_> {
         if !leaves {
             return;
         }
-        for r in [0, 1, 2, 3, 5, 6, 7, R13] {
+        for r in GUEST_32 {
             if !matches!(self.state.registers[r], Value::Linear(_)) {
                 self.fail(i, &format!("the upper half of register {r} is {:?}", self.state.registers[r]));
             }
@@ -785,7 +786,7 @@ impl Verifier<'_> {
         let last = match (i.memory_base(), i.memory_index()) {
             (Register::None, Register::None) => 0,
             (Register::R15, Register::None) => match self.state.registers[R15] {
-                Value::Index(_) => i64::from(TLB_MASK),
+                Value::Index(_) => 32 * i64::from(frame::TLB_ENTRIES - 1),
                 _ => self.fail(i, "the TLB by an index that is not masked"),
             },
             (Register::None, Register::R15) => match self.state.registers[R15] {
@@ -834,6 +835,3 @@ impl Verifier<'_> {
         }
     }
 }
-
-/// What bounds an index of the TLB.
-const TLB_MASK: u32 = (frame::TLB_ENTRIES - 1) << 5;

@@ -278,7 +278,9 @@ impl Lowering<'_, '_> {
         let size = i.memory_size().size();
         let offset = i.op1_register();
         let legacy = self.facts.legacy.is_some();
-        if !matches!(size, 4 | 8) || legacy && (address_bits(i) != 32 || !self.is_flat(i.memory_segment())) {
+        // What the offset adds is cut to the address's size: only in flat 32-bit code that is done here.
+        let narrow = address_bits(i) != if legacy { 32 } else { 64 };
+        if !matches!(size, 4 | 8) || narrow || legacy && !self.is_flat(i.memory_segment()) {
             return false;
         }
         self.spill(live_before);

@@ -83,6 +83,7 @@ impl Lowering<'_, '_> {
 
     /// A jump (to be bound) that is taken if the linear address in [`S0`] does not lie in a page within CS. Uses [`S1`] and flags.
     fn outside(&mut self) -> Fixup {
+        self.held = None;
         self.asm.op32(Op::Mov, S1, S0);
         self.asm.gs32(Op::Sub, S1, frame::CODE_START);
         self.asm.gs(Op::Cmp, S1, frame::CODE_SIZE);

@@ -93,6 +93,7 @@ impl Lowering<'_, '_> {
             return true;
         }
         let Some(n) = number(segment) else { return false };
+        self.held = None;
         self.asm.lea(S1, S0, None, size as i32);
         self.asm.gs(Op::Cmp, S1, frame::SEGMENT_ENDS + 16 * n + if write { 8 } else { 0 });
         let beyond = self.asm.jcc(cc::A);
