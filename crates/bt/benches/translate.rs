@@ -18,7 +18,7 @@ const FACTS: Facts = Facts {
     syscall: true,
     smap: true,
     fsgsbase: true,
-    rdtsc: true,
+    rdtsc: bt::TimeStamp::Inline,
     bmi2: true,
     plain: false,
     legacy: None,

@@ -152,6 +152,23 @@ pub const CR4: i32 = 0x470;
 pub const IRET_SMAP: u32 = 1 << 4;
 /// RFLAGS.AC.
 pub const AC: u32 = 1 << 18;
+/// Addresses of the code that brings an access that crosses pages together, by variant: `SPLIT + 16 * variant + 8 * write`. It is called with the
+/// linear address in S0 and the size in S1, and comes back behind a jump and the number of the site with S0 + S1 at [`BOUNCE`].
+pub const SPLIT: i32 = 0x900;
+/// Address of the code that writes [`BOUNCE`] back. Flags stay.
+pub const JOIN: i32 = 0x930;
+/// Host address of [`BOUNCE`].
+pub const BOUNCE_ADDRESS: i32 = 0x938;
+/// Host addresses of the bytes on the first and on the second page.
+pub const SPLIT_HOSTS: i32 = 0x940;
+/// How many bytes lie there, four bytes each.
+pub const SPLIT_COUNTS: i32 = 0x950;
+/// Accesses that were brought together, for the statistics.
+pub const COUNT_SPLITS: i32 = 0x958;
+/// Checks of groups that fail without Rust until one comes to Rust, so that it learns which often fail; four bytes.
+pub const SAMPLE: i32 = 0x960;
+/// The bytes of an access that crosses pages.
+pub const BOUNCE: i32 = 0x980;
 
 /// Where the traces of guest memory's frames stand (`guestmem::trace`).
 pub const TRACES: i32 = 0xb00;

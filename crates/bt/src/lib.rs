@@ -5,12 +5,13 @@
 
 pub mod emit;
 pub mod frame;
+pub mod hints;
 pub mod listing;
 pub mod lower;
 pub mod normal;
 pub mod unit;
 
 pub use lower::{
-    Checked, Exit, Facts, FpLevel, Fragment, Legacy, Own, Place, Site, SiteKind, Variant, translate,
-    translate_checked,
+    Checked, Exit, Facts, FpLevel, Fragment, Legacy, Own, Place, Site, SiteKind, TRAP, TimeStamp, Variant,
+    translate, translate_checked,
 };

@@ -44,12 +44,13 @@ fn number_behind(i: &Instruction) -> Option<usize> {
     let refills = frame::REFILL..frame::REFILL + 16 * frame::VARIANTS;
     let group_refills = frame::REFILL_GROUP..frame::REFILL_GROUP + 16 * frame::VARIANTS;
     let lookups = [frame::LOOKUP, frame::LOOKUP_LEGACY].map(|at| at..at + 8 * frame::VARIANTS);
+    let splits = frame::SPLIT..frame::SPLIT + 16 * frame::VARIANTS;
     match frame_field(i)? {
         frame::CALLOUT | frame::TAKE_EXIT => Some(0),
         d if frame::HELPERS.contains(&d) => Some(0),
         at if lookups.iter().any(|l| l.contains(&at)) => Some(0),
         // The jump that tries again.
-        at if refills.contains(&at) || group_refills.contains(&at) => Some(1),
+        at if refills.contains(&at) || group_refills.contains(&at) || splits.contains(&at) => Some(1),
         _ => None,
     }
 }
@@ -85,6 +86,7 @@ pub fn parts(code: &[u8]) -> Option<Vec<Part>> {
 pub fn field_name(at: i32) -> String {
     const RIGHTS: [&str; 3] = ["supervisor", "ac", "user"];
     const NAMES: &[(i32, &str)] = &[
+        (frame::JOIN, "JOIN"),
         (frame::RIP, "RIP"),
         (frame::FLAGS, "FLAGS"),
         (frame::SITE, "SITE"),
@@ -160,6 +162,9 @@ pub fn field_name(at: i32) -> String {
     }
     if let Some((n, kind)) = within(frame::REFILL_GROUP, 16, frame::VARIANTS) {
         return format!("REFILL_GROUP_{}_{}", rights(n), if kind == 0 { "read" } else { "write" });
+    }
+    if let Some((n, kind)) = within(frame::SPLIT, 16, frame::VARIANTS) {
+        return format!("SPLIT_{}_{}", rights(n), if kind == 0 { "read" } else { "write" });
     }
     if let Some((n, part)) = within(frame::TLB, frame::TLB_STRIDE, frame::VARIANTS) {
         let field = match part {

@@ -6,6 +6,7 @@ use iced_x86::{
     Decoder, DecoderError, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind, RflagsBits,
 };
 
+use crate::hints::Hints;
 use crate::normal::{Decoding, normal};
 
 /// Instructions in a unit at most.
@@ -23,6 +24,8 @@ pub struct Unit {
     pub instructions: Vec<Instruction>,
     /// Offset of the first byte behind the unit.
     pub end: usize,
+    /// What is known of its instructions.
+    pub hints: Hints,
 }
 
 /// Reads the instructions of a page of code. One decoder for all: making one costs more than an instruction.
@@ -56,7 +59,7 @@ impl<'a> Reader<'a> {
     /// the page.
     #[must_use]
     pub fn form(&mut self, offset: usize, limit: usize) -> Unit {
-        let mut unit = Unit { instructions: Vec::with_capacity(16), end: offset };
+        let mut unit = Unit { instructions: Vec::with_capacity(16), end: offset, hints: Hints::new() };
         while unit.instructions.len() < limit.clamp(1, MAX_INSTRUCTIONS) {
             let Some(i) = self.at(unit.end) else { break };
             unit.end += i.len();
@@ -154,7 +157,7 @@ pub const fn may_cross(offset: u64) -> bool {
 /// The unit of the one instruction at `offset` that reaches into the next page, whose first bytes are `next`. Empty if there is none.
 #[must_use]
 pub fn form_crossing(page: &[u8; 4096], next: &[u8; MAX_LEN], offset: usize, decoding: Decoding) -> Unit {
-    let mut unit = Unit { instructions: Vec::new(), end: offset };
+    let mut unit = Unit { instructions: Vec::new(), end: offset, hints: Hints::new() };
     let mut bytes = page.get(offset..).unwrap_or_default().to_vec();
     bytes.extend_from_slice(next);
     bytes.truncate(MAX_LEN);

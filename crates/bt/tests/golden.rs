@@ -1,7 +1,7 @@
 //! Golden translations: `golden/*.txt` say what host code a few guest instructions become, and how many host instructions each guest
 //! instruction costs on the straight line. A change of either is meant to be seen.
 //!
-//! A case begins with `== name`, may say which facts hold (`facts: user fp=none …`), and gives its guest bytes (`bytes: 48 01 d8`); the rest
+//! A case begins with `== name`, may say which facts hold and which hints there are (`facts: user fp=none halves@0 …`), and gives its guest bytes (`bytes: 48 01 d8`); the rest
 //! is written by `TRELLIS_GOLDEN=write cargo test -p bt --test golden`.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test of small numbers")]
@@ -9,8 +9,9 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
+use bt::hints::{Form, Hints};
 use bt::listing::{Part, parts, text};
-use bt::{Facts, FpLevel, Fragment, Legacy, Variant, translate};
+use bt::{Facts, FpLevel, Fragment, Legacy, TimeStamp, Variant, translate};
 use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction};
 
 /// Where the code lies if the facts say that it knows.
@@ -27,7 +28,7 @@ fn facts(words: &str) -> Facts {
         syscall: true,
         smap: true,
         fsgsbase: true,
-        rdtsc: true,
+        rdtsc: TimeStamp::Inline,
         bmi2: true,
         plain: false,
         legacy: None,
@@ -46,10 +47,28 @@ fn facts(words: &str) -> Facts {
                 f.legacy = Some(Legacy { bits16, flat_code: flat, flat_data: flat, wide_stack: !bits16 });
                 f.page_rip = f.page_rip.map(|rip| rip & 0xffff_f000);
             }
+            "rdtsc=callout" => f.rdtsc = TimeStamp::Callout,
+            "rdtsc=trap" => f.rdtsc = TimeStamp::Trap,
+            hint if hint.contains('@') => {}
             other => panic!("no such fact: {other}"),
         }
     }
     f
+}
+
+/// The hints among the words: `halves@1` is one for the second instruction.
+fn hints(words: &str, guest: &[Instruction]) -> Hints {
+    let mut hints = Hints::new();
+    for (form, number) in words.split_whitespace().filter_map(|word| word.split_once('@')) {
+        let form = match form {
+            "alone" => Form::Alone,
+            "halves" => Form::Halves,
+            "direct" => Form::Direct,
+            other => panic!("no such form: {other}"),
+        };
+        hints.add(guest[number.parse::<usize>().unwrap()].ip() as u16, form);
+    }
+    hints
 }
 
 fn bytes(hex: &str) -> Vec<u8> {
@@ -76,7 +95,8 @@ fn host_lines(out: &mut String, parts: &[Part], from: usize, to: usize) {
     }
 }
 
-fn describe(code: &[u8], facts: Facts) -> String {
+fn describe(code: &[u8], words: &str) -> String {
+    let facts = facts(words);
     let mut page = [0xcc; 4096];
     page[OFFSET..OFFSET + code.len()].copy_from_slice(code);
     // What follows overwrites all flags: cmp eax, eax.
@@ -86,7 +106,8 @@ fn describe(code: &[u8], facts: Facts) -> String {
             .into_iter()
             .collect();
     let mut reader = bt::unit::Reader::new(&page, facts.decoding());
-    let unit = reader.form(OFFSET, guest.len());
+    let mut unit = reader.form(OFFSET, guest.len());
+    unit.hints = hints(words, &guest);
     assert_eq!(unit.instructions.len(), guest.len(), "the unit takes all instructions");
     let f: Fragment = translate(&unit, &mut reader, facts, 0, 0, &|_| true);
     // The engine puts a jump over the entry of what is closed, and puts back what was there.
@@ -132,7 +153,7 @@ fn regenerate(file: &str) -> String {
             let _ = writeln!(out, "facts: {rest}");
         } else if let Some(rest) = line.strip_prefix("bytes: ") {
             let _ = writeln!(out, "bytes: {rest}");
-            out += &describe(&bytes(rest), facts(&words));
+            out += &describe(&bytes(rest), &words);
         } else if header {
             let _ = writeln!(out, "{line}");
         }

@@ -67,6 +67,8 @@ pub enum State {
 /// A fragment in code memory.
 struct Entry {
     key: Key,
+    /// So many were made before it.
+    made: u64,
     at: u32,
     len: u16,
     /// From `at`.
@@ -131,6 +133,12 @@ pub struct PlacedSite {
     pub page_rip: u64,
     /// Host address of [`Site::done`], or 0.
     pub done: u64,
+    /// The frame of the fragment's first byte, its number, and how many were made before it.
+    pub gfn: Gfn,
+    /// See [`PlacedSite::gfn`].
+    pub fragment: u32,
+    /// See [`PlacedSite::gfn`].
+    pub made: u64,
 }
 
 /// What eviction did.
@@ -166,6 +174,7 @@ pub struct Cache {
     between_limit: usize,
     emptied: Vec<std::ops::Range<u64>>,
     epoch: u64,
+    made: u64,
     /// What eviction did.
     pub evictions: Evictions,
 }
@@ -222,6 +231,7 @@ impl Cache {
             between_limit: BETWEEN_PAGES,
             emptied: Vec::new(),
             epoch: 0,
+            made: 0,
             evictions: Evictions::default(),
         })
     }
@@ -259,6 +269,11 @@ impl Cache {
         self.free.last().copied().unwrap_or(self.entries.len() as u32)
     }
 
+    /// How many fragments were ever made.
+    pub const fn made(&self) -> u64 {
+        self.made
+    }
+
     /// Numbers for the next fragment's sites and exits.
     pub fn bases(&self) -> (u32, u32) {
         let base = self.next_number() << WITHIN;
@@ -283,10 +298,12 @@ impl Cache {
 
     /// A site by its number.
     pub fn site(&self, number: u32) -> Option<PlacedSite> {
-        let e = self.entry(number >> WITHIN)?;
+        let fragment = number >> WITHIN;
+        let e = self.entry(fragment)?;
         let &site = e.sites.get(number as usize & ((1 << WITHIN) - 1))?;
         let done = if site.done == 0 { 0 } else { self.code.address((e.at + site.done) as usize) };
-        Some(PlacedSite { site, page_rip: e.key.page_rip, done })
+        let (gfn, made) = (e.key.gfn, e.made);
+        Some(PlacedSite { site, page_rip: e.key.page_rip, done, gfn, fragment, made })
     }
 
     /// The fragment's number, if there is one. It may be suspended or on probation.
@@ -375,6 +392,7 @@ impl Cache {
         };
         let entry = Entry {
             key: new.key,
+            made: self.made,
             at,
             len: f.code.len() as u16,
             inner: f.inner as u16,
@@ -387,6 +405,7 @@ impl Cache {
             links: f.exits.iter().map(link).collect(),
             incoming: NONE,
         };
+        self.made += 1;
         self.place(number, entry);
         if let Some(check) = new.check {
             self.checks.insert(number, check);

@@ -2,13 +2,14 @@
 
 use bt::{Own, SiteKind, frame};
 use guestmem::Hva;
-use iced_x86::Code;
+use iced_x86::{Code, Mnemonic};
 use x86::Exception;
 use x86::bits::is_canonical;
 use x86::paging::{Access, AccessKind};
 use x86::state::Activity;
 use x86_interp::memory::Target;
 
+use crate::adapt::Cause;
 use crate::cache::PlacedSite;
 use crate::exec::{Callouts, action};
 use crate::{BtVcpu, TlbKnob, legacy, state};
@@ -31,8 +32,8 @@ const WHOLE: usize = 8;
 enum Fill {
     /// Translated code finds it now.
     Done,
-    /// There is nothing for translated code to find: a device, a trace, a crossing.
-    Unfit,
+    /// There is nothing for translated code to find.
+    Unfit(Cause),
     /// The guest's tables do not allow it.
     Fault(Exception),
 }
@@ -87,14 +88,14 @@ impl BtVcpu {
     fn fill(&mut self, la: u64, size: usize, write: bool) -> Fill {
         let cpu = self.interp.cpu();
         if la & 0xfff > 4096 - size as u64 || !is_canonical(la) {
-            return Fill::Unfit;
+            return Fill::Unfit(if is_canonical(la) { Cause::Crossing } else { Cause::Fault });
         }
         let kind = if write { AccessKind::Write } else { AccessKind::Read };
         let access = Access { kind, ..cpu.data_access(kind) };
         let cr2 = cpu.s.cr2;
         let gpa = match cpu.resolve(la, access) {
             Ok(Target::Ram(Hva(_), gpa)) => gpa,
-            Ok(Target::Device(_)) => return Fill::Unfit,
+            Ok(Target::Device(_)) => return Fill::Unfit(Cause::Device),
             Err(e) => {
                 // It is not certain that the guest is to see this one.
                 cpu.s.cr2 = cr2;
@@ -109,8 +110,9 @@ impl BtVcpu {
         }
         if write && !self.is_line_code(gpa, size) {
             self.note_innocent(gpa);
+            return Fill::Unfit(Cause::BesideCode);
         }
-        Fill::Unfit
+        Fill::Unfit(Cause::Traced)
     }
 
     /// Whether a write touches lines with code, or a page without any.
@@ -137,7 +139,7 @@ impl BtVcpu {
         }
         match self.fill(la, usize::from(own.size), own.write) {
             Fill::Fault(exception) => Some((la, exception)),
-            Fill::Done | Fill::Unfit => None,
+            Fill::Done | Fill::Unfit(_) => None,
         }
     }
 
@@ -171,6 +173,53 @@ const fn saves_fpu(code: Code) -> bool {
     )
 }
 
+impl BtVcpu {
+    /// The second form of an access did not find its pages: they are filled, and it tries again. They are neighbours, so they do not drive each other
+    /// out (unless the TLB has one entry). If they cannot be, or the access does not cross, the interpreter does the instruction.
+    fn split(&mut self, placed: &PlacedSite, size: usize, write: bool) -> u64 {
+        self.bt.misses += 1;
+        state::read_mode(self.interp.cpu(), &self.frame);
+        let la = self.frame.get(frame::ADDRESS);
+        if la & 0xfff > 4096 - size as u64 {
+            let second = (la & !0xfff).wrapping_add(4096);
+            let room = self.knobs.tlb != TlbKnob::One;
+            if room && self.fill_frame(la, write) && self.fill_frame(second, write) {
+                return again(&placed.site);
+            }
+        } else if let Fill::Unfit(cause) = self.fill(la, size, write) {
+            self.blame(placed, cause, 1);
+        }
+        self.done_by_interpreter(placed)
+    }
+
+    /// The interpreter does the instruction of an access that missed. Where translated code goes on.
+    fn done_by_interpreter(&mut self, placed: &PlacedSite) -> u64 {
+        state::read(self.interp.cpu(), &self.frame);
+        let on = match placed.site.kind {
+            // Behind the instruction there is code without the group, or the second form.
+            SiteKind::Group { .. } | SiteKind::Halves { .. } => 0,
+            _ => placed.done,
+        };
+        if !self.interpret(placed) || on == 0 {
+            return self.go_on();
+        }
+        self.frame.set(frame::DONE, on);
+        action::DONE | behind(&placed.site)
+    }
+
+    /// Has both TLBs know a page, if it is plain RAM.
+    fn fill_frame(&mut self, la: u64, write: bool) -> bool {
+        if self.fill(la, 1, write) != Fill::Done {
+            return false;
+        }
+        self.apply_events();
+        let cpu = self.interp.cpu();
+        let (entry, tag) = (cpu.tlb.entry(la, cpu.variant), cpu.tlb.tag(la));
+        self.tables.fill_tlb(la, cpu.variant, &entry, tag);
+        entry.read_tag == tag
+    }
+}
+
 /// How translated code goes on behind an instruction that was done for it.
 const fn behind(site: &bt::Site) -> u64 {
     (if site.flags_in_host { action::FLAGS } else { 0 }) | again(site)
@@ -184,17 +233,27 @@ const fn again(site: &bt::Site) -> u64 {
 impl Callouts for BtVcpu {
     fn slow(&mut self, site: u32) -> u64 {
         let Some(placed) = self.cache.site(site) else { return action::LEAVE };
+        let own_of = |size, write| Own { above: 0, size, write };
         let (size, write, own) = match placed.site.kind {
-            SiteKind::Access { size, write } => (usize::from(size), write, Own { above: 0, size, write }),
+            SiteKind::Access { size, write } | SiteKind::Halves { size, write } => {
+                (usize::from(size), write, own_of(size, write))
+            }
             SiteKind::Group { size, write, own } => (usize::from(size), write, own),
+            SiteKind::Split { size, write } => return self.split(&placed, usize::from(size), write),
             _ => return action::LEAVE,
         };
         let group = matches!(placed.site.kind, SiteKind::Group { .. });
         self.bt.misses += 1;
+        let weight = self.sample_weight();
         state::read_mode(self.interp.cpu(), &self.frame);
         let la = self.frame.get(frame::ADDRESS);
         let variant = self.interp.cpu().variant;
-        let filled = if self.is_known(la, variant, write) { Fill::Unfit } else { self.fill(la, size, write) };
+        let filled = if self.is_known(la, variant, write) {
+            let crosses = la & 0xfff > 4096 - size as u64;
+            Fill::Unfit(if crosses { Cause::Crossing } else { Cause::Alignment })
+        } else {
+            self.fill(la, size, write)
+        };
         match filled {
             Fill::Done => {
                 self.apply_events();
@@ -202,32 +261,57 @@ impl Callouts for BtVcpu {
                     let cpu = self.interp.cpu();
                     self.tables.fill_only(la, variant, &cpu.tlb.entry(la, variant), cpu.tlb.tag(la));
                 }
-                return again(&placed.site);
+                again(&placed.site)
             }
             Fill::Fault(exception) if placed.site.faults_first => {
+                self.blame(&placed, Cause::Fault, 1);
                 if let Some((la, exception)) = self.own_fault(la, own, write, exception) {
                     return self.deliver_page_fault(self.site_rip(&placed), la, exception);
                 }
+                self.done_by_interpreter(&placed)
             }
-            Fill::Fault(_) | Fill::Unfit => {}
+            Fill::Unfit(cause) if group => {
+                // Guest state is as it was: the same instruction is next, in code without groups.
+                self.blame_group(&placed, cause, weight);
+                self.bt.plain_exits += u64::from(weight);
+                self.frame.set(frame::DONE, placed.done);
+                action::DONE
+            }
+            Fill::Unfit(cause) if matches!(placed.site.kind, SiteKind::Halves { .. }) => {
+                // Guest state is as it was, for the second form.
+                if cause == Cause::Crossing {
+                    self.blame_adapted(&placed, weight);
+                }
+                self.frame.set(frame::DONE, placed.done);
+                action::DONE | again(&placed.site)
+            }
+            Fill::Unfit(_) | Fill::Fault(_) => {
+                let cause = if let Fill::Unfit(cause) = filled { cause } else { Cause::Fault };
+                self.blame(&placed, cause, 1);
+                self.done_by_interpreter(&placed)
+            }
         }
-        if group && filled == Fill::Unfit {
-            // Guest state is as it was: the same instruction is next, in code without groups.
-            self.bt.plain_exits += 1;
-            self.frame.set(frame::DONE, placed.done);
-            return action::DONE;
-        }
-        state::read(self.interp.cpu(), &self.frame);
-        if !self.interpret(&placed) || placed.done == 0 || group {
-            return self.go_on();
-        }
-        self.frame.set(frame::DONE, placed.done);
-        action::DONE | behind(&placed.site)
     }
 
     fn callout(&mut self, site: u32) -> u64 {
         let Some(placed) = self.cache.site(site) else { return action::LEAVE };
         state::read(self.interp.cpu(), &self.frame);
+        match placed.site.kind {
+            SiteKind::Direct { size, write } => {
+                let la = self.frame.get(frame::ADDRESS);
+                self.visit_direct(&placed, |v| {
+                    // Writes beside code pass (`exec`).
+                    matches!(
+                        v.fill(la, usize::from(size), write),
+                        Fill::Done | Fill::Unfit(Cause::BesideCode)
+                    )
+                });
+            }
+            _ if matches!(placed.site.code.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) => {
+                self.blame(&placed, Cause::Division, 1);
+            }
+            _ => {}
+        }
         if self.interpret(&placed) { behind(&placed.site) } else { self.go_on() }
     }
 }

@@ -62,6 +62,9 @@ impl BtVcpu {
             return true;
         }
         let unchanged = self.cache.state(fragment) != State::Suspended || self.compare(fragment);
+        if !unchanged && let Some(key) = self.cache.key(fragment) {
+            self.adapt.forget(key.gfn);
+        }
         if !unchanged || !self.cache.resume(fragment) {
             self.cache.discard(fragment);
             return false;

@@ -259,12 +259,80 @@ refill!("trellis_bt_refill_1r", 1, 0, "jmp trellis_bt_slow", nothing);
 refill!("trellis_bt_refill_1w", 1, 1, "jmp trellis_bt_slow", pass);
 refill!("trellis_bt_refill_2r", 2, 0, "jmp trellis_bt_slow", nothing);
 refill!("trellis_bt_refill_2w", 2, 1, "jmp trellis_bt_slow", pass);
-refill!("trellis_bt_refill_group_0r", 0, 0, "add qword ptr [rsp], 9\nret", nothing);
-refill!("trellis_bt_refill_group_0w", 0, 1, "add qword ptr [rsp], 9\nret", pass_group);
-refill!("trellis_bt_refill_group_1r", 1, 0, "add qword ptr [rsp], 9\nret", nothing);
-refill!("trellis_bt_refill_group_1w", 1, 1, "add qword ptr [rsp], 9\nret", pass_group);
-refill!("trellis_bt_refill_group_2r", 2, 0, "add qword ptr [rsp], 9\nret", nothing);
-refill!("trellis_bt_refill_group_2w", 2, 1, "add qword ptr [rsp], 9\nret", pass_group);
+refill!("trellis_bt_refill_group_0r", 0, 0, "jmp trellis_bt_elsewhere", nothing);
+refill!("trellis_bt_refill_group_0w", 0, 1, "jmp trellis_bt_elsewhere", pass_group);
+refill!("trellis_bt_refill_group_1r", 1, 0, "jmp trellis_bt_elsewhere", nothing);
+refill!("trellis_bt_refill_group_1w", 1, 1, "jmp trellis_bt_elsewhere", pass_group);
+refill!("trellis_bt_refill_group_2r", 2, 0, "jmp trellis_bt_elsewhere", nothing);
+refill!("trellis_bt_refill_group_2w", 2, 1, "jmp trellis_bt_elsewhere", pass_group);
+
+global_asm!(
+    // A group, or the first form of an access, that crosses a page: goes on behind the number of its site; one of some comes to Rust.
+    "trellis_bt_elsewhere:",
+    "dec dword ptr gs:[{sample}]\njs 7f",
+    "add qword ptr [rsp], 9\nret",
+    "7: jmp trellis_bt_slow",
+    // The copy of an access that crossed a page goes back to the pages. Uses R14 and R15; flags stay.
+    ".globl trellis_bt_join",
+    "trellis_bt_join:",
+    "mov r14, rcx\nmov r15, rsi\npush rdi",
+    "mov rsi, gs:[{bounce}]\nmov rdi, gs:[{hosts}]\nmov ecx, gs:[{counts}]\nrep movsb",
+    "mov rdi, gs:[{hosts} + 8]\nmov ecx, gs:[{counts} + 4]\nrep movsb",
+    "pop rdi\nmov rsi, r15\nmov rcx, r14",
+    "ret",
+    sample = const frame::SAMPLE,
+    bounce = const frame::BOUNCE_ADDRESS,
+    hosts = const frame::SPLIT_HOSTS,
+    counts = const frame::SPLIT_COUNTS,
+);
+
+/// Copies the bytes of an access that crosses pages to [`frame::BOUNCE`]: linear address in R14, size in R15; afterwards R14 is the
+/// address of the copy and R15 is 0. If an entry of the two is not there, or the access does not cross, Rust is asked, which has the instruction
+/// done. Flags are free.
+macro_rules! split {
+    ($name:literal, $variant:literal, $write:literal) => {
+        global_asm!(
+            concat!(".globl ", $name),
+            concat!($name, ":"),
+            "mov gs:[{address}], r14",
+            "push rax\npush rcx\npush rsi\npush rdi",
+            "mov rcx, r14\nand rcx, -4096",
+            "mov eax, ecx\nshr eax, 7\nand eax, ({entries} - 1) << 5",
+            "cmp gs:[rax + {table} + {tag}], rcx\njne 7f",
+            "mov rsi, gs:[rax + {table} + 24]\nadd rsi, r14",
+            "add rcx, 4096",
+            "mov eax, ecx\nshr eax, 7\nand eax, ({entries} - 1) << 5",
+            "cmp gs:[rax + {table} + {tag}], rcx\njne 7f",
+            "mov rax, gs:[rax + {table} + 16]",
+            // Bytes on the first page, and on the second.
+            "sub rcx, r14\nsub r15, rcx\njbe 7f",
+            "mov gs:[{hosts}], rsi\nmov gs:[{hosts} + 8], rax",
+            "mov gs:[{counts}], ecx\nmov gs:[{counts} + 4], r15d",
+            "mov rdi, gs:[{bounce}]\nmov r14, rdi",
+            "rep movsb",
+            "mov rsi, rax\nmov ecx, r15d\nrep movsb",
+            "xor r15d, r15d",
+            "inc qword ptr gs:[{count}]",
+            "pop rdi\npop rsi\npop rcx\npop rax",
+            "add qword ptr [rsp], 9\nret",
+            "7:\npop rdi\npop rsi\npop rcx\npop rax\njmp trellis_bt_slow",
+            address = const frame::ADDRESS,
+            entries = const frame::TLB_ENTRIES,
+            table = const frame::TLB + $variant * frame::TLB_STRIDE,
+            tag = const 8 * $write,
+            hosts = const frame::SPLIT_HOSTS,
+            counts = const frame::SPLIT_COUNTS,
+            bounce = const frame::BOUNCE_ADDRESS,
+            count = const frame::COUNT_SPLITS,
+        );
+    };
+}
+split!("trellis_bt_split_0r", 0, 0);
+split!("trellis_bt_split_0w", 0, 1);
+split!("trellis_bt_split_1r", 1, 0);
+split!("trellis_bt_split_1w", 1, 1);
+split!("trellis_bt_split_2r", 2, 0);
+split!("trellis_bt_split_2w", 2, 1);
 
 /// Instead of a refill: Rust alone fills (the knob `tlb=one`). Called by fragments, as refills are.
 macro_rules! miss {
@@ -430,6 +498,13 @@ unsafe extern "C" {
     fn trellis_bt_refill_group_1w();
     fn trellis_bt_refill_group_2r();
     fn trellis_bt_refill_group_2w();
+    fn trellis_bt_split_0r();
+    fn trellis_bt_split_0w();
+    fn trellis_bt_split_1r();
+    fn trellis_bt_split_1w();
+    fn trellis_bt_split_2r();
+    fn trellis_bt_split_2w();
+    fn trellis_bt_join();
     fn trellis_bt_miss_0r();
     fn trellis_bt_miss_0w();
     fn trellis_bt_miss_1r();
@@ -545,6 +620,19 @@ impl Frame {
         for (at, code) in (frame::REFILL_GROUP..).step_by(8).zip(groups) {
             f.set(at, code as *const () as u64);
         }
+        let splits: [unsafe extern "C" fn(); 6] = [
+            trellis_bt_split_0r,
+            trellis_bt_split_0w,
+            trellis_bt_split_1r,
+            trellis_bt_split_1w,
+            trellis_bt_split_2r,
+            trellis_bt_split_2w,
+        ];
+        for (at, code) in (frame::SPLIT..).step_by(8).zip(splits) {
+            f.set(at, code as *const () as u64);
+        }
+        f.set(frame::JOIN, trellis_bt_join as *const () as u64);
+        f.set(frame::BOUNCE_ADDRESS, f.address(frame::BOUNCE));
         let lookups: [unsafe extern "C" fn(); 3] =
             [trellis_bt_lookup_0, trellis_bt_lookup_1, trellis_bt_lookup_2];
         for (at, code) in (frame::LOOKUP..).step_by(8).zip(lookups) {
@@ -582,6 +670,11 @@ impl Frame {
     /// What others ring.
     pub fn alarm(&self) -> Arc<dyn engine::signals::Alarm> {
         Arc::clone(&self.0) as _
+    }
+
+    /// Has translated code leave at its next poll.
+    pub fn ring(&self) {
+        engine::signals::Alarm::ring(&*self.0);
     }
 
     /// Switches the alarm off; who calls this looks at the signals afterwards.

@@ -1,6 +1,6 @@
 //! Stress knobs: what the suites turn to make rare paths common. For tests and for bisecting a wrong translation; no user needs them.
 //!
-//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off,evict=5,check=on` sets them for a process.
+//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off,evict=5,check=on,adapt=1,rdtsc=callout` sets them for a process.
 
 /// How long the frame's TLB keeps its entries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,6 +40,10 @@ pub struct Knobs {
     pub evict: u64,
     /// Every fragment checks its bytes itself.
     pub check: bool,
+    /// Guilty visits after which an instruction gets another form (`adapt=n`, `adapt=off`); [`u32::MAX`]: from the start (`adapt=all`).
+    pub adapt: u32,
+    /// How RDTSC is done where it may be done in fragments.
+    pub rdtsc: bt::TimeStamp,
 }
 
 impl Default for Knobs {
@@ -57,6 +61,8 @@ impl Default for Knobs {
             context: true,
             evict: 0,
             check: false,
+            adapt: 64,
+            rdtsc: bt::TimeStamp::Inline,
         }
     }
 }
@@ -92,6 +98,16 @@ impl Knobs {
                 ("context", _) => k.context = on,
                 ("evict", Ok(n)) => k.evict = n as u64,
                 ("check", _) => k.check = on,
+                ("adapt", Ok(n)) => k.adapt = u32::try_from(n).unwrap_or(u32::MAX),
+                ("adapt", _) if value == "all" => k.adapt = crate::adapt::ALL,
+                ("adapt", Err(_)) if !on => k.adapt = 0,
+                ("rdtsc", _) => {
+                    k.rdtsc = match value {
+                        "trap" => bt::TimeStamp::Trap,
+                        "callout" => bt::TimeStamp::Callout,
+                        _ => bt::TimeStamp::Inline,
+                    }
+                }
                 _ => {}
             }
         }
@@ -106,7 +122,7 @@ mod tests {
     #[test]
     fn parse_sets_what_it_knows() {
         let text = "unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off,evict=5,check=on,\
-                    nonsense=1";
+                    adapt=1,rdtsc=trap,nonsense=1";
         let k = Knobs::parse(text);
         let expected = Knobs {
             unit: 1,
@@ -121,9 +137,12 @@ mod tests {
             context: false,
             evict: 5,
             check: true,
+            adapt: 1,
+            rdtsc: bt::TimeStamp::Trap,
         };
         assert_eq!(k, expected);
         assert_eq!(Knobs::parse("tlb=one").tlb, TlbKnob::One);
+        assert_eq!(Knobs::parse("adapt=off").adapt, 0);
         assert_eq!(Knobs::parse(""), Knobs::default());
     }
 }

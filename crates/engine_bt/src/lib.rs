@@ -8,6 +8,7 @@
 //! alarm) and `guestmem::Holder`: writes to code that somebody translated are told to every vCPU, which drops its fragments when it next
 //! leaves the cache; a vCPU leaves at a poll, and after every instruction that the interpreter does for it.
 
+mod adapt;
 mod cache;
 mod callout;
 mod change;
@@ -26,6 +27,7 @@ mod report;
 mod state;
 mod tables;
 pub mod trace;
+mod trap;
 mod user_code;
 
 use std::sync::Arc;
@@ -158,6 +160,9 @@ pub struct BtVcpu {
     /// Callouts by instruction.
     callouts: rustc_hash::FxHashMap<iced_x86::Code, u64>,
     observers: observe::Observers,
+    adapt: adapt::Adaptation,
+    /// Keeps the traps of our code memory; before it is unmapped, they go.
+    trapped: Option<trap::Trapped>,
     /// Counters.
     pub bt: BtStats,
 }
@@ -188,18 +193,24 @@ impl BtVcpu {
         interp.cpu().holder.watch_code();
         interp.limit_decoded_pages(DECODED_PAGES);
         let host = Host::detect();
-        Ok(Self {
+        let cache = Cache::new(knobs.code_bytes)?;
+        let traps = knobs.rdtsc == bt::TimeStamp::Trap;
+        let trapped = if traps { trap::Trapped::new(&cache.code_range()) } else { None };
+        let rdtsc = if traps && trapped.is_none() { bt::TimeStamp::Callout } else { knobs.rdtsc };
+        let vcpu = Self {
             interp,
             tables: Tables::new(frame.clone(), &knobs),
             frame,
-            cache: Cache::new(knobs.code_bytes)?,
+            cache,
+            trapped,
             environments: Environments::default(),
             environment: 0,
             places: places::Places::default(),
             innocent: Box::new([0; change::INNOCENT]),
             written_last: NO_FRAME,
             written_in_a_row: 0,
-            host: if knobs.fp { host } else { host.without_fp() },
+            host: if knobs.fp { host } else { host.without_fp() }.with_time_stamp(rdtsc),
+            adapt: adapt::Adaptation::new(adapt::Settings::new(knobs.adapt)),
             knobs,
             announced: Announced(Vec::new()),
             counter: None,
@@ -207,7 +218,9 @@ impl BtVcpu {
             callouts: rustc_hash::FxHashMap::default(),
             observers: observe::Observers::default(),
             bt: BtStats::default(),
-        })
+        };
+        vcpu.begin_sampling();
+        Ok(vcpu)
     }
 
     fn run_loop(&mut self) -> VcpuExit {
@@ -224,6 +237,7 @@ impl BtVcpu {
                 continue;
             }
             self.stress();
+            self.adapt();
             let fragment = self.find();
             if self.tables.take_upper_changed() {
                 self.cache.unlink_pages();
@@ -300,6 +314,7 @@ impl BtVcpu {
         self.bt.flushes += 1;
         self.note_flush();
         self.cache.clear();
+        self.adapt.fragments_gone();
         self.tables.forget_jumps();
     }
 
@@ -411,12 +426,16 @@ impl BtVcpu {
         self.note_code(key.gfn);
         let wants_check = facts.legacy.is_none() && (self.knobs.check || self.places.changes_often(&key));
         let mut reader = Reader::new(&page, facts.decoding());
-        let (unit, next) = self.unit(key, &mut reader, facts, wants_check)?;
+        let (mut unit, next) = self.unit(key, &mut reader, facts, wants_check)?;
         let second = next.as_ref().map_or(NO_FRAME, |next| next.gfn);
         let key = Key { second, ..key };
         let (sites, links) = self.cache.bases();
         let check =
             if wants_check && next.is_none() { self.check_of(&key, self.cache.next_number()) } else { None };
+        // Code that changes often is not worth learning of, and other forms are for 64-bit addresses.
+        if check.is_none() && facts.legacy.is_none() {
+            unit.hints = self.adapt.hints(key.gfn, &unit);
+        }
         let model = Arc::clone(&self.interp.cpu().model);
         let gates = std::cell::RefCell::new(&mut self.announced);
         let announced = |i: &Instruction| gates.borrow_mut().ask(i, &model);
@@ -590,6 +609,7 @@ impl Vcpu for BtVcpu {
     fn restore(&mut self, state: &CpuState) {
         self.interp.restore(state);
         self.next_plain = false;
+        self.adapt.forget_all();
         self.flush_code();
         self.absorb();
     }
@@ -617,6 +637,7 @@ impl Vcpu for BtVcpu {
 
 impl Drop for BtVcpu {
     fn drop(&mut self) {
+        self.trapped = None;
         let refills = self.frame.get(frame::COUNT_REFILLS);
         let lookups = self.frame.get(frame::COUNT_LOOKUPS);
         let code_bytes = self.cache.code_bytes();

@@ -244,6 +244,9 @@ impl Source<'_> {
                     SiteKind::Access { size, write: true } => format!("a write of {size} misses"),
                     SiteKind::Access { size, write: false } => format!("a read of {size} misses"),
                     SiteKind::Group { size, .. } => format!("the check of a group of {size} bytes fails"),
+                    SiteKind::Halves { size, .. } => format!("an access of {size} misses or crosses a page"),
+                    SiteKind::Split { size, .. } => format!("{size} bytes on two pages, one of them unknown"),
+                    SiteKind::Direct { size, .. } => format!("{size} bytes that are no plain memory"),
                     SiteKind::Callout => "the interpreter does it".to_owned(),
                     SiteKind::Branch { .. } => "its target is not known".to_owned(),
                 },
@@ -264,8 +267,11 @@ impl Source<'_> {
 }
 
 /// Addresses of the code that fills the TLB: for accesses of their own, and for groups.
-const REFILLS: [std::ops::Range<i32>; 2] =
-    [frame::REFILL..frame::SECOND_TLB, frame::REFILL_GROUP..frame::REFILL_GROUP + 16 * frame::VARIANTS];
+const REFILLS: [std::ops::Range<i32>; 3] = [
+    frame::REFILL..frame::SECOND_TLB,
+    frame::REFILL_GROUP..frame::REFILL_GROUP + 16 * frame::VARIANTS,
+    frame::SPLIT..frame::JOIN,
+];
 
 /// Addresses of the code that looks up targets of 16- and 32-bit code.
 const LEGACY_LOOKUPS: std::ops::Range<i32> = frame::LOOKUP_LEGACY..frame::LOOKUP_LEGACY + 8 * frame::VARIANTS;
@@ -334,6 +340,7 @@ const FIELDS: &[(i32, &str)] = &[
     (frame::TSC_OFFSET, "tsc offset"),
     (frame::TSC_AUX, "tsc aux"),
     (frame::TAKE_EXIT, "take exit"),
+    (frame::JOIN, "write both pages"),
     (frame::DONE, "done"),
 ];
 
@@ -384,8 +391,12 @@ fn frame_field(disp: i32) -> String {
         note
     } else if let Some(refills) = REFILLS.iter().find(|refills| refills.contains(&disp)) {
         let n = disp - refills.start;
-        let group = if refills.start == frame::REFILL_GROUP { " group" } else { "" };
-        format!("refill{group} {}, {}", if n & 8 == 0 { "read" } else { "write" }, rights(n / 16))
+        let what = match refills.start {
+            frame::REFILL_GROUP => "refill group",
+            frame::SPLIT => "bring together",
+            _ => "refill",
+        };
+        format!("{what} {}, {}", if n & 8 == 0 { "read" } else { "write" }, rights(n / 16))
     } else if jumps.contains(&disp) {
         let n = disp - frame::JUMPS;
         let what = if n % frame::JUMP_STRIDE < frame::JUMP_HOSTS { "rip" } else { "host" };
@@ -504,7 +515,7 @@ mod tests {
             syscall: true,
             smap: true,
             fsgsbase: true,
-            rdtsc: true,
+            rdtsc: bt::TimeStamp::Inline,
             bmi2: true,
             plain: false,
             legacy: None,

@@ -6,6 +6,7 @@ use engine::Report;
 use engine::report::{Base, Breakdown, Form, Ratio, Unit};
 
 use crate::BtVcpu;
+use crate::adapt::Cause;
 use crate::listing::form_of;
 use crate::trace::Leave;
 
@@ -39,7 +40,14 @@ impl BtVcpu {
         self.memory(&mut r);
         let callouts = self.callouts.iter().map(|(code, n)| (form_of(*code), *n));
         let leaves = Leave::ALL.iter().map(|l| (l.name().to_owned(), self.observers.leaves[*l as usize]));
+        let c = &self.adapt.counts;
+        let mut adapted = c.direct;
+        adapted[Cause::Crossing as usize] = self.frame.get(frame::COUNT_SPLITS);
         r.breakdowns = vec![
+            by_cause("visits to the slow path", &c.visits),
+            by_cause("adaptations by cause", &c.adaptations),
+            by_cause("returns to innocence", &c.returns),
+            by_cause("visits by adapted sites", &adapted),
             Breakdown { name: "leaves of the cache", rows: sum(leaves) },
             Breakdown { name: "callouts by instruction", rows: sum(callouts) },
         ];
@@ -65,6 +73,7 @@ impl BtVcpu {
         r.count("went on elsewhere", Unit::Count, s.onward);
         r.count("page faults at misses", Unit::Count, s.faults);
         r.count("groups not checked", Unit::Count, s.plain_exits);
+        r.count("adaptations", Unit::Count, self.adapt.counts.adaptations.iter().sum());
         r.count("blocks interpreted", Unit::Count, s.blocks);
         r.count("fragments suspended", Unit::Count, s.suspended);
         r.count("fragments resumed", Unit::Count, s.resumed);
@@ -87,6 +96,7 @@ impl BtVcpu {
     fn memory(&self, r: &mut Report) {
         let range = self.cache.code_range();
         r.gauge("fragments in the TC", Unit::Count, self.cache.len() as u64);
+        r.gauge("sites watched", Unit::Count, self.adapt.len() as u64);
         r.gauge("code memory used", Unit::Bytes, self.cache.code_bytes() as u64);
         r.gauge("code memory", Unit::Bytes, range.end - range.start);
         r.gauge("TC tables", Unit::Bytes, self.cache.table_bytes() as u64);
@@ -95,6 +105,11 @@ impl BtVcpu {
         let second_tlb = (entries * std::mem::size_of::<x86_interp::tlb::Entry>()) as u64;
         r.gauge("TLB and jump cache", Unit::Bytes, frame::SIZE as u64 + second_jumps + second_tlb);
     }
+}
+
+fn by_cause(name: &'static str, counts: &[u64; Cause::ALL.len()]) -> Breakdown {
+    let rows = Cause::ALL.iter().map(|c| (c.name().to_owned(), counts[*c as usize]));
+    Breakdown { name, rows: sum(rows.filter(|(_, n)| *n != 0)) }
 }
 
 fn sum(rows: impl Iterator<Item = (String, u64)>) -> std::collections::BTreeMap<String, u64> {

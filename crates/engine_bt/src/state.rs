@@ -1,7 +1,7 @@
 //! Guest state between the interpreter's `Cpu` and the frame. While fragments run, the frame (and the host's registers) hold what they
 //! change: general registers, RFLAGS, the bases of FS and GS, and which of SYSCALL's or SYSRET's segments are in force.
 
-use bt::{Facts, FpLevel, Variant, frame};
+use bt::{Facts, FpLevel, TimeStamp, Variant, frame};
 use x86::Segment;
 use x86::bits::{cr0, cr4, efer, rflags};
 use x86::cpuid::Vendor;
@@ -20,17 +20,27 @@ use crate::legacy;
 pub struct Host {
     components: u64,
     bmi2: bool,
+    rdtsc: TimeStamp,
 }
 
 impl Host {
     /// This host.
     pub fn detect() -> Self {
-        Self { components: vector::host_components(), bmi2: std::is_x86_feature_detected!("bmi2") }
+        Self {
+            components: vector::host_components(),
+            bmi2: std::is_x86_feature_detected!("bmi2"),
+            rdtsc: TimeStamp::Inline,
+        }
     }
 
     /// Without x87 and vector instructions in fragments.
     pub const fn without_fp(self) -> Self {
         Self { components: 0, ..self }
+    }
+
+    /// With another way to do RDTSC, where it is allowed.
+    pub const fn with_time_stamp(self, rdtsc: TimeStamp) -> Self {
+        Self { rdtsc, ..self }
     }
 }
 
@@ -110,7 +120,7 @@ pub fn facts(cpu: &Cpu, host: Host, counter: Option<u64>) -> Facts {
         syscall: cpu.s.msr.efer & efer::SCE != 0,
         smap: cpu.s.cr4 & cr4::SMAP != 0,
         fsgsbase: cpu.s.cr4 & cr4::FSGSBASE != 0,
-        rdtsc: cpu.s.cr4 & cr4::TSD == 0 && counter.is_some(),
+        rdtsc: if cpu.s.cr4 & cr4::TSD == 0 && counter.is_some() { host.rdtsc } else { TimeStamp::Callout },
         bmi2: host.bmi2,
         plain: false,
         legacy,

@@ -204,14 +204,11 @@ impl Tables {
         }
     }
 
-    /// Makes the translation of `la` the only one of the frame's TLB.
-    pub fn fill_only(&mut self, la: u64, variant: usize, entry: &Entry, tag: u64) {
+    /// Fills the TLB's entry for the page of `la` as the refills do: from the interpreter's, whose tag for it is `tag`. Its place in the frame.
+    pub fn fill_tlb(&mut self, la: u64, variant: usize, entry: &Entry, tag: u64) -> i32 {
         let page = la & !0xfff;
         let set = (la >> 12) as i32 & (frame::TLB_ENTRIES as i32 - 1);
         let at = frame::TLB + variant as i32 * frame::TLB_STRIDE + 32 * set;
-        if let Some(other) = self.only.replace(at) {
-            self.clear_entry(other);
-        }
         let field = Self::log_field(Log::Tlb, half(la));
         self.note_filled(field, frame::TLB_LOG_END - frame::TLB_LOG, at);
         let distance = entry.addend.wrapping_add(self.frame.get(frame::MEMORY));
@@ -220,6 +217,15 @@ impl Tables {
         self.frame.set(at + 16, page.wrapping_add(distance));
         self.frame.set(at + 24, distance);
         self.frame.set(frame::frame_of(at), entry.gfn & !TRACED);
+        at
+    }
+
+    /// Makes the translation of `la` the only one of the frame's TLB.
+    pub fn fill_only(&mut self, la: u64, variant: usize, entry: &Entry, tag: u64) {
+        if let Some(other) = self.only {
+            self.clear_entry(other);
+        }
+        self.only = Some(self.fill_tlb(la, variant, entry, tag));
     }
 
     /// As [`Tables::set_jump`], for code that lies in one frame and does not know its RIP: every process that has this frame finds it.

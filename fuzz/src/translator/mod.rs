@@ -6,9 +6,10 @@
 
 mod verify;
 
+use bt::hints::Form;
 use bt::listing::{Part, parts};
 use bt::unit::{MAX_INSTRUCTIONS, MAX_LEN, Reader, Unit, form_crossing};
-use bt::{Facts, FpLevel, Fragment, Legacy, Variant, translate};
+use bt::{Facts, FpLevel, Fragment, Legacy, TimeStamp, Variant, translate};
 
 use crate::input::Input;
 
@@ -35,10 +36,24 @@ pub fn target(data: &[u8]) {
     let mut reader = Reader::new(&page, facts.decoding());
     let unit = reader.form(offset, limit);
     let crossing = form_crossing(&page, &next, offset, facts.decoding());
-    for unit in [unit, crossing] {
+    let adapt = if facts.legacy.is_none() { input.byte() } else { 0 };
+    for mut unit in [unit, crossing] {
+        hint(&mut unit, adapt);
         if !unit.instructions.is_empty() {
             let fragment = translate(&unit, &mut reader, facts, 1000, 2000, &|_| announce);
             check(&unit, &fragment, facts);
+        }
+    }
+}
+
+/// Hints of the kinds that `adapt` names, for instructions by their place; for none if it is 0.
+fn hint(unit: &mut Unit, adapt: u8) {
+    let forms = [Form::Alone, Form::Halves, Form::Direct];
+    for i in &unit.instructions {
+        for (n, form) in forms.into_iter().enumerate() {
+            if (adapt >> n) & 1 != 0 && (adapt >> 3 == 31 || (i.ip() ^ u64::from(adapt >> 3)) & 3 != 0) {
+                unit.hints.add(i.ip16(), form);
+            }
         }
     }
 }
@@ -67,7 +82,7 @@ fn facts(input: &mut Input<'_>) -> Facts {
         syscall: bits & 2 != 0,
         smap: bits & 4 != 0,
         fsgsbase: bits & 8 != 0,
-        rdtsc: bits & 16 != 0,
+        rdtsc: if bits & 16 != 0 { TimeStamp::Inline } else { TimeStamp::Callout },
         bmi2: bits & 32 != 0,
         plain: bits & 128 != 0,
         legacy,
@@ -180,11 +195,17 @@ mod tests {
 
     /// The fragment of `mov rax, [rbx]` and `mov rcx, [rbx + 8]`, with `from` replaced by `to` in its code.
     fn check_with(from: &[u8], to: &[u8]) {
+        check_hinted(from, to, 0);
+    }
+
+    /// The same with hints.
+    fn check_hinted(from: &[u8], to: &[u8], adapt: u8) {
         let mut page = [0x90; 4096];
         page[..8].copy_from_slice(&[0x48, 0x8b, 0x03, 0x48, 0x89, 0x4b, 0x08, 0xc3]);
         let facts = facts(&mut Input::new(&[0x20, 0, 0, 1, 1]));
         let mut reader = Reader::new(&page, facts.decoding());
-        let unit = reader.form(0, 3);
+        let mut unit = reader.form(0, 3);
+        hint(&mut unit, adapt);
         let mut f = translate(&unit, &mut reader, facts, 0, 0, &|_| true);
         let at = f.code.windows(from.len()).position(|w| w == from).expect("the code is there");
         f.code[at..at + to.len()].copy_from_slice(to);
@@ -201,6 +222,18 @@ mod tests {
     fn verifier_refuses_a_check_of_fewer_bytes() {
         // cmp r14, 0ff0h → 0ff1h: 15 bytes of 16.
         check_with(&[0x49, 0x81, 0xfe, 0xf0, 0x0f], &[0x49, 0x81, 0xfe, 0xf1, 0x0f]);
+    }
+
+    #[test]
+    fn verifier_takes_second_forms() {
+        check_hinted(&[0x41, 0xbf, 8, 0], &[0x41, 0xbf, 8, 0], 0xfa);
+    }
+
+    #[test]
+    #[should_panic(expected = "INV-BT-3")]
+    fn verifier_refuses_a_copy_of_fewer_bytes() {
+        // mov r15d, 8 → 7, in front of the call that brings both pages' bytes together.
+        check_hinted(&[0x41, 0xbf, 8, 0], &[0x41, 0xbf, 7, 0], 0xfa);
     }
 
     #[test]

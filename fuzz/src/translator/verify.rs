@@ -26,6 +26,8 @@ use iced_x86::{
     Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register,
 };
 
+/// The mask of the TLB's index.
+const TLB_MASK: u32 = (frame::TLB_ENTRIES - 1) << 5;
 /// Where guest RSP is.
 const R13: usize = 13;
 const R14: usize = 14;
@@ -114,6 +116,8 @@ struct Verifier<'a> {
     /// States that jumps bring to offsets ahead.
     arriving: HashMap<u64, Vec<State>>,
     symbols: u32,
+    /// R15 before the instruction, if it is a constant.
+    split_size: Option<i64>,
     info: InstructionInfoFactory,
 }
 
@@ -127,6 +131,7 @@ pub fn verify(unit: &Unit, fragment: &Fragment, parts: &[Part], legacy: bool) {
         state: State { registers: [Value::Unknown; 16], slots: HashMap::new(), pushed: None },
         arriving: HashMap::new(),
         symbols: 0,
+        split_size: None,
         info: InstructionInfoFactory::new(),
     };
     for r in 0..16 {
@@ -163,8 +168,9 @@ fn is_engine_code(field: i32) -> bool {
         frame::REFILL_GROUP..frame::REFILL_GROUP + 16 * rights,
         frame::LOOKUP..frame::LOOKUP + 8 * rights,
         frame::LOOKUP_LEGACY..frame::LOOKUP_LEGACY + 8 * rights,
+        frame::SPLIT..frame::SPLIT + 16 * rights,
     ];
-    matches!(field, frame::LEAVE | frame::CALLOUT | frame::FP_LOAD | frame::TAKE_EXIT)
+    matches!(field, frame::JOIN | frame::LEAVE | frame::CALLOUT | frame::FP_LOAD | frame::TAKE_EXIT)
         || tables.iter().chain([&frame::HELPERS]).any(|t| t.contains(&field)) && field % 8 == 0
         || is_jump_host(field)
 }
@@ -234,18 +240,21 @@ impl Verifier<'_> {
             .iter()
             .filter_map(|p| if let Part::Instruction(i) = p { Some(*i) } else { None })
             .collect();
-        let straight = self.fragment.straight as u64;
+        // Second forms of accesses stand behind the straight line.
+        let (seconds, straight) = (self.fragment.straight as u64, self.fragment.accesses as u64);
         let starts: Vec<u64> = instructions.iter().map(Instruction::ip).collect();
         let passes = self.passes(&instructions, straight);
+        // A second form does what the first does, as the interpreter does: forms of the guest's registers stand.
+        let returns = |i: &Instruction| i.ip() >= seconds && i.near_branch_target() < seconds;
         let outside: Vec<u64> = instructions
             .iter()
-            .filter(|i| i.ip() >= straight && is_jump(i) && !passes.contains(&i.ip()))
+            .filter(|i| is_jump(i) && (i.ip() >= straight && !passes.contains(&i.ip()) || returns(i) && i.ip() < straight))
             .map(Instruction::near_branch_target)
             .chain(self.fragment.sites.iter().map(|s| u64::from(s.done)).filter(|at| *at != 0))
             .collect();
         let backward: Vec<(u64, u64)> = instructions
             .iter()
-            .filter(|i| i.ip() < straight && is_jump(i) && i.near_branch_target() <= i.ip())
+            .filter(|i| i.ip() < straight && is_jump(i) && i.near_branch_target() <= i.ip() && !returns(i))
             .map(|i| (i.near_branch_target(), i.ip()))
             .collect();
         let mut reachable = true;
@@ -268,6 +277,11 @@ impl Verifier<'_> {
             }
             if outside.contains(&i.ip()) {
                 reachable = true;
+                if i.ip() >= seconds {
+                    // Whoever comes here does so from elsewhere: nothing is known.
+                    self.state.slots.clear();
+                    (0..16).for_each(|r| self.forget(r));
+                }
                 self.state.registers[R14] = Value::Unknown;
                 self.state.registers[R15] = Value::Unknown;
             }
@@ -278,6 +292,10 @@ impl Verifier<'_> {
             }
             if reachable {
                 self.step(i, instructions.get(n + 1));
+                if let Some(state) = self.brought_together(i) {
+                    // It comes back behind a jump and a number.
+                    self.arriving.entry(i.next_ip() + 9).or_default().push(state);
+                }
                 reachable = !matches!(
                     i.flow_control(),
                     FlowControl::UnconditionalBranch | FlowControl::IndirectBranch
@@ -449,6 +467,10 @@ impl Verifier<'_> {
 
     fn step(&mut self, i: &Instruction, next: Option<&Instruction>) {
         self.check_access(i);
+        self.split_size = match self.state.registers[R15] {
+            Value::Linear(Form { base: None, index: None, offset }) => Some(offset),
+            _ => None,
+        };
         if i.code() == Code::Push_r64 {
             if self.state.pushed.is_some() {
                 self.fail(i, "two words on the host's stack");
@@ -540,6 +562,30 @@ impl Verifier<'_> {
                 self.interpreted(i.ip());
             }
         }
+    }
+
+    /// Behind a call of `SPLIT` with the size in R15: R14 + R15 is a copy of so many bytes.
+    fn brought_together(&mut self, i: &Instruction) -> Option<State> {
+        let field = frame_field(i).filter(|_| i.is_call_near_indirect())?;
+        let splits = frame::SPLIT..frame::SPLIT + 16 * frame::VARIANTS;
+        if !splits.contains(&field) {
+            return None;
+        }
+        let room = self.split_size.take().unwrap_or_else(|| self.fail(i, "a copy of unknown size"));
+        if !(1..=64).contains(&room) {
+            self.fail(i, "a copy that is too long");
+        }
+        self.symbols += 1;
+        let copy = Checked {
+            from: Form::symbol(self.symbols),
+            room,
+            write: field & 8 != 0,
+            table: (field - frame::SPLIT) / 16,
+        };
+        let mut state = self.state.clone();
+        state.registers[R14] = Value::Offset(copy);
+        state.registers[R15] = Value::Page(copy);
+        Some(state)
     }
 
     /// The interpreter did the guest instruction whose host code is at `at`.

@@ -18,6 +18,7 @@ use super::registers::{frame_slot, host_number, in_frame, is_write};
 use super::{Facts, Lowering, ident, segment, vector};
 use crate::emit::{S0, S1, SP};
 use crate::frame;
+use crate::hints::Form;
 use crate::unit::Unit;
 
 /// Bytes from a group's first to its last at most: the longer, the more often it crosses a page.
@@ -203,7 +204,8 @@ impl Plan {
             let info = info.info(i);
             let write = info.used_memory().iter().any(|m| is_write(m.access()));
             plan.writes.push(write);
-            if let Some(a) = access(i, facts, write).filter(|_| !facts.plain) {
+            let adapted = unit.hints.has(i.ip(), Form::Direct) || unit.hints.has(i.ip(), Form::Halves);
+            if let Some(a) = access(i, facts, write).filter(|_| !facts.plain && !adapted) {
                 plan.add(n, a, &values, epoch);
             }
             epoch += u32::from(matches!(i.mnemonic(), Mnemonic::Stac | Mnemonic::Clac));
@@ -223,8 +225,23 @@ impl Plan {
                 }
             }
         }
+        plan.disband(unit);
         plan.finish();
         plan
+    }
+
+    /// Groups that often fail are none.
+    fn disband(&mut self, unit: &Unit) {
+        if unit.hints.is_empty() {
+            return;
+        }
+        for (number, g) in self.groups.iter_mut().enumerate() {
+            let first = self.members.iter().position(|m| m.is_some_and(|(group, _)| group == number));
+            let first = first.and_then(|n| unit.instructions.get(n));
+            if first.is_some_and(|i| unit.hints.has(i.ip(), Form::Alone)) {
+                g.members = 0;
+            }
+        }
     }
 
     /// Whether an instruction writes memory.

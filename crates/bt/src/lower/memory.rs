@@ -9,6 +9,7 @@
 
 use iced_x86::{Instruction, Mnemonic, Register};
 
+use super::adapt::Making;
 use super::registers::{frame_slot, host_number, in_frame};
 use super::{Lowering, SiteKind};
 use crate::emit::{Fixup, S0, S1, cc};
@@ -36,6 +37,12 @@ pub(super) struct Miss {
     done: Option<usize>,
     site: u32,
     variant: super::Variant,
+}
+
+/// The access of a second form: its site.
+#[derive(Clone, Copy)]
+pub(super) struct Halves {
+    pub site: u32,
 }
 
 /// A host memory operand.
@@ -156,7 +163,17 @@ impl Lowering<'_, '_> {
 
     /// As [`Lowering::check`]; `aligned`: a misaligned address misses too.
     pub(super) fn check_aligned(&mut self, size: usize, write: bool, retry: usize, aligned: bool) -> usize {
-        let kind = SiteKind::Access { size: size as u8, write };
+        // What must be aligned does not cross pages.
+        if self.making == Making::Second && !aligned {
+            return self.split(size, write, retry);
+        }
+        let halves = self.making == Making::First && !aligned;
+        let size8 = size as u8;
+        let kind = if halves {
+            SiteKind::Halves { size: size8, write }
+        } else {
+            SiteKind::Access { size: size8, write }
+        };
         self.lookup_tag(write);
         let jump = if aligned {
             self.asm.test_imm(S0, -4096 | (size as i32 - 1));
@@ -222,10 +239,10 @@ impl Lowering<'_, '_> {
 
     fn missed(&mut self, jump: Fixup, kind: SiteKind, retry: usize, write: bool) -> usize {
         let site = self.site(kind);
-        let group = matches!(kind, SiteKind::Group { .. });
-        let refills = if group { frame::REFILL_GROUP } else { frame::REFILL };
+        let elsewhere = matches!(kind, SiteKind::Group { .. } | SiteKind::Halves { .. });
+        let refills = if elsewhere { frame::REFILL_GROUP } else { frame::REFILL };
         let refill = refills + 16 * self.variant as i32 + 8 * i32::from(write);
-        let what = if write && !group {
+        let what = if write && !elsewhere {
             What::Write { refill, retry, size: 0, pass: 0 }
         } else {
             What::Access { refill, retry }
@@ -261,6 +278,24 @@ impl Lowering<'_, '_> {
                 site.done = at as u32;
                 site.flags_in_host = flags_in_host;
             }
+        }
+    }
+
+    /// Whether the access of a miss was lowered so that it may go on in a second form.
+    pub(super) fn miss_may_have_halves(&self, n: usize) -> bool {
+        self.miss_site(n).is_some_and(|s| matches!(s.kind, SiteKind::Halves { .. }))
+    }
+
+    /// A miss of an access that crosses goes on in the second form.
+    pub(super) fn lead_to_halves(&mut self, n: usize, at: usize) {
+        self.complete_one(n, at, false);
+    }
+
+    /// Where translated code goes on behind an access that the interpreter did for the second form.
+    pub(super) fn complete_halves(&mut self, halves: Halves, at: usize, flags_in_host: bool) {
+        if let Some(site) = self.sites.get_mut((halves.site - self.site_base) as usize) {
+            site.done = at as u32;
+            site.flags_in_host = flags_in_host;
         }
     }
 

@@ -10,6 +10,7 @@
     reason = "register numbers, offsets in a page and counts are small"
 )]
 
+mod adapt;
 mod branch;
 mod checked;
 mod divide;
@@ -28,12 +29,14 @@ use iced_x86::{Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic}
 
 use crate::emit::{Asm, S0};
 use crate::frame;
+use crate::hints::Hints;
 use crate::normal::Decoding;
 use crate::unit::{self, Reader, STATUS, Unit};
 
 use branch::PendingExit;
 pub use legacy::Legacy;
 use memory::Miss;
+pub use system::TRAP;
 
 /// Rights with which code accesses memory: which of the TLBs, and of the jump caches, it asks.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -61,6 +64,17 @@ pub enum FpLevel {
     Avx512,
 }
 
+/// How RDTSC and RDTSCP are done.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum TimeStamp {
+    /// By the interpreter: they may fault, or the guest's counter is not the host's plus an offset.
+    Callout,
+    /// By the interpreter, reached through a trap of the host: to be measured against the others.
+    Trap,
+    /// By the host's counter and an offset, in the fragment.
+    Inline,
+}
+
 /// What the code of a fragment may rely on: part of its key.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Facts {
@@ -79,8 +93,8 @@ pub struct Facts {
     pub smap: bool,
     /// CR4.FSGSBASE.
     pub fsgsbase: bool,
-    /// RDTSC may be executed, and the guest's counter is the host's plus an offset.
-    pub rdtsc: bool,
+    /// How RDTSC and RDTSCP are done.
+    pub rdtsc: TimeStamp,
     /// The host has BMI2.
     pub bmi2: bool,
     /// Every access checks for itself ([`group`]).
@@ -132,6 +146,27 @@ pub enum SiteKind {
         /// The access of the instruction that checks.
         own: Own,
     },
+    /// The check of an access that has a second form for what crosses pages ([`crate::hints::Form::Halves`]).
+    Halves {
+        /// Bytes.
+        size: u8,
+        /// It writes.
+        write: bool,
+    },
+    /// The second form of such an access: its pages are not at hand.
+    Split {
+        /// Bytes.
+        size: u8,
+        /// It writes.
+        write: bool,
+    },
+    /// An access that is handed over at once ([`crate::hints::Form::Direct`]).
+    Direct {
+        /// Bytes.
+        size: u8,
+        /// It writes.
+        write: bool,
+    },
     /// The interpreter does the instruction.
     Callout,
     /// An indirect jump whose target was not found; RSP was moved by so much.
@@ -154,7 +189,8 @@ pub struct Site {
     pub fp_loaded: bool,
     /// The instruction, for the statistics.
     pub code: Code,
-    /// Offset of the host code behind the instruction ([`SiteKind::Group`]: of the exit to code without groups); 0 if there is none.
+    /// Offset of the host code behind the instruction ([`SiteKind::Group`]: of the exit to code without groups; [`SiteKind::Halves`]: of the
+    /// second form); 0 if there is none.
     pub done: u32,
     /// A page fault of this access is what the instruction does: nothing comes before it.
     pub faults_first: bool,
@@ -206,6 +242,8 @@ pub struct Fragment {
     pub leave: usize,
     /// Offset behind the straight line: what follows is seldom executed.
     pub straight: usize,
+    /// Offset behind the second forms, which follow the straight line: what follows has no accesses of its own.
+    pub accesses: usize,
     /// How many guest instructions always call out.
     pub callouts: usize,
     /// The ranges of the page's bytes that the fragment depends on, each from its first byte to the one behind its last.
@@ -249,6 +287,11 @@ struct Lowering<'a, 'p> {
     delta_in_s1: Option<usize>,
     /// Misses of groups: they go on in code without groups.
     plain_exits: Vec<usize>,
+    hints: &'a Hints,
+    making: adapt::Making,
+    /// Second forms that are still to be made, and the one just made.
+    halves: Vec<adapt::Pending>,
+    second: Option<memory::Halves>,
     /// In so many instructions the code polls, because IF may have become set: 2 behind STI, 1 in its shadow and behind POPF.
     poll_in: u8,
     /// The instruction is the unit's last.
@@ -323,6 +366,10 @@ fn translate_as(
         held: None,
         delta_in_s1: None,
         plain_exits: Vec::new(),
+        hints: &unit.hints,
+        making: adapt::Making::Plain,
+        halves: Vec::new(),
+        second: None,
         poll_in: 0,
         last: false,
         falls: false,
@@ -355,6 +402,8 @@ fn translate_as(
         l.leave_to(unit.end as u64, live.last().copied().unwrap_or(STATUS));
     }
     let straight = l.asm.here();
+    l.finish_halves(unit);
+    let accesses = l.asm.here();
     l.finish_plain_exits();
     l.finish_misses();
     l.finish_exits();
@@ -376,6 +425,7 @@ fn translate_as(
         map: l.map,
         leave,
         straight,
+        accesses,
         callouts: l.callouts,
         ranges: l.targets.ranges(unit),
         variable: checked.map_or(0, |_| checked::variable_bytes(unit)),
@@ -501,7 +551,8 @@ impl Lowering<'_, '_> {
             self.delta_in_s1 = self.held;
             return true;
         }
-        let done = announced && self.lower(i, live_before, read != 0);
+        let reads = read != 0;
+        let done = announced && (self.adapted(i, live_before, reads) || self.lower(i, live_before, reads));
         if !done {
             self.callout();
         }
@@ -578,7 +629,12 @@ impl Lowering<'_, '_> {
     /// Calls out, by code of the engine that may do the instruction without Rust.
     fn call_out_by(&mut self, how: i32) {
         self.spill(STATUS);
-        let site = self.site(SiteKind::Callout);
+        self.call_engine(how, SiteKind::Callout);
+    }
+
+    /// Has the engine do the instruction here. Guest flags are in the frame.
+    fn call_engine(&mut self, how: i32, kind: SiteKind) {
+        let site = self.site(kind);
         self.asm.call_gs(how);
         self.asm.bytes(&site.to_le_bytes());
         self.in_host = false;

@@ -8,10 +8,13 @@ use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::registers::{frame_slot, host_number, in_frame};
 use super::stack::{self, Value};
-use super::{Lowering, Variant};
+use super::{Lowering, TimeStamp, Variant};
 use crate::emit::{Op, R11, RAX, RCX, RDX, S0, S1, cc};
 use crate::frame;
 use crate::unit::STATUS;
+
+/// INT3. The engine's signal handler goes on behind it.
+pub const TRAP: u8 = 0xcc;
 
 const IF: u32 = 1 << 9;
 const AC: u32 = 1 << 18;
@@ -69,9 +72,16 @@ impl Lowering<'_, '_> {
             Mnemonic::Mov => return self.read_selector(i, live_before),
             Mnemonic::Rdfsbase | Mnemonic::Rdgsbase if self.facts.fsgsbase => self.read_base(i),
             Mnemonic::Wrfsbase | Mnemonic::Wrgsbase if self.facts.fsgsbase => self.write_base(i, live_before),
-            Mnemonic::Rdtsc | Mnemonic::Rdtscp if self.facts.rdtsc => {
-                self.time_stamp(i.mnemonic() == Mnemonic::Rdtscp, live_before);
-            }
+            Mnemonic::Rdtsc | Mnemonic::Rdtscp => match self.facts.rdtsc {
+                TimeStamp::Callout => return false,
+                TimeStamp::Inline => self.time_stamp(i.mnemonic() == Mnemonic::Rdtscp, live_before),
+                TimeStamp::Trap => {
+                    self.spill(STATUS);
+                    self.asm.bytes(&[TRAP]);
+                    self.callouts += 1;
+                    self.call_engine(frame::CALLOUT, super::SiteKind::Callout);
+                }
+            },
             _ => return false,
         }
         true

@@ -49,6 +49,15 @@ const CASES: u64 = 2_500;
 /// Where the ordinary run starts: the same programs on every run.
 const FIRST_SEED: u64 = 0x7472_656c_6c69_7301;
 
+/// The program of a seed. Where adapted forms are tested, half of them are accesses that cross pages.
+fn program(seed: u64, catalogue: &Catalogue, knobs: Knobs) -> Program {
+    if matches!(knobs.adapt, 1 | u32::MAX) && seed & 1 == 0 {
+        Program::of_crossing_accesses(seed, catalogue)
+    } else {
+        Program::generate(seed, catalogue)
+    }
+}
+
 /// How a program came out.
 enum Verdict {
     Same(u32),
@@ -155,7 +164,7 @@ fn run_cases(mode: Mode, knobs: Knobs, cases: u64, first: u64, patience: usize) 
         if trace {
             eprintln!("{seed:#x}");
         }
-        let program = Program::generate(seed, &catalogue);
+        let program = program(seed, &catalogue, knobs);
         match judge(&program, &mut oracle, &mut subject) {
             Verdict::Same(steps) => {
                 tally.same += 1;
@@ -186,7 +195,7 @@ fn run_cases(mode: Mode, knobs: Knobs, cases: u64, first: u64, patience: usize) 
 fn check(name: &str, text: &str, mode: Mode) {
     let knobs = Knobs::parse(&format!("warm=0,{text}"));
     if let Some(seed) = number("TRELLIS_SEED") {
-        let program = Program::generate(seed, &Catalogue::new(mode));
+        let program = program(seed, &Catalogue::new(mode), knobs);
         let (mut oracle, mut subject) = (Oracle::new(), Subject::new(knobs));
         if let Verdict::Different(text) = judge(&program, &mut oracle, &mut subject) {
             println!("{text}shrunk to:\n{}", shrink(&program, &mut oracle, &mut subject));
@@ -226,6 +235,10 @@ under! {
     programs_agree_without_links: "chain=off",
     programs_agree_with_interpreted_vectors: "fp=off",
     programs_agree_in_a_tiny_cache: "code=64K",
+    programs_agree_adapted_at_once: "adapt=1",
+    programs_agree_in_adapted_forms: "adapt=all",
+    programs_agree_in_adapted_forms_one_by_one: "adapt=all,unit=1",
+    programs_agree_in_adapted_forms_with_a_tlb_of_one_entry: "adapt=all,tlb=one",
     programs_agree_when_all_is_forgotten: "tlb=off,forget=1,chain=off",
     programs_agree_with_a_tlb_of_one_entry: "tlb=one",
     programs_agree_with_fragments_made_again: "again=2",

@@ -269,6 +269,23 @@ impl Builder<'_> {
         }
     }
 
+    /// An ordinary instruction with a memory operand, if one of some turns up.
+    fn access(&mut self) {
+        let before = self.items.len();
+        for _ in 0..30 {
+            self.items.truncate(before);
+            self.ordinary();
+            let Some(item) = self.items.get_mut(before) else { continue };
+            let i = &mut item.instruction;
+            let based = i.memory_base().is_gpr64() && i.memory_displ_size() != 0;
+            if i.op_kinds().any(|k| k == OpKind::Memory) && based && !i.is_vsib() {
+                i.set_memory_displacement64(self.rng.below(8));
+                i.set_memory_index(Register::None);
+                return;
+            }
+        }
+    }
+
     /// A conditional jump or a jump; the catalogue seldom picks one.
     fn branch(&mut self) {
         let code = match self.rng.below(8) {
@@ -479,6 +496,10 @@ impl Builder<'_> {
 impl Program {
     /// The program of a seed.
     pub fn generate(seed: u64, catalogue: &Catalogue) -> Self {
+        Self::generate_with(seed, catalogue, false)
+    }
+
+    fn generate_with(seed: u64, catalogue: &Catalogue, accesses: bool) -> Self {
         let mut rng = Rng::new(seed);
         let mode = catalogue.mode;
         let roles = initial::roles(&mut rng, mode);
@@ -519,6 +540,10 @@ impl Program {
         let supervisor = setup.supervisor;
         let mut b = Builder { bits, rng, roles, catalogue, flavour, supervisor, based, items: Vec::new() };
         while b.items.len() < wanted {
+            if accesses {
+                b.access();
+                continue;
+            }
             match b.rng.below(100) {
                 n if n < branches => b.branch(),
                 n if n < branches + systems => b.system(),
@@ -537,6 +562,21 @@ impl Program {
             item.label = item.label.min(count);
         }
         Self { seed, setup, regs, data, read_only, items, resume }
+    }
+
+    /// The program of a seed, of accesses to memory, with its pointers just before page ends, so that many accesses cross.
+    pub fn of_crossing_accesses(seed: u64, catalogue: &Catalogue) -> Self {
+        Self::generate_with(seed, catalogue, true).at_page_ends()
+    }
+
+    fn at_page_ends(mut self) -> Self {
+        for (n, r) in self.regs.gpr.iter_mut().enumerate() {
+            if (DATA..DATA + DATA_BYTES as u64).contains(r) {
+                let before = (self.seed >> (2 * n)) & 15;
+                *r = (*r & !0xfff) + 0x1000 - before;
+            }
+        }
+        self
     }
 
     /// Given instructions on a random state without anything special, at a level.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use engine::signals::Signal;
 use engine::{Signals, Vcpu, VcpuExit};
-use engine_bt::{BtVcpu, Knobs};
+use engine_bt::{BtVcpu, Knobs, TlbKnob};
 use x86::CpuState;
 
 use crate::machine::{Image, Machine};
@@ -23,6 +23,8 @@ pub struct Subject {
     knobs: Knobs,
     runs: u64,
     totals: [u64; 4],
+    /// Accesses that crossed pages in a second form.
+    together: u64,
     watch: Arc<Watch>,
 }
 
@@ -51,11 +53,14 @@ impl Subject {
                 seen = now;
             }
         });
-        Self { machine, vcpu, knobs, runs: 0, totals: [0; 4], watch }
+        Self { machine, vcpu, knobs, runs: 0, totals: [0; 4], together: 0, watch }
     }
 
     fn count(&mut self) {
         let s = self.vcpu.bt;
+        let report = self.vcpu.report();
+        let adapted = report.breakdowns.iter().find(|b| b.name == "visits by adapted sites").unwrap();
+        self.together += adapted.rows.get("page crossing").copied().unwrap_or(0);
         for (total, n) in self.totals.iter_mut().zip([s.fragments, s.entries, s.callouts, s.links]) {
             *total += n;
         }
@@ -92,7 +97,13 @@ impl Subject {
     pub fn report(&mut self) -> String {
         self.count();
         let [fragments, entries, callouts, links] = self.totals;
-        format!("{fragments} fragments, {entries} entries, {callouts} callouts, {links} links")
+        let together = self.together;
+        if self.knobs.adapt == u32::MAX && self.knobs.tlb == TlbKnob::All {
+            assert!(together > self.runs / 8, "second forms ran: {together} in {} runs", self.runs);
+        }
+        format!(
+            "{fragments} fragments, {entries} entries, {callouts} callouts, {links} links, {together} together"
+        )
     }
 }
 

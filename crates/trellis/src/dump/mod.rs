@@ -137,7 +137,7 @@ impl Translator {
             syscall: true,
             smap: true,
             fsgsbase: true,
-            rdtsc: true,
+            rdtsc: bt::TimeStamp::Inline,
             bmi2: std::is_x86_feature_detected!("bmi2"),
             plain: args.plain,
             legacy: None,
