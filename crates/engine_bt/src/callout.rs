@@ -255,6 +255,10 @@ impl Callouts for BtVcpu {
             self.fill(la, size, write)
         };
         match filled {
+            // Somebody's write has just made the page writable (INV-TR-3): what was made of it goes before this vCPU writes there.
+            Fill::Done if write && self.interp.cpu().holder.has_written() => {
+                self.done_by_interpreter(&placed)
+            }
             Fill::Done => {
                 self.apply_events();
                 if self.knobs.tlb == TlbKnob::One {

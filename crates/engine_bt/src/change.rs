@@ -28,8 +28,8 @@ const fn counter_of(fragment: u32) -> u8 {
 }
 
 impl BtVcpu {
-    /// Somebody wrote to `lines` of a frame that code was made from. No fragment runs. More may be told of than before.
-    pub(crate) fn code_written(&mut self, gfn: Gfn, lines: u64) {
+    /// Somebody (this vCPU, if `own`) wrote to `lines` of a frame that code was made from. No fragment runs. More may be told of than before.
+    pub(crate) fn code_written(&mut self, gfn: Gfn, lines: u64, own: bool) {
         let count = if gfn == ALL_FRAMES {
             let mem = std::sync::Arc::clone(&self.interp.cpu().mem);
             self.cache.suspend_changed(|gfn| mem.code_version(gfn))
@@ -37,6 +37,9 @@ impl BtVcpu {
             self.cache.suspend(gfn, lines)
         };
         self.bt.suspended += count as u64;
+        if !own {
+            return;
+        }
         self.written_in_a_row = if self.written_last == gfn { self.written_in_a_row + 1 } else { 1 };
         self.written_last = gfn;
         if self.written_in_a_row >= DATA_AFTER && gfn != ALL_FRAMES {

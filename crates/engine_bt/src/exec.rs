@@ -187,7 +187,7 @@ macro_rules! refill {
             "ret",
             "7:",
             // Uses of names, for the variants that have none.
-            "/* {traces} {shared} {lines} {pass} {passed} */",
+            "/* {traces} {shared} {lines} {pass} {passed} {alarm} */",
             $traced!(),
             "8:\npop rcx\npop rax",
             "jmp trellis_bt_slow",
@@ -207,6 +207,7 @@ macro_rules! refill {
             count = const frame::COUNT_REFILLS,
             traces = const frame::TRACES,
             shared = const guestmem::trace::TRACE_SHARED,
+            alarm = const frame::ALARM,
             lines = const guestmem::trace::TRACE_LINES,
             pass = const frame::PASS,
             passed = const frame::COUNT_PASSED,
@@ -227,7 +228,8 @@ macro_rules! traced {
     () => {
         "cmp [rax + {base}], rcx\njne 8f\nmov rcx, [rax + {base} + 24]\nbtr rcx, 63\njnc 8f\n\
          lea rcx, [rcx + rcx*2]\nshl rcx, 3\nadd rcx, gs:[{traces}]\n\
-         cmp dword ptr [rcx + {shared}], 0\nje 8f\nmov rcx, [rcx + {lines}]\ntest rcx, rcx\njz 8f\n"
+         cmp dword ptr [rcx + {shared}], 0\nje 8f\nmov rcx, [rcx + {lines}]\ntest rcx, rcx\njz 8f\n\
+         cmp dword ptr gs:[{alarm}], 0\njne 8f\n"
     };
 }
 const _: () = assert!(guestmem::trace::TRACE_STRIDE == 24, "the stride that `traced` multiplies with");

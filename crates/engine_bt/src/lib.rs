@@ -299,14 +299,14 @@ impl BtVcpu {
     fn absorb(&mut self) {
         self.apply_events();
         let cpu = self.interp.cpu();
-        cpu.code_changed = false;
+        let own = std::mem::take(&mut cpu.code_changed);
         let holder = Arc::clone(&cpu.holder);
         loop {
             let written = holder.take_written();
             if written.is_empty() {
                 return;
             }
-            written.into_iter().for_each(|(gfn, lines)| self.code_written(gfn, lines));
+            written.into_iter().for_each(|(gfn, lines)| self.code_written(gfn, lines, own));
         }
     }
 

@@ -14,7 +14,8 @@
 //! Why no write is missed: the decoder sets its line (a locked OR, a full fence) before it reads the bytes; a slow writer
 //! stores the bytes and fences before it reads the lines. So either the decoder sees the new bytes or the writer sees the
 //! line (Dekker). Fast writers are excluded by INV-TR-1, whose invalidation waits for the other vCPU's
-//! next instruction boundary. Writers that look at the lines first are excluded in the same manner: the next new
+//! next instruction boundary. Lines are cleared after every holder was told (INV-TR-3): who finds one cleared has been told, and drops his code before
+//! he writes there himself; who traces lines meanwhile waits until they are cleared, and traces them again. Writers that look at the lines first are excluded in the same manner: the next new
 //! line of a shared page ends the sharing and is followed by that wait (INV-TR-2), after which all of them have written what they looked up before.
 
 use std::sync::atomic::{Ordering, fence};
@@ -65,27 +66,40 @@ impl GuestMemory {
         if self.is_line_traced(gfn, lines) {
             return false;
         }
-        // Who sees our lines sees that we are not done, too.
+        let mut waited = false;
+        // Another may set the same lines and still wait for writers, or be about to clear them.
+        while !self.is_line_traced(gfn, lines) {
+            // Who sees our lines sees that we are not done, too.
+            self.tracing.fetch_add(1, Ordering::SeqCst);
+            let old = entry.code_lines.fetch_or(lines, Ordering::SeqCst);
+            if old == 0 || old & lines != lines && entry.shared.swap(0, Ordering::SeqCst) != 0 {
+                self.invalidate(&(gfn..Gfn(gfn.0 + 1)), Invalidation::WriteProtect, me);
+                waited = true;
+            }
+            self.tracing.fetch_sub(1, Ordering::SeqCst);
+            while self.tracing.load(Ordering::SeqCst) != 0 {
+                std::thread::yield_now();
+            }
+        }
+        waited
+    }
+
+    /// Tells everybody that code in `lines` of a page changed, then traces them no more.
+    fn clear_lines(&self, gfn: Gfn, entry: &crate::map::Entry, lines: u64) {
         self.tracing.fetch_add(1, Ordering::SeqCst);
-        let old = entry.code_lines.fetch_or(lines, Ordering::SeqCst);
-        let waits = old == 0 || old & lines != lines && entry.shared.swap(0, Ordering::SeqCst) != 0;
-        if waits {
-            self.invalidate(&(gfn..Gfn(gfn.0 + 1)), Invalidation::WriteProtect, me);
-        }
+        // The version changes before the lines are cleared: whoever finds the line untraced and gets a fast
+        // permission has already made every older decoding stale.
+        entry.version.fetch_add(1, Ordering::SeqCst);
+        self.tell_code_changed(gfn, lines);
+        entry.code_lines.fetch_and(!lines, Ordering::SeqCst);
         self.tracing.fetch_sub(1, Ordering::SeqCst);
-        // Another may have set the same lines and still wait for writers.
-        while self.tracing.load(Ordering::SeqCst) != 0 {
-            std::thread::yield_now();
-        }
-        waits
     }
 
     /// The page is code no more, as it seems: no line of it is traced from now on, and everybody is told that all of it changed.
     pub fn untrace(&self, gfn: Gfn) {
-        let Some(entry) = self.entry(gfn) else { return };
-        entry.version.fetch_add(1, Ordering::SeqCst);
-        entry.code_lines.store(0, Ordering::SeqCst);
-        self.tell_code_changed(gfn, u64::MAX);
+        if let Some(entry) = self.entry(gfn) {
+            self.clear_lines(gfn, entry, u64::MAX);
+        }
     }
 
     /// From now on writes to lines of the page that are not traced need not take the slow way.
@@ -120,11 +134,7 @@ impl GuestMemory {
         if entry.code_lines.load(Ordering::SeqCst) & hit == 0 {
             return false;
         }
-        // The version changes before the lines are cleared: whoever finds the line untraced and gets a fast
-        // permission has already made every older decoding stale.
-        entry.version.fetch_add(1, Ordering::SeqCst);
-        entry.code_lines.fetch_and(!hit, Ordering::SeqCst);
-        self.tell_code_changed(gpa.gfn(), hit);
+        self.clear_lines(gpa.gfn(), entry, hit);
         true
     }
 }

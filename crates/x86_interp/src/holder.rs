@@ -60,6 +60,11 @@ impl VcpuHolder {
         *self.written.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
     }
 
+    /// Whether [`VcpuHolder::take_written`] would tell of any.
+    pub fn has_written(&self) -> bool {
+        self.any_written.load(Ordering::SeqCst)
+    }
+
     /// The frames whose code was written since the last call, with the lines that were hit ([`ALL_FRAMES`]: too many to remember).
     pub fn take_written(&self) -> Vec<(Gfn, u64)> {
         if !self.any_written.swap(false, Ordering::SeqCst) {
