@@ -207,7 +207,7 @@ pub const TLB_ENTRIES: u32 = 4096;
 /// Bytes from one variant's table to the next.
 pub const TLB_STRIDE: i32 = 32 * TLB_ENTRIES as i32;
 /// Entries of each log of filled entries, four bytes each.
-pub const LOG_ENTRIES: u32 = 4096;
+pub const LOG_ENTRIES: u32 = 16384;
 /// The logs: TLB lower, TLB upper, jumps lower, jumps upper.
 pub const LOGS: i32 = TLB + VARIANTS * TLB_STRIDE;
 /// The guest frames of the TLB's entries, eight bytes each.
@@ -289,6 +289,9 @@ pub const CODE_PAGE_ENTRIES: u64 = 1 << 12;
 pub const fn code_page_set(page: u64, context: u64) -> u64 {
     (page >> 12 ^ context << 5) & (CODE_PAGE_ENTRIES - 1)
 }
+
+/// From one place where a page may stand in the table of code pages to the next.
+pub const CODE_PAGE_CONTEXTS: usize = 1 << 5;
 
 /// The tag of an empty entry of the table of code pages: no canonical address, and only such are asked for (INV-TAG-1).
 pub const NO_CODE_PAGE: u64 = 1 << 63;

@@ -50,10 +50,10 @@ impl Default for Knobs {
     fn default() -> Self {
         Self {
             unit: bt::unit::MAX_INSTRUCTIONS,
-            warm: 20,
+            warm: 8,
             chain: true,
             fp: true,
-            code_bytes: 64 << 20,
+            code_bytes: 128 << 20,
             tlb: TlbKnob::All,
             forget: 0,
             again: 0,

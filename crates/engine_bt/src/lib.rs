@@ -21,6 +21,7 @@ mod legacy;
 pub mod listing;
 mod observe;
 mod onward;
+mod page_filter;
 pub mod perf_map;
 mod places;
 mod report;

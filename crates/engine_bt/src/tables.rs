@@ -16,20 +16,22 @@ use x86_interp::tlb::{Entry, TRACED, TlbEvent};
 
 use crate::exec::Frame;
 use crate::knobs::Knobs;
+use crate::page_filter::PageFilter;
 use crate::user_code::UserCode;
 
 /// Tag and host address.
 type SecondEntry = [u64; 2];
 
-/// Words of the filter of pages.
-const PAGE_WORDS: usize = 1024;
-
 /// The tables of one frame.
 pub struct Tables {
     frame: Frame,
     second: Box<[SecondEntry]>,
-    /// Hashed pages that have entries in the jump tables.
-    pages: Box<[u64; PAGE_WORDS]>,
+    /// Places in `second` that lower halves' entries were put in.
+    lower: Vec<u32>,
+    /// Pages that have entries in `second`.
+    pages: PageFilter,
+    /// Pages that have entries in `user`.
+    user_pages: PageFilter,
     upper_changed: bool,
     user: UserCode,
     /// Entries that each log has room for; it counts as full with the last.
@@ -46,10 +48,11 @@ const fn half(address: u64) -> usize {
     (address >> 63) as usize
 }
 
-const fn page_bit(rip: u64) -> (usize, u64) {
-    let hash = (rip >> 12) ^ (rip >> 28);
-    ((hash >> 6) as usize & (PAGE_WORDS - 1), 1 << (hash & 63))
-}
+/// So many of the second-level table's entries are of lower halves at most: they are looked through for those of a page.
+const FEW_LOWER: usize = 2048;
+
+/// So many filled entries are looked through for those of a page; with more, all are forgotten, so that the next page costs little.
+const FEW: usize = 256;
 
 /// Which log.
 #[derive(Clone, Copy)]
@@ -66,7 +69,9 @@ impl Tables {
             user: UserCode::new(frame.clone()),
             frame,
             second: second.into_boxed_slice(),
-            pages: Box::new([0; PAGE_WORDS]),
+            lower: Vec::with_capacity(FEW_LOWER),
+            pages: PageFilter::new(),
+            user_pages: PageFilter::new(),
             upper_changed: false,
             log_entries: knobs.log.clamp(1, frame::LOG_ENTRIES),
             only: None,
@@ -154,11 +159,19 @@ impl Tables {
         let environment = if legacy { self.environments[variant as usize] } else { 0 };
         let context = self.frame.get(frame::CONTEXT + 8 * half(rip) as i32);
         let at = frame::second_set(rip, context) as usize;
-        if let Some(e) = self.second.get_mut(at) {
-            *e = [frame::second_tag(rip, context, class as u64, environment), code];
+        if self.lower.len() == FEW_LOWER {
+            for at in self.lower.drain(..) {
+                self.second.get_mut(at as usize).into_iter().for_each(|e| e[0] = frame::NO_SECOND_TAG);
+            }
         }
-        let (word, bit) = page_bit(rip);
-        self.pages[word] |= bit;
+        if let Some(e) = self.second.get_mut(at) {
+            let before = e[0];
+            *e = [frame::second_tag(rip, context, class as u64, environment), code];
+            if half(rip) == 0 && e[0] != before {
+                self.lower.push(at as u32);
+            }
+        }
+        self.pages.add(rip);
         self.cache_jump(rip, code, class);
     }
 
@@ -230,8 +243,12 @@ impl Tables {
 
     /// As [`Tables::set_jump`], for code that lies in one frame and does not know its RIP: every process that has this frame finds it.
     pub fn set_user_jump(&mut self, rip: u64, gfn: Gfn, code: u64, variant: Variant, legacy: bool) {
-        let (word, bit) = page_bit(rip);
-        self.pages[word] |= bit;
+        if self.user_pages.is_crowded() {
+            self.forget_cached_jumps(0);
+            self.user.forget_pages();
+            self.user_pages.clear();
+        }
+        self.user_pages.add(rip);
         self.user.set(rip, gfn, code, variant, legacy);
         self.cache_jump(rip, code, frame::jump_class(variant, legacy));
     }
@@ -271,7 +288,9 @@ impl Tables {
         self.forget_cached_jumps(1);
         self.second.fill([frame::NO_SECOND_TAG, 0]);
         self.user.forget_pages();
-        self.pages.fill(0);
+        self.pages.clear();
+        self.lower.clear();
+        self.user_pages.clear();
     }
 
     /// Forgets where code is, if it is in a range of host addresses (INV-TC-3).
@@ -355,8 +374,7 @@ impl Tables {
 
     /// Whether jumps into the page of an address may be known.
     fn has_jumps(&self, la: u64) -> bool {
-        let (word, bit) = page_bit(la);
-        self.pages[word] & bit != 0
+        self.pages.has(la) || self.user_pages.has(la)
     }
 
     /// Whether the mapping of code in the upper half may have changed since this was last asked.
@@ -376,19 +394,37 @@ impl Tables {
         if !self.has_jumps(page) {
             return;
         }
-        if half(page) == 0 {
+        if self.user_pages.has(page) {
             self.user.forget_page(page);
         }
-        for e in &mut self.second {
+        if self.pages.has(page) {
+            self.forget_second(page);
+        }
+        let half = half(page);
+        match self.logged(Log::Jumps, half) {
+            Some(few) if few.len() <= FEW => {
+                for &at in few {
+                    if self.frame.get(at as i32) & !OFFSETS == page {
+                        self.clear_jump(at as i32);
+                    }
+                }
+            }
+            _ => self.forget_cached_jumps(half),
+        }
+    }
+
+    fn forget_second(&mut self, page: u64) {
+        let forget = |e: &mut SecondEntry| {
             if frame::tag_is_in(e[0], page) {
                 e[0] = frame::NO_SECOND_TAG;
             }
+        };
+        if half(page) == 1 {
+            return self.second.iter_mut().for_each(forget);
         }
-        self.for_each_filled(Log::Jumps, half(page), |at| {
-            if self.frame.get(at) & !OFFSETS == page {
-                self.clear_jump(at);
-            }
-        });
+        for &at in &self.lower {
+            self.second.get_mut(at as usize).into_iter().for_each(forget);
+        }
     }
 
     fn write_protect(&mut self, gfn: u64) {

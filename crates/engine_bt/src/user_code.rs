@@ -109,7 +109,10 @@ impl UserCode {
     /// Forgets what is at the page of an address, in every context.
     pub fn forget_page(&mut self, la: u64) {
         let page = la & !0xfff;
-        for e in self.pages.iter_mut().filter(|e| e[0] & !(0xfff | frame::SUPERVISOR_PAGE) == page) {
+        // The low bits of the number are the page's, whatever the context.
+        let first = frame::code_page_set(page, 0) as usize % frame::CODE_PAGE_CONTEXTS;
+        let places = self.pages.iter_mut().skip(first).step_by(frame::CODE_PAGE_CONTEXTS);
+        for e in places.filter(|e| e[0] & !(0xfff | frame::SUPERVISOR_PAGE) == page) {
             e[0] = frame::NO_CODE_PAGE;
         }
     }
