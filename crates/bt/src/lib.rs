@@ -1,6 +1,6 @@
 //! The translator, pure: bytes, mode and facts in, a fragment of host code out. It never executes anything.
 //!
-//! The way of a unit: [`unit::form`] takes instructions up to a control transfer, [`lower::translate`] makes host code of them
+//! The way of a unit: [`unit::Reader::form`] takes instructions up to a control transfer, [`lower::translate`] makes host code of them
 //! with [`emit::Asm`]; [`frame`] is the contract with the engine that runs it.
 
 pub mod emit;

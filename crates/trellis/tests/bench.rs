@@ -133,7 +133,9 @@ fn real_programs_compute_the_same_whatever_the_count() {
         .filter(|benchmark| benchmark.is_real())
         .map(|benchmark| benchmark.name)
         .collect();
-    let programs = trellis::image::programs::ensure(trellis::image::Progress::hidden).unwrap();
+    let programs =
+        trellis::image::programs::ensure(&trellis::image::programs::BENCH, trellis::image::Progress::hidden)
+            .unwrap();
     let root = trellis::bench::root::ProgramRoot::lay(&programs, true, false).unwrap();
     let directory = root.directory.as_ref().unwrap();
     for name in names {

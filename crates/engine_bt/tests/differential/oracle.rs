@@ -194,6 +194,13 @@ impl Oracle {
                 }
             }
             self.vcpu.step();
+            // A repeated instruction that overwrites itself: a processor may go on with it as it was, or see what it is now.
+            if i.is_some_and(|i| i.is_string_instruction())
+                && self.vcpu.cpu().rip == rip
+                && self.fetch(rip) != i
+            {
+                return Err(Unfit::Undefined);
+            }
             if is_handler(self.vcpu.cpu().rip) && !is_handler(rip) {
                 let dead = self.dead_before(&saved, rip);
                 undefined |= before | dead;
