@@ -5,24 +5,12 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 use bt::unit::{self, Reader};
-use bt::{Facts, FpLevel, Variant, translate};
+use bt::{Facts, Variant, translate};
 
 /// Pages of code.
 const PAGES: usize = 16;
 
-const FACTS: Facts = Facts {
-    page_rip: None,
-    variant: Variant::User,
-    fp: FpLevel::Avx512,
-    amd: false,
-    syscall: true,
-    smap: true,
-    fsgsbase: true,
-    rdtsc: bt::TimeStamp::Inline,
-    bmi2: true,
-    plain: false,
-    legacy: None,
-};
+const FACTS: Facts = Facts { variant: Variant::User, ..Facts::MODERN };
 
 /// Pages of this program's code: those around a function that is surely there.
 fn pages() -> Vec<[u8; 4096]> {

@@ -215,6 +215,12 @@ pub const FRAMES: i32 = LOGS + 4 * 4 * LOG_ENTRIES as i32;
 /// Size of a frame in bytes.
 pub const SIZE: usize = FRAMES as usize + 8 * VARIANTS as usize * TLB_ENTRIES as usize;
 
+/// Where the TLB entry of the page of a linear address stands, for who has the rights of this number ([`crate::Variant`]).
+#[must_use]
+pub const fn tlb_entry(la: u64, variant: i32) -> i32 {
+    TLB + variant * TLB_STRIDE + 32 * ((la >> 12) as i32 & (TLB_ENTRIES as i32 - 1))
+}
+
 /// Where the guest frame of the TLB entry at a displacement stands.
 #[must_use]
 pub const fn frame_of(entry: i32) -> i32 {

@@ -20,19 +20,7 @@ const PAGE: u64 = 0xffff_ffff_8123_4000;
 const OFFSET: usize = 0x100;
 
 fn facts(words: &str) -> Facts {
-    let mut f = Facts {
-        page_rip: Some(PAGE),
-        variant: Variant::Supervisor,
-        fp: FpLevel::Avx512,
-        amd: true,
-        syscall: true,
-        smap: true,
-        fsgsbase: true,
-        rdtsc: TimeStamp::Inline,
-        bmi2: true,
-        plain: false,
-        legacy: None,
-    };
+    let mut f = Facts { page_rip: Some(PAGE), amd: true, ..Facts::MODERN };
     for word in words.split_whitespace() {
         match word {
             "kernel" => {}

@@ -14,11 +14,9 @@ mod devices;
 use std::sync::Arc;
 
 use devices::Devices;
-use engine::{CpuIo, Signals, Vcpu, VcpuExit};
+use engine::{CpuIo, Vcpu, VcpuExit};
 use engine_bt::{BtVcpu, Knobs};
 use guestmem::{Gpa, GuestMemory};
-use x86::cpuid::CpuModel;
-use x86_interp::Parts;
 
 const START: u64 = 0x10000;
 const DEVICE: u64 = 0x3000_0000;
@@ -94,14 +92,7 @@ impl Guest {
         let mem = GuestMemory::new(16 << 20).unwrap();
         mem.write(Gpa(START), &program(case.code, count)).unwrap();
         let io = Arc::new(Devices::default());
-        let parts = Parts {
-            index: 0,
-            vcpus: 1,
-            mem: Arc::clone(&mem),
-            io: Arc::clone(&io) as Arc<dyn CpuIo>,
-            signals: Arc::new(Signals::default()),
-            model: Arc::new(CpuModel::parse("max").unwrap()),
-        };
+        let parts = devices::parts(&mem, &io);
         let vcpu = BtVcpu::with_knobs(parts, Knobs::parse(&format!("warm=0,{}", case.knobs))).unwrap();
         Self { vcpu, mem, io, rdi: case.rdi }
     }

@@ -145,16 +145,9 @@ impl BtVcpu {
 
     /// Whether the frame's TLB already had the page: the access then missed for another reason.
     fn is_known(&self, la: u64, variant: usize, write: bool) -> bool {
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_possible_wrap,
-            reason = "masked to the number of sets"
-        )]
-        let at = frame::TLB
-            + variant as i32 * frame::TLB_STRIDE
-            + 32 * ((la >> 12) as i32 & (frame::TLB_ENTRIES as i32 - 1))
-            + if write { 8 } else { 0 };
-        self.frame.get(at) == la & !0xfff
+        #[expect(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "one of three")]
+        let entry = frame::tlb_entry(la, variant as i32);
+        self.frame.get(entry + if write { 8 } else { 0 }) == la & !0xfff
     }
 }
 

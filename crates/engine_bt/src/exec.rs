@@ -521,6 +521,9 @@ unsafe extern "C" {
     fn trellis_bt_lookup_5();
 }
 
+/// Code above, as its address.
+type Assembly = unsafe extern "C" fn();
+
 /// What translated code asks of the engine.
 pub trait Callouts {
     /// A memory access missed. The [`action`].
@@ -600,62 +603,61 @@ impl Frame {
             )?
         };
         let f = Self(Arc::new(Memory(NonNull::new(p.cast()).ok_or(rustix::io::Errno::NOMEM)?)));
-        let refills: [unsafe extern "C" fn(); 6] = [
-            trellis_bt_refill_0r,
-            trellis_bt_refill_0w,
-            trellis_bt_refill_1r,
-            trellis_bt_refill_1w,
-            trellis_bt_refill_2r,
-            trellis_bt_refill_2w,
-        ];
-        for (at, code) in (frame::REFILL..).step_by(8).zip(refills) {
-            f.set(at, code as *const () as u64);
-        }
-        let groups: [unsafe extern "C" fn(); 6] = [
-            trellis_bt_refill_group_0r,
-            trellis_bt_refill_group_0w,
-            trellis_bt_refill_group_1r,
-            trellis_bt_refill_group_1w,
-            trellis_bt_refill_group_2r,
-            trellis_bt_refill_group_2w,
-        ];
-        for (at, code) in (frame::REFILL_GROUP..).step_by(8).zip(groups) {
-            f.set(at, code as *const () as u64);
-        }
-        let splits: [unsafe extern "C" fn(); 6] = [
-            trellis_bt_split_0r,
-            trellis_bt_split_0w,
-            trellis_bt_split_1r,
-            trellis_bt_split_1w,
-            trellis_bt_split_2r,
-            trellis_bt_split_2w,
-        ];
-        for (at, code) in (frame::SPLIT..).step_by(8).zip(splits) {
-            f.set(at, code as *const () as u64);
-        }
-        f.set(frame::JOIN, trellis_bt_join as *const () as u64);
+        f.set_code(
+            frame::REFILL,
+            &[
+                trellis_bt_refill_0r,
+                trellis_bt_refill_0w,
+                trellis_bt_refill_1r,
+                trellis_bt_refill_1w,
+                trellis_bt_refill_2r,
+                trellis_bt_refill_2w,
+            ],
+        );
+        f.set_code(
+            frame::REFILL_GROUP,
+            &[
+                trellis_bt_refill_group_0r,
+                trellis_bt_refill_group_0w,
+                trellis_bt_refill_group_1r,
+                trellis_bt_refill_group_1w,
+                trellis_bt_refill_group_2r,
+                trellis_bt_refill_group_2w,
+            ],
+        );
+        f.set_code(
+            frame::SPLIT,
+            &[
+                trellis_bt_split_0r,
+                trellis_bt_split_0w,
+                trellis_bt_split_1r,
+                trellis_bt_split_1w,
+                trellis_bt_split_2r,
+                trellis_bt_split_2w,
+            ],
+        );
+        f.set_code(frame::JOIN, &[trellis_bt_join]);
         f.set(frame::BOUNCE_ADDRESS, f.address(frame::BOUNCE));
-        let lookups: [unsafe extern "C" fn(); 3] =
-            [trellis_bt_lookup_0, trellis_bt_lookup_1, trellis_bt_lookup_2];
-        for (at, code) in (frame::LOOKUP..).step_by(8).zip(lookups) {
-            f.set(at, code as *const () as u64);
-        }
-        let legacy: [unsafe extern "C" fn(); 3] =
-            [trellis_bt_lookup_3, trellis_bt_lookup_4, trellis_bt_lookup_5];
-        for (at, code) in (frame::LOOKUP_LEGACY..).step_by(8).zip(legacy) {
-            f.set(at, code as *const () as u64);
-        }
-        f.set(frame::TAKE_EXIT, trellis_bt_take_exit as *const () as u64);
-        f.set(frame::LEAVE, trellis_bt_leave as *const () as u64);
-        f.set(frame::CALLOUT, trellis_bt_callout as *const () as u64);
+        f.set_code(frame::LOOKUP, &[trellis_bt_lookup_0, trellis_bt_lookup_1, trellis_bt_lookup_2]);
+        f.set_code(frame::LOOKUP_LEGACY, &[trellis_bt_lookup_3, trellis_bt_lookup_4, trellis_bt_lookup_5]);
+        f.set_code(frame::TAKE_EXIT, &[trellis_bt_take_exit]);
+        f.set_code(frame::LEAVE, &[trellis_bt_leave]);
+        f.set_code(frame::CALLOUT, &[trellis_bt_callout]);
         f.set(frame::IRET, crate::iret::address());
-        f.set(frame::FP_LOAD, trellis_bt_fp_load as *const () as u64);
+        f.set_code(frame::FP_LOAD, &[trellis_bt_fp_load]);
         Ok(f)
+    }
+
+    /// Puts the addresses of code that fragments jump through, from a place on.
+    fn set_code(&self, from: i32, code: &[Assembly]) {
+        for (at, code) in (from..).step_by(8).zip(code) {
+            self.set(at, *code as *const () as u64);
+        }
     }
 
     /// From now on every miss comes to Rust.
     pub fn refill_in_rust(&self) {
-        let misses: [unsafe extern "C" fn(); 6] = [
+        let misses: [Assembly; 6] = [
             trellis_bt_miss_0r,
             trellis_bt_miss_0w,
             trellis_bt_miss_1r,
@@ -663,10 +665,8 @@ impl Frame {
             trellis_bt_miss_2r,
             trellis_bt_miss_2w,
         ];
-        for (n, code) in (0..).zip(misses) {
-            self.set(frame::REFILL + 8 * n, code as *const () as u64);
-            self.set(frame::REFILL_GROUP + 8 * n, code as *const () as u64);
-        }
+        self.set_code(frame::REFILL, &misses);
+        self.set_code(frame::REFILL_GROUP, &misses);
     }
 
     /// What others ring.

@@ -5,7 +5,7 @@
 //! interpreter's `Cpu` is the vCPU; while fragments run, part of its state is in host registers and the frame (`state`).
 //!
 //! Threads: a vCPU has its own translation cache, tables and frame. Other threads reach it through `engine::Signals` (which ring the frame's
-//! alarm) and `guestmem::Holder`: writes to code that somebody translated are told to every vCPU, which drops its fragments when it next
+//! alarm) and `guestmem::Holder`: writes to code that somebody translated are told to every vCPU, which suspends its fragments of them when it next
 //! leaves the cache; a vCPU leaves at a poll, and after every instruction that the interpreter does for it.
 
 mod adapt;
@@ -51,7 +51,7 @@ use x86_interp::cpu::CodeSize;
 use x86_interp::tlb::TlbEvent;
 use x86_interp::{Interp, Parts};
 
-/// Blocks of 16- and 32-bit code between two looks of the dispatcher.
+/// Blocks of 16- and 32-bit code that cannot be translated between two looks of the dispatcher.
 const LEGACY_BLOCKS: u32 = 64;
 /// Pages whose decoded code the interpreter keeps: only what is cold comes to it.
 const DECODED_PAGES: usize = 256;
@@ -108,8 +108,6 @@ pub struct BtStats {
     pub shared_pages: u64,
     /// Links made.
     pub links: u64,
-    /// Flushes of the lower half, of everything, and of single pages that the interpreter told of.
-    pub flush_events: [u64; 3],
     /// Times the check of a group failed.
     pub plain_exits: u64,
     /// Direct exits in the fragments made: what links are made of.
@@ -240,9 +238,7 @@ impl BtVcpu {
             self.stress();
             self.adapt();
             let fragment = self.find();
-            if self.tables.take_upper_changed() {
-                self.cache.unlink_pages();
-            }
+            self.unlink_if_remapped();
             match fragment {
                 Some(fragment) => self.enter(fragment),
                 None => self.block(1),
@@ -253,7 +249,7 @@ impl BtVcpu {
     /// Forgets what the knobs say, before an entry.
     fn stress(&mut self) {
         if self.knobs.tlb == TlbKnob::Entry {
-            self.tables.apply(x86_interp::tlb::TlbEvent::FlushAll);
+            self.tables.apply(TlbEvent::FlushAll);
         }
         let entries = self.bt.entries + self.bt.onward;
         if self.knobs.evict != 0 && entries.is_multiple_of(self.knobs.evict) {
@@ -269,7 +265,7 @@ impl BtVcpu {
         if self.is_stepped() {
             return self.step_traced();
         }
-        // Whole runs of legacy code at once: nothing of it is translated.
+        // Whole runs of legacy code that is not eligible: nothing of it can be translated.
         for _ in 0..LEGACY_BLOCKS {
             self.bt.blocks += 1;
             self.interp.run_block(limit);
@@ -285,12 +281,6 @@ impl BtVcpu {
         let Some(events) = &mut self.interp.cpu().tlb.events else { return false };
         let any = !events.is_empty();
         for event in events.drain(..) {
-            let kind = match event {
-                TlbEvent::FlushLower => 0,
-                TlbEvent::FlushAll | TlbEvent::ContextsAnew => 1,
-                TlbEvent::Page(_) | TlbEvent::WriteProtect(_) => 2,
-            };
-            self.bt.flush_events[kind] += 1;
             self.tables.apply(event);
         }
         any
@@ -319,15 +309,20 @@ impl BtVcpu {
         self.tables.forget_jumps();
     }
 
+    /// Undoes the links between pages if the mapping of kernel code may have changed.
+    fn unlink_if_remapped(&mut self) {
+        if self.tables.take_upper_changed() {
+            self.cache.unlink_pages();
+        }
+    }
+
     /// What the code at RIP is known by. None: it lies in no RAM, or is not mapped.
     fn key(&mut self) -> Option<(Key, bt::Facts)> {
         let gfn = self.interp.code_frame()?;
         let cpu = self.interp.cpu();
         let facts = state::facts(cpu, self.host, self.counter);
         let offset = (legacy::linear_rip(cpu) & 0xfff) as u16;
-        if self.tables.take_upper_changed() {
-            self.cache.unlink_pages();
-        }
+        self.unlink_if_remapped();
         let env = self.environments.number(facts).unwrap_or_else(|| {
             self.flush_code();
             self.environments = Environments::default();
@@ -638,14 +633,7 @@ impl Vcpu for BtVcpu {
 
 impl Drop for BtVcpu {
     fn drop(&mut self) {
+        // Before code memory is unmapped.
         self.trapped = None;
-        let refills = self.frame.get(frame::COUNT_REFILLS);
-        let lookups = self.frame.get(frame::COUNT_LOOKUPS);
-        let code_bytes = self.cache.code_bytes();
-        let mut callouts: Vec<_> = self.callouts.iter().collect();
-        callouts.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
-        callouts.truncate(40);
-        tracing::debug!(?callouts, "callouts");
-        tracing::debug!(stats = ?self.bt, refills, lookups, code_bytes, fragments = self.cache.len(), "binary translator");
     }
 }

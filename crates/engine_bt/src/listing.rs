@@ -511,14 +511,7 @@ mod tests {
             page_rip: (!user).then_some(0xffff_ffff_8100_0000),
             variant,
             fp: FpLevel::Avx,
-            amd: false,
-            syscall: true,
-            smap: true,
-            fsgsbase: true,
-            rdtsc: bt::TimeStamp::Inline,
-            bmi2: true,
-            plain: false,
-            legacy: None,
+            ..Facts::MODERN
         };
         let mut reader = bt::unit::Reader::new(&page, facts.decoding());
         let unit = reader.form(0x100, 48);

@@ -37,9 +37,7 @@ impl BtVcpu {
             return false;
         }
         self.stress();
-        if self.tables.take_upper_changed() {
-            self.cache.unlink_pages();
-        }
+        self.unlink_if_remapped();
         true
     }
 

@@ -220,8 +220,7 @@ impl Tables {
     /// Fills the TLB's entry for the page of `la` as the refills do: from the interpreter's, whose tag for it is `tag`. Its place in the frame.
     pub fn fill_tlb(&mut self, la: u64, variant: usize, entry: &Entry, tag: u64) -> i32 {
         let page = la & !0xfff;
-        let set = (la >> 12) as i32 & (frame::TLB_ENTRIES as i32 - 1);
-        let at = frame::TLB + variant as i32 * frame::TLB_STRIDE + 32 * set;
+        let at = frame::tlb_entry(la, variant as i32);
         let field = Self::log_field(Log::Tlb, half(la));
         self.note_filled(field, frame::TLB_LOG_END - frame::TLB_LOG, at);
         let distance = entry.addend.wrapping_add(self.frame.get(frame::MEMORY));
@@ -360,8 +359,7 @@ impl Tables {
             }
             TlbEvent::Page(la) => {
                 for variant in 0..frame::VARIANTS {
-                    let set = (la >> 12) as i32 & (frame::TLB_ENTRIES as i32 - 1);
-                    let at = frame::TLB + variant * frame::TLB_STRIDE + 32 * set;
+                    let at = frame::tlb_entry(la, variant);
                     if self.frame.get(at) == la & !0xfff {
                         self.clear_entry(at);
                     }

@@ -9,12 +9,10 @@ mod devices;
 use std::sync::Arc;
 
 use devices::Devices;
-use engine::{CpuIo, Signals, Vcpu, VcpuExit};
+use engine::{CpuIo, Vcpu, VcpuExit};
 use engine_bt::{BtVcpu, Knobs};
 use guestmem::{Gpa, GuestMemory};
 use x86::CpuState;
-use x86::cpuid::CpuModel;
-use x86_interp::Parts;
 
 const START: u64 = 0x10000;
 /// No memory is there.
@@ -35,14 +33,7 @@ impl Guest {
         mem.write(Gpa(START), code).unwrap();
         let state = common::long_mode(&mem, START, 0x20000);
         let io = Arc::new(Devices::default());
-        let parts = Parts {
-            index: 0,
-            vcpus: 1,
-            mem: Arc::clone(&mem),
-            io: Arc::clone(&io) as Arc<dyn CpuIo>,
-            signals: Arc::new(Signals::default()),
-            model: Arc::new(CpuModel::parse("max").unwrap()),
-        };
+        let parts = devices::parts(&mem, &io);
         let mut vcpu = BtVcpu::with_knobs(parts, Knobs::parse(&format!("warm=0,{knobs}"))).unwrap();
         vcpu.restore(&state);
         Self { vcpu, mem, io }

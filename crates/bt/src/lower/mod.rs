@@ -104,6 +104,22 @@ pub struct Facts {
 }
 
 impl Facts {
+    /// 64-bit code at level 0 that does not contain its RIP, on a processor with all that translations know of, set up as Linux does: for who
+    /// looks at translations without a machine.
+    pub const MODERN: Self = Self {
+        page_rip: None,
+        variant: Variant::Supervisor,
+        fp: FpLevel::Avx512,
+        amd: false,
+        syscall: true,
+        smap: true,
+        fsgsbase: true,
+        rdtsc: TimeStamp::Inline,
+        bmi2: true,
+        plain: false,
+        legacy: None,
+    };
+
     /// How the bytes are to be decoded.
     #[must_use]
     pub const fn decoding(&self) -> Decoding {

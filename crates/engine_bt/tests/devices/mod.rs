@@ -2,11 +2,13 @@
 
 #![allow(dead_code, missing_docs, clippy::unwrap_used, reason = "each test uses a part of it")]
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
-use engine::CpuIo;
 use engine::io::GeneralProtection;
-use guestmem::Gpa;
+use engine::{CpuIo, Signals};
+use guestmem::{Gpa, GuestMemory};
+use x86::cpuid::CpuModel;
+use x86_interp::Parts;
 
 use crate::common;
 
@@ -68,4 +70,16 @@ impl CpuIo for Devices {
     }
     fn tsc_offset_changed(&self, _: usize, _: u64) {}
     fn apic_init(&self, _: usize) {}
+}
+
+/// A machine's only vCPU, with these devices.
+pub fn parts(mem: &Arc<GuestMemory>, io: &Arc<Devices>) -> Parts {
+    Parts {
+        index: 0,
+        vcpus: 1,
+        mem: Arc::clone(mem),
+        io: Arc::clone(io) as Arc<dyn CpuIo>,
+        signals: Arc::new(Signals::default()),
+        model: Arc::new(CpuModel::parse("max").unwrap()),
+    }
 }

@@ -128,19 +128,13 @@ impl Translator {
             (false, true) => Variant::SupervisorAc,
             (false, false) => Variant::Supervisor,
         };
-        // As Linux sets the processor up.
         let facts = Facts {
-            page_rip: None,
             variant,
             fp: args.fp.into(),
             amd: model.vendor() == Vendor::Amd,
-            syscall: true,
-            smap: true,
-            fsgsbase: true,
-            rdtsc: bt::TimeStamp::Inline,
             bmi2: std::is_x86_feature_detected!("bmi2"),
             plain: args.plain,
-            legacy: None,
+            ..Facts::MODERN
         };
         Ok(Self { model, facts, limit: args.limit })
     }
