@@ -194,12 +194,15 @@ pub const MODE_IRET: u32 = 3;
 
 /// Entries of the jump cache of one class.
 pub const JUMP_ENTRIES: u32 = 16384;
-/// The jump caches: for each class ([`jump_class`]) the guest RIPs, then the host addresses.
+/// What a hash of a target is masked with to be an entry's number. One bit is left out, so that with eight bytes a number every other half of a cache
+/// line has guest RIPs, and the half behind it their host addresses: a lookup touches one line.
+pub const JUMP_MASK: u32 = (2 * JUMP_ENTRIES - 1) & !(JUMP_HOSTS as u32 / 8);
+/// The jump caches: for each class ([`jump_class`]) guest RIPs and host addresses, by halves of cache lines.
 pub const JUMPS: i32 = 0x1000;
-/// Bytes from the RIPs to the host addresses.
-pub const JUMP_HOSTS: i32 = 8 * JUMP_ENTRIES as i32;
+/// Bytes from a guest RIP to its host address.
+pub const JUMP_HOSTS: i32 = 32;
 /// Bytes from one class's jump cache to the next.
-pub const JUMP_STRIDE: i32 = 2 * JUMP_HOSTS;
+pub const JUMP_STRIDE: i32 = 16 * JUMP_ENTRIES as i32;
 /// The software TLB: entries of 32 bytes: read tag, write tag, host page, host minus guest address.
 pub const TLB: i32 = JUMPS + JUMP_CLASSES * JUMP_STRIDE;
 /// Entries per variant.
@@ -249,7 +252,7 @@ pub const fn no_page(entry: i32) -> u64 {
 /// The tag of an empty entry of the jump cache (given by its displacement): an address that belongs to another (INV-TAG-1).
 #[must_use]
 pub const fn no_target(entry: i32) -> u64 {
-    let set = ((entry - JUMPS) / 8) & (JUMP_ENTRIES as i32 - 1);
+    let set = ((entry - JUMPS) / 8) & JUMP_MASK as i32;
     if set == 0 { 1 } else { u64::MAX }
 }
 
@@ -259,7 +262,13 @@ pub const NO_SECOND_TAG: u64 = 1 << 63;
 /// The number of a jump target in the jump cache, as the inline lookup computes it.
 #[must_use]
 pub const fn jump_set(rip: u64) -> u32 {
-    ((rip ^ rip.rotate_right(10)) & (JUMP_ENTRIES as u64 - 1)) as u32
+    ((rip ^ rip.rotate_right(10)) & JUMP_MASK as u64) as u32
+}
+
+/// Where the entries of a class's jump cache stand.
+pub fn jump_entries(class: i32) -> impl Iterator<Item = i32> {
+    let half = JUMP_HOSTS / 8;
+    (0..JUMP_ENTRIES as i32).map(move |n| JUMPS + class * JUMP_STRIDE + 8 * (n % half + n / half * 2 * half))
 }
 
 /// Entries of the second-level jump table.
@@ -336,6 +345,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn jump_entries_are_what_targets_ask_for() {
+        let asked: std::collections::BTreeSet<_> =
+            (0..1 << 16).map(|n| JUMPS + 8 * jump_set(n * 0x9e37_79b9) as i32).collect();
+        let entries: std::collections::BTreeSet<_> = jump_entries(0).collect();
+        assert!(entries.is_superset(&asked) && asked.len() > entries.len() / 2);
+        assert!(entries.iter().all(|at| at & JUMP_HOSTS == 0) && entries.len() == JUMP_ENTRIES as usize);
+    }
+
+    #[test]
     fn tags_of_empty_entries_are_asked_for_elsewhere() {
         for variant in 0..VARIANTS {
             for set in 0..TLB_ENTRIES as i32 {
@@ -344,9 +362,8 @@ mod tests {
             }
         }
         for class in 0..JUMP_CLASSES {
-            for set in 0..JUMP_ENTRIES as i32 {
-                let tag = no_target(JUMPS + class * JUMP_STRIDE + 8 * set);
-                assert_ne!(jump_set(tag), set as u32);
+            for at in jump_entries(class) {
+                assert_ne!(jump_set(no_target(at)), ((at - JUMPS - class * JUMP_STRIDE) / 8) as u32);
             }
         }
         for (rip, context) in [(1u64 << 63, 0), (0, 4095), (0x7fff_ffff_ffff, 4095), (u64::MAX << 47, 1)] {

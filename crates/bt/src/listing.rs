@@ -178,7 +178,7 @@ pub fn field_name(at: i32) -> String {
     }
     if let Some((n, part)) = within(frame::JUMPS, frame::JUMP_STRIDE, frame::JUMP_CLASSES) {
         let (field, set) =
-            if part < frame::JUMP_HOSTS { ("rip", part) } else { ("host", part - frame::JUMP_HOSTS) };
+            if part & frame::JUMP_HOSTS == 0 { ("rip", part) } else { ("host", part - frame::JUMP_HOSTS) };
         let kind = if n < frame::VARIANTS { "" } else { "_LEGACY" };
         return format!("JUMPS{kind}_{}.{field}+{:#x}", rights(n % frame::VARIANTS), set / 8);
     }

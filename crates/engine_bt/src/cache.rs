@@ -377,6 +377,7 @@ impl Cache {
                 self.segments.room(f.code.len(), number)?
             }
         };
+        self.code.fill_from(at);
         self.code.put(at, &f.code);
         let at = at as u32;
         let link = |e: &bt::Exit| Link {

@@ -3,13 +3,20 @@
 #![expect(clippy::cast_possible_truncation, reason = "distances within code memory")]
 #![expect(unsafe_code, reason = "maps code memory and writes it")]
 
-use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap_anonymous, mprotect, mremap, munmap};
+use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
+
+use crate::huge::{self, Collapser};
 
 /// Code memory. Offsets count from its first byte, in both mappings.
 pub struct CodeMemory {
     write: *mut u8,
     exec: *mut u8,
     len: usize,
+    /// Chunks of [`huge::PAGE`] bytes from the start that were asked to be huge pages, by number.
+    settled: Vec<bool>,
+    /// The chunk written last.
+    chunk: usize,
+    collapser: Collapser,
 }
 
 // SAFETY: the mappings belong to this object alone.
@@ -23,14 +30,26 @@ impl CodeMemory {
     pub fn new(len: usize) -> rustix::io::Result<Self> {
         // Shared anonymous memory: code in a memfd `perf` would not look up in the perf map.
         let rx = ProtFlags::READ | ProtFlags::EXEC;
-        // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let exec = unsafe { mmap_anonymous(std::ptr::null_mut(), len, rx, MapFlags::SHARED)? };
-        // SAFETY: an old size of 0 leaves the shared mapping as it is and makes another of the same pages (mremap(2)).
-        let write = unsafe { mremap(exec, 0, len, MremapFlags::MAYMOVE) };
-        let memory = Self { write: write.unwrap_or(exec).cast(), exec: exec.cast(), len };
-        let write = write?;
+        let exec = huge::reserve(len)?;
+        // SAFETY: the place was just reserved and nothing uses it.
+        let mapped = unsafe { mmap_anonymous(exec.cast(), len, rx, MapFlags::SHARED | MapFlags::FIXED) };
+        let write = huge::reserve(len).and_then(|to| {
+            let moves = MremapFlags::MAYMOVE;
+            // SAFETY: an old size of 0 leaves the shared mapping as it is and makes another of the same pages (mremap(2)), in reserved memory.
+            unsafe { rustix::mm::mremap_fixed(exec.cast(), 0, len, moves, to.cast()) }
+        });
+        let settled = vec![false; len.div_ceil(huge::PAGE)];
+        let memory = Self {
+            write: write.map_or(exec, |p| p.cast()),
+            exec,
+            len,
+            settled,
+            chunk: 0,
+            collapser: Collapser::default(),
+        };
+        mapped?;
         // SAFETY: the new mapping, which nothing uses yet.
-        unsafe { mprotect(write, len, MprotectFlags::READ | MprotectFlags::WRITE)? };
+        unsafe { mprotect(write?, len, MprotectFlags::READ | MprotectFlags::WRITE)? };
         Ok(memory)
     }
 
@@ -39,6 +58,24 @@ impl CodeMemory {
         if at.checked_add(code.len()).is_some_and(|end| end <= self.len) {
             // SAFETY: at..at+len lies in the mapping.
             unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.add(at), code.len()) };
+        }
+    }
+
+    /// Tells that code is put at `at` from now on. Memory that was filled becomes huge pages: translated code is many times larger than
+    /// the guest's, and with small ones the host's processor would spend its time on finding them.
+    pub fn fill_from(&mut self, at: usize) {
+        let chunk = at / huge::PAGE;
+        let filled = std::mem::replace(&mut self.chunk, chunk);
+        if filled == chunk || (filled + 1) * huge::PAGE > self.len {
+            return;
+        }
+        if let Some(settled) = self.settled.get_mut(filled)
+            && !std::mem::replace(settled, true)
+        {
+            for mapping in [self.write, self.exec] {
+                // SAFETY: the chunk lies in the mapping.
+                self.collapser.ask(unsafe { mapping.add(filled * huge::PAGE) });
+            }
         }
     }
 
@@ -72,6 +109,8 @@ impl CodeMemory {
 
 impl Drop for CodeMemory {
     fn drop(&mut self) {
+        // Its thread needs the mappings.
+        drop(std::mem::take(&mut self.collapser));
         // SAFETY: our own mapping, not used after this.
         let _unmapped = unsafe { munmap(self.exec.cast(), self.len) };
         if self.write != self.exec {

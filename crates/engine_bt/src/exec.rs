@@ -17,8 +17,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use bt::frame;
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::mm::munmap;
 use x86_interp::tlb::SETS;
+
+use crate::huge;
 
 macro_rules! save_registers {
     () => {
@@ -382,7 +384,7 @@ macro_rules! lookup {
             "cmp [rcx], rax\njne 7f",
             "mov r15, [rcx + 8]",
             "5:\ninc qword ptr gs:[{count}]",
-            "mov rcx, r14\nror rcx, 10\nxor ecx, r14d\nand ecx, {entries} - 1",
+            "mov rcx, r14\nror rcx, 10\nxor ecx, r14d\nand ecx, {jumps}",
             "push rdx",
             "mov rdx, r14\nshr rdx, 63",
             "mov rax, gs:[rdx*8 + {log}]",
@@ -403,7 +405,7 @@ macro_rules! lookup {
             sets = const frame::SECOND_JUMP_ENTRIES,
             second = const frame::SECOND_JUMPS,
             count = const frame::COUNT_LOOKUPS,
-            entries = const frame::JUMP_ENTRIES,
+            jumps = const frame::JUMP_MASK,
             log = const frame::JUMP_LOG,
             log_end = const frame::JUMP_LOG_END,
             table = const frame::JUMPS + $class * frame::JUMP_STRIDE,
@@ -593,16 +595,7 @@ impl Frame {
     /// # Errors
     /// When the host has no memory.
     pub fn new() -> rustix::io::Result<Self> {
-        // SAFETY: a fresh anonymous mapping.
-        let p = unsafe {
-            mmap_anonymous(
-                std::ptr::null_mut(),
-                frame::SIZE,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE,
-            )?
-        };
-        let f = Self(Arc::new(Memory(NonNull::new(p.cast()).ok_or(rustix::io::Errno::NOMEM)?)));
+        let f = Self(Arc::new(Memory(huge::zeroed(frame::SIZE)?)));
         f.set_code(
             frame::REFILL,
             &[

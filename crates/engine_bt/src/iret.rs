@@ -83,7 +83,7 @@ global_asm!(
     "xor eax, eax\ntest ebx, {ac}\nje 7f\ntest dword ptr gs:[{allowed}], {smap}\nje 7f\nmov eax, {stride}\njmp 7f",
     "6:\nmov eax, 2 * {stride}\n7:",
     "cmp dword ptr gs:[{alarm}], 0\njne 8f",
-    "mov rcx, r14\nror rcx, 10\nxor ecx, r14d\nand ecx, {entries} - 1\nlea ecx, [rcx*8 + rax]",
+    "mov rcx, r14\nror rcx, 10\nxor ecx, r14d\nand ecx, {mask}\nlea ecx, [rcx*8 + rax]",
     "cmp gs:[rcx + {jumps}], r14\njne 8f",
     "mov r15, gs:[rcx + {jumps} + {hosts}]",
     "pop rbp\npop rdi\npop rsi\npop rbx\npop rdx\npop rcx\npop rax\nlea rsp, [rsp + 8]",
@@ -119,7 +119,7 @@ global_asm!(
     alarm = const frame::ALARM,
     site = const frame::SITE,
     stride = const frame::JUMP_STRIDE,
-    entries = const frame::JUMP_ENTRIES,
+    mask = const frame::JUMP_MASK,
     jumps = const frame::JUMPS,
     hosts = const frame::JUMP_HOSTS,
 );

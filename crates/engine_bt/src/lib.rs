@@ -15,6 +15,7 @@ mod change;
 mod code_memory;
 mod content;
 mod exec;
+mod huge;
 mod iret;
 mod knobs;
 mod legacy;
@@ -198,7 +199,7 @@ impl BtVcpu {
         let rdtsc = if traps && trapped.is_none() { bt::TimeStamp::Callout } else { knobs.rdtsc };
         let vcpu = Self {
             interp,
-            tables: Tables::new(frame.clone(), &knobs),
+            tables: Tables::new(frame.clone(), &knobs)?,
             frame,
             cache,
             trapped,

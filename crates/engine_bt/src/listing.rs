@@ -399,7 +399,7 @@ fn frame_field(disp: i32) -> String {
         format!("{what} {}, {}", if n & 8 == 0 { "read" } else { "write" }, rights(n / 16))
     } else if jumps.contains(&disp) {
         let n = disp - frame::JUMPS;
-        let what = if n % frame::JUMP_STRIDE < frame::JUMP_HOSTS { "rip" } else { "host" };
+        let what = if n & frame::JUMP_HOSTS == 0 { "rip" } else { "host" };
         let class = n / frame::JUMP_STRIDE;
         let kind = if class < frame::VARIANTS { "" } else { " legacy" };
         format!("jump cache{kind} {what}, {}", rights(class % frame::VARIANTS))

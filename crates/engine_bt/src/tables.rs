@@ -15,6 +15,7 @@ use guestmem::Gfn;
 use x86_interp::tlb::{Entry, TRACED, TlbEvent};
 
 use crate::exec::Frame;
+use crate::huge;
 use crate::knobs::Knobs;
 use crate::page_filter::PageFilter;
 use crate::user_code::UserCode;
@@ -25,7 +26,7 @@ type SecondEntry = [u64; 2];
 /// The tables of one frame.
 pub struct Tables {
     frame: Frame,
-    second: Box<[SecondEntry]>,
+    second: huge::Table<2>,
     /// Places in `second` that lower halves' entries were put in.
     lower: Vec<u32>,
     /// Pages that have entries in `second`.
@@ -63,12 +64,16 @@ enum Log {
 
 impl Tables {
     /// Empty tables, under the stress that `knobs` ask for.
-    pub fn new(frame: Frame, knobs: &Knobs) -> Self {
-        let second = vec![[frame::NO_SECOND_TAG, 0]; frame::SECOND_JUMP_ENTRIES as usize];
+    ///
+    /// # Errors
+    /// When the host has no memory.
+    pub fn new(frame: Frame, knobs: &Knobs) -> rustix::io::Result<Self> {
+        let mut second = huge::Table::new(frame::SECOND_JUMP_ENTRIES as usize)?;
+        second.fill([frame::NO_SECOND_TAG, 0]);
         let t = Self {
-            user: UserCode::new(frame.clone()),
+            user: UserCode::new(frame.clone())?,
             frame,
-            second: second.into_boxed_slice(),
+            second,
             lower: Vec::with_capacity(FEW_LOWER),
             pages: PageFilter::new(),
             user_pages: PageFilter::new(),
@@ -84,9 +89,7 @@ impl Tables {
             }
         }
         for class in 0..frame::JUMP_CLASSES {
-            for i in 0..frame::JUMP_ENTRIES as i32 {
-                t.clear_jump(frame::JUMPS + class * frame::JUMP_STRIDE + 8 * i);
-            }
+            frame::jump_entries(class).for_each(|at| t.clear_jump(at));
         }
         t.frame.set(frame::SECOND_JUMPS, t.second.as_ptr() as u64);
         for (log, at, end) in [
@@ -99,7 +102,7 @@ impl Tables {
                 t.frame.set(end + 8 * half as i32, start + 4 * u64::from(t.log_entries));
             }
         }
-        t
+        Ok(t)
     }
 
     fn log_start(&self, log: Log, half: usize) -> u64 {
@@ -129,14 +132,11 @@ impl Tables {
         if let Some(logged) = self.logged(log, half) {
             return logged.iter().for_each(|&at| act(at as i32));
         }
-        let (table, count, stride, entries, size) = match log {
-            Log::Tlb => (frame::TLB, frame::VARIANTS, frame::TLB_STRIDE, frame::TLB_ENTRIES, 32),
-            Log::Jumps => (frame::JUMPS, frame::JUMP_CLASSES, frame::JUMP_STRIDE, frame::JUMP_ENTRIES, 8),
-        };
-        for n in 0..count {
-            for entry in 0..entries as i32 {
-                act(table + n * stride + size * entry);
+        match log {
+            Log::Tlb => {
+                (0..frame::VARIANTS * frame::TLB_ENTRIES as i32).for_each(|n| act(frame::TLB + 32 * n))
             }
+            Log::Jumps => (0..frame::JUMP_CLASSES).flat_map(frame::jump_entries).for_each(act),
         }
     }
 
@@ -269,7 +269,7 @@ impl Tables {
         self.user.set_legacy_environment(variant, number);
         let start = frame::JUMPS + frame::jump_class(variant, true) * frame::JUMP_STRIDE;
         self.for_each_filled(Log::Jumps, 0, |at| {
-            if (start..start + frame::JUMP_HOSTS).contains(&at) {
+            if (start..start + frame::JUMP_STRIDE).contains(&at) {
                 self.clear_jump(at);
             }
         });
@@ -295,7 +295,7 @@ impl Tables {
     /// Forgets where code is, if it is in a range of host addresses (INV-TC-3).
     pub fn forget_code(&mut self, range: &std::ops::Range<u64>) {
         self.user.forget_code(range);
-        for e in &mut self.second {
+        for e in &mut *self.second {
             if range.contains(&e[1]) {
                 *e = [frame::NO_SECOND_TAG, 0];
             }

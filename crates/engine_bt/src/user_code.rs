@@ -17,6 +17,7 @@ use bt::{Variant, frame};
 use guestmem::Gfn;
 
 use crate::exec::Frame;
+use crate::huge;
 
 /// Tag, and what it stands for.
 type Entry = [u64; 2];
@@ -25,7 +26,7 @@ type Entry = [u64; 2];
 pub struct UserCode {
     frame: Frame,
     pages: Box<[Entry]>,
-    fragments: Box<[Entry]>,
+    fragments: huge::Table<2>,
     /// Places in `fragments` that were filled, up to [`FEW`].
     filled: Vec<u32>,
 }
@@ -35,13 +36,15 @@ const FEW: usize = 4096;
 
 impl UserCode {
     /// Empty tables.
-    pub fn new(frame: Frame) -> Self {
+    ///
+    /// # Errors
+    /// When the host has no memory.
+    pub fn new(frame: Frame) -> rustix::io::Result<Self> {
         let pages = vec![[frame::NO_CODE_PAGE, 0]; frame::CODE_PAGE_ENTRIES as usize].into_boxed_slice();
-        // Zeroes, so that the host gives memory only for what is used.
-        let fragments = vec![[0, 0]; frame::FRAGMENT_ENTRIES as usize].into_boxed_slice();
+        let fragments = huge::Table::new(frame::FRAGMENT_ENTRIES as usize)?;
         frame.set(frame::CODE_PAGES, pages.as_ptr() as u64);
         frame.set(frame::FRAGMENTS, fragments.as_ptr() as u64);
-        Self { frame, pages, fragments, filled: Vec::with_capacity(FEW) }
+        Ok(Self { frame, pages, fragments, filled: Vec::with_capacity(FEW) })
     }
 
     /// What fragments rely on from now on: those made for something else are not found.

@@ -179,7 +179,7 @@ fn is_engine_code(field: i32) -> bool {
 fn is_jump_host(field: i32) -> bool {
     let at = field - frame::JUMPS;
     (0..frame::JUMP_CLASSES * frame::JUMP_STRIDE).contains(&at)
-        && at % frame::JUMP_STRIDE >= frame::JUMP_HOSTS
+        && at & frame::JUMP_HOSTS != 0
         && at % 8 == 0
 }
 
@@ -522,7 +522,7 @@ impl Verifier<'_> {
             },
             Code::And_rm32_imm32 if registers => match (self.get(to), i.immediate32()) {
                 (Value::Rotated(f), mask) if mask == (frame::TLB_ENTRIES - 1) << 5 => Some(Value::Index(f)),
-                (_, mask) if mask == frame::JUMP_ENTRIES - 1 => Some(Value::Target),
+                (_, mask) if mask == frame::JUMP_MASK => Some(Value::Target),
                 _ => None,
             },
             Code::Xor_r64_rm64 if memory_operand(i) => self.compare_tag(i),
@@ -836,7 +836,7 @@ impl Verifier<'_> {
                 _ => self.fail(i, "the TLB by an index that is not masked"),
             },
             (Register::None, Register::R15) => match self.state.registers[R15] {
-                Value::Target => 8 * i64::from(frame::JUMP_ENTRIES - 1),
+                Value::Target => 8 * i64::from(frame::JUMP_MASK),
                 _ => self.fail(i, "the jump cache by an index that is not masked"),
             },
             _ => self.fail(i, "the frame by a guest register"),

@@ -57,7 +57,7 @@ fn has_plain_operand(i: &Instruction, facts: super::Facts) -> bool {
 }
 
 /// Whether an instruction may work on a copy of its operand (INV-ADAPT-1).
-fn may_have_halves(i: &Instruction, facts: super::Facts) -> bool {
+fn may_have_halves(i: &Instruction, facts: super::Facts, write: bool) -> bool {
     let stack = matches!(i.mnemonic(), Mnemonic::Push | Mnemonic::Pop | Mnemonic::Leave)
         && (0..i.op_count()).all(|n| i.op_kind(n) != OpKind::Memory);
     let locks = i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg;
@@ -66,7 +66,8 @@ fn may_have_halves(i: &Instruction, facts: super::Facts) -> bool {
             i.mnemonic(),
             Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq
         );
-    stack || has_plain_operand(i, facts) && !locks && !masks
+    // What a masked load leaves out may be copied all the same; if it cannot, the interpreter does the load.
+    stack || has_plain_operand(i, facts) && !locks && !(masks && write)
 }
 
 impl Lowering<'_, '_> {
@@ -79,7 +80,8 @@ impl Lowering<'_, '_> {
         if wants(Form::Direct) && has_plain_operand(i, self.facts) {
             return self.direct(i);
         }
-        wants(Form::Halves) && may_have_halves(i, self.facts) && self.halves(i, live_before, reads)
+        let write = self.plan.writes(self.number);
+        wants(Form::Halves) && may_have_halves(i, self.facts, write) && self.halves(i, live_before, reads)
     }
 
     /// Calls out, with the address in the frame.

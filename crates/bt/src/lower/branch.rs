@@ -233,7 +233,7 @@ impl Lowering<'_, '_> {
         let rips = frame::JUMPS + class * frame::JUMP_STRIDE;
         self.asm.rotate_to(S1, S0, 10);
         self.asm.op32(Op::Xor, S1, S0);
-        self.asm.and32(S1, frame::JUMP_ENTRIES - 1);
+        self.asm.and32(S1, frame::JUMP_MASK);
         self.asm.cmp_index8(S1, rips, S0);
         let other = self.asm.jcc(cc::NE);
         self.asm.jmp_index8(S1, rips + frame::JUMP_HOSTS);

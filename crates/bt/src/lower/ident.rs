@@ -246,7 +246,7 @@ impl Lowering<'_, '_> {
         operand: Operand,
     ) -> bool {
         let free = if operand.uses(S0) { [S1] } else { [S0] };
-        if self.facts.legacy.is_some() && names_high_byte(i) {
+        if names_high_byte(i) {
             return self.with_high_byte(i, needs, touches, operand);
         }
         let Some((mut renamed, used)) = rename(i, &free, &mut self.info) else { return false };

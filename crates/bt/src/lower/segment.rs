@@ -117,7 +117,8 @@ impl Lowering<'_, '_> {
         true
     }
 
-    /// An instruction with AH, CH, DH or BH and a memory operand: the host address is in one of the old registers meanwhile.
+    /// An instruction with AH, CH, DH or BH and a memory operand: the host address is in one of the old registers meanwhile, because those
+    /// cannot be named beside a new one (SDM 2A 2.2.1.2).
     pub(super) fn with_high_byte(
         &mut self,
         i: &Instruction,
@@ -125,7 +126,7 @@ impl Lowering<'_, '_> {
         touches: bool,
         operand: Operand,
     ) -> bool {
-        // EDI is no byte register, and these instructions have no implicit operands in it.
+        // Beside AH, DIL cannot be named, and these instructions have no implicit operands in it.
         let Some((mut renamed, borrowed)) = rename(i, &[], &mut self.info) else { return false };
         let edi = (0..i.op_count())
             .any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).full_register() == Register::RDI);
