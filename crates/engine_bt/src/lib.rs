@@ -14,7 +14,10 @@ mod callout;
 mod change;
 mod code_memory;
 mod content;
+mod cpuid;
 mod exec;
+mod fp;
+mod invlpg;
 mod iret;
 mod knobs;
 mod legacy;
@@ -26,10 +29,12 @@ pub mod perf_map;
 mod places;
 mod report;
 mod state;
+mod switch;
 mod tables;
 pub mod trace;
 mod trap;
 mod user_code;
+mod xstate;
 
 use std::sync::Arc;
 
@@ -183,6 +188,9 @@ impl BtVcpu {
         let frame = Frame::new()?;
         if knobs.tlb == TlbKnob::One {
             frame.refill_in_rust();
+        }
+        if !knobs.helpers {
+            frame.without_helpers();
         }
         let signals = Arc::clone(&parts.signals);
         frame.set(frame::SIGNALS, signals.address());
@@ -490,6 +498,7 @@ impl BtVcpu {
         let variant = state::variant(cpu);
         let is_legacy = cpu.code_size != CodeSize::Bits64;
         state::fill(cpu, &self.frame, self.counter);
+        self.publish_spaces();
         self.remember(fragment, rip, code, variant, is_legacy);
         self.frame.set32(frame::EXIT, 0);
         let frame = self.frame.clone();
@@ -501,6 +510,12 @@ impl BtVcpu {
         };
         self.note_leave();
         self.left();
+    }
+
+    /// See INV-CR3-1.
+    fn publish_spaces(&mut self) {
+        let trusted = self.knobs.context;
+        switch::publish(self.interp.cpu(), &self.frame, trusted);
     }
 
     /// Has jumps to `rip` find a fragment.
