@@ -134,6 +134,40 @@ pub const FRAGMENT_TAG: i32 = 0x490;
 pub const HELPERS: std::ops::Range<i32> = 0x400..0x440;
 /// Of [`HELPERS`]: IRETQ.
 pub const IRET: i32 = 0x400;
+/// Of [`HELPERS`]: CPUID.
+pub const DO_CPUID: i32 = 0x408;
+/// Of [`HELPERS`]: XSAVEC and XSAVES, XRSTOR and XRSTORS. [`crate::emit::S0`] is the linear address, S1 the displacement of the TLB of who accesses.
+pub const DO_XSAVE: i32 = 0x410;
+/// See [`DO_XSAVE`].
+pub const DO_XRSTOR: i32 = 0x418;
+/// Of [`HELPERS`]: MOV to CR3 of the value in S0.
+pub const DO_SWITCH: i32 = 0x420;
+/// Of [`HELPERS`]: INVLPG of the address in S0.
+pub const DO_INVLPG: i32 = 0x428;
+/// XCR0, if the host has all its components and IA32_XSS is 0, else 0: four bytes.
+pub const XCR0: i32 = 0x498;
+/// Bits that a value for CR3 may not have.
+pub const CR3_RESERVED: i32 = 0x4a0;
+/// Host address of [`XSTATE`].
+pub const XSTATE_ADDRESS: i32 = 0x4a8;
+/// Instructions that [`HELPERS`] did: for the statistics, in the order of [`HELPERS`] from [`DO_CPUID`] on, eight bytes each.
+pub const COUNT_HELPED: i32 = 0x4b0;
+/// Where the logs of the lower half begin: TLB and jumps.
+pub const LOG_STARTS: i32 = 0x4f0;
+/// How the guest's vector registers may be loaded where few are in use (the engine's), and where opmasks and registers 16 to 31 lie in the area; four bytes
+/// each.
+pub const FP_QUICK: i32 = 0x4e0;
+/// Data-segment registers (bits, by number) that translated code loaded with 0 since the engine last looked; four bytes.
+pub const NULLED: i32 = 0x4ec;
+/// Two compacted formats (SDM 1 13.4.3), one without and one with x87 state: [`XSTATE_VALID`] with the components, the size in bytes, and from 16 on the
+/// pieces: of what component (a mask), at what offset, how many bytes, and where in [`FP_AREA`]; four bytes each. A mask of 0 ends the list.
+pub const XSTATE_FORMATS: i32 = 0x600;
+/// Bytes of a format.
+pub const XSTATE_FORMAT_STRIDE: i32 = 0x100;
+/// Pieces of a format: the last ends the list.
+pub const XSTATE_PIECES: usize = 15;
+/// Beside components: the format is one.
+pub const XSTATE_VALID: u32 = 1 << 31;
 /// Levels that IRETQ may return to in the cache (bit 0, bit 3), and [`IRET_SMAP`].
 pub const IRET_ALLOWED: i32 = 0x440;
 /// Limit of the GDT.
@@ -215,8 +249,49 @@ pub const LOG_ENTRIES: u32 = 16384;
 pub const LOGS: i32 = TLB + VARIANTS * TLB_STRIDE;
 /// The guest frames of the TLB's entries, eight bytes each.
 pub const FRAMES: i32 = LOGS + 4 * 4 * LOG_ENTRIES as i32;
+/// What CPUID says, by leaf and subleaf: entries of 32 bytes, of which the first 24 are leaf, subleaf, EAX, EBX, ECX, EDX.
+pub const CPUID: i32 = FRAMES + 8 * VARIANTS * TLB_ENTRIES as i32;
+/// How many there are.
+pub const CPUID_ENTRIES: u64 = 256;
+/// An XSAVE image on its way to or from guest memory. Aligned to 64 bytes.
+pub const XSTATE: i32 = CPUID + 32 * CPUID_ENTRIES as i32;
+/// Bytes of it.
+pub const XSTATE_BYTES: i32 = 4096;
+/// How many pages INVLPG has dropped since the engine last looked, and from 8 on which.
+pub const INVALIDATED: i32 = XSTATE + XSTATE_BYTES;
+/// How many there may be.
+pub const INVALIDATED_ROOM: u32 = 64;
+/// Hashed GiBs from which a large page was filled, of the lower and the upper half.
+pub const LARGE: i32 = INVALIDATED + 8 + 8 * INVALIDATED_ROOM as i32;
+/// Addresses of the two filters of pages that code may have been found in by address.
+pub const PAGE_FILTERS: i32 = LARGE + 16;
+/// Address spaces whose translations live on, by the low bits of their PCID: the PCID with [`KEPT_VALID`], the context number, what [`LARGE`] is there, and eight
+/// bytes to spare.
+pub const KEPT: i32 = PAGE_FILTERS + 16;
+/// How many there can be.
+pub const KEPT_ENTRIES: u64 = 16;
+/// Bytes of one.
+pub const KEPT_STRIDE: i32 = 32;
+/// In [`KEPT`]: the entry is one.
+pub const KEPT_VALID: u64 = 1 << 63;
 /// Size of a frame in bytes.
-pub const SIZE: usize = FRAMES as usize + 8 * VARIANTS as usize * TLB_ENTRIES as usize;
+pub const SIZE: usize = (KEPT + KEPT_STRIDE * KEPT_ENTRIES as i32) as usize;
+
+/// The place of a leaf and subleaf in [`CPUID`] (`key`: the subleaf in the upper half).
+#[must_use]
+pub const fn cpuid_entry(key: u64) -> i32 {
+    let set = key.wrapping_mul(CPUID_HASH) >> (64 - CPUID_ENTRIES.trailing_zeros());
+    CPUID + 32 * set as i32
+}
+
+/// Odd, with its bits spread.
+pub const CPUID_HASH: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The key of an empty entry of [`CPUID`] (given by its displacement): one that belongs to another (INV-TAG-1).
+#[must_use]
+pub const fn no_leaf(entry: i32) -> u64 {
+    if entry == cpuid_entry(0) { 1 } else { 0 }
+}
 
 /// Where the TLB entry of the page of a linear address stands, for who has the rights of this number ([`crate::Variant`]).
 #[must_use]
@@ -365,6 +440,9 @@ mod tests {
             for at in jump_entries(class) {
                 assert_ne!(jump_set(no_target(at)), ((at - JUMPS - class * JUMP_STRIDE) / 8) as u32);
             }
+        }
+        for entry in (CPUID..XSTATE).step_by(32) {
+            assert_ne!(cpuid_entry(no_leaf(entry)), entry);
         }
         for (rip, context) in [(1u64 << 63, 0), (0, 4095), (0x7fff_ffff_ffff, 4095), (u64::MAX << 47, 1)] {
             let canonical = ((rip.cast_signed() << 16) >> 16).cast_unsigned();

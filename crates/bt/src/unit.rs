@@ -3,7 +3,8 @@
 #![expect(clippy::cast_possible_truncation, reason = "offsets in a page")]
 
 use iced_x86::{
-    Decoder, DecoderError, FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind, RflagsBits,
+    Decoder, DecoderError, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
+    Register, RflagsBits,
 };
 
 use crate::hints::Hints;
@@ -64,7 +65,7 @@ impl<'a> Reader<'a> {
             let Some(i) = self.at(unit.end) else { break };
             unit.end += i.len();
             unit.instructions.push(i);
-            if ends_unit(&i) {
+            if ends_unit(&i) || takes_translations_back(&i) {
                 break;
             }
         }
@@ -104,6 +105,17 @@ impl<'a> Reader<'a> {
 #[must_use]
 pub fn ends_unit(i: &Instruction) -> bool {
     i.flow_control() != FlowControl::Next && (!i.is_jcc_short_or_near() || is_narrow_branch(i))
+}
+
+/// Whether an instruction takes translations back. A unit ends behind it: what was learnt of them holds no more.
+fn takes_translations_back(i: &Instruction) -> bool {
+    switches_space(i) || i.mnemonic() == Mnemonic::Invlpg
+}
+
+/// Whether an instruction loads CR3.
+#[must_use]
+pub fn switches_space(i: &Instruction) -> bool {
+    i.op_count() == 2 && i.op0_kind() == OpKind::Register && i.op0_register() == Register::CR3
 }
 
 /// Whether a direct branch cuts its target to 16 bits: AMD's do with an operand-size prefix, in 64-bit code too (APM 3 Jcc). No compiler emits

@@ -12,7 +12,7 @@ use x86_interp::memory::Target;
 use crate::adapt::Cause;
 use crate::cache::PlacedSite;
 use crate::exec::{Callouts, action};
-use crate::{BtVcpu, TlbKnob, legacy, state};
+use crate::{BtVcpu, TlbKnob, cpuid, legacy, state, xstate};
 
 /// The mode that a fragment was translated for, as far as an instruction may change it.
 #[derive(PartialEq, Eq)]
@@ -225,6 +225,21 @@ const fn again(site: &bt::Site) -> u64 {
 
 impl Callouts for BtVcpu {
     fn slow(&mut self, site: u32) -> u64 {
+        let action = self.missed(site);
+        self.publish_spaces();
+        action
+    }
+
+    fn callout(&mut self, site: u32) -> u64 {
+        let action = self.called_out(site);
+        self.publish_spaces();
+        action
+    }
+}
+
+impl BtVcpu {
+    /// A memory access missed. The [`action`].
+    fn missed(&mut self, site: u32) -> u64 {
         let Some(placed) = self.cache.site(site) else { return action::LEAVE };
         let own_of = |size, write| Own { above: 0, size, write };
         let (size, write, own) = match placed.site.kind {
@@ -290,7 +305,8 @@ impl Callouts for BtVcpu {
         }
     }
 
-    fn callout(&mut self, site: u32) -> u64 {
+    /// An instruction for the interpreter. The [`action`].
+    fn called_out(&mut self, site: u32) -> u64 {
         let Some(placed) = self.cache.site(site) else { return action::LEAVE };
         state::read(self.interp.cpu(), &self.frame);
         match placed.site.kind {
@@ -309,6 +325,18 @@ impl Callouts for BtVcpu {
             }
             _ => {}
         }
-        if self.interpret(&placed) { behind(&placed.site) } else { self.go_on() }
+        let mnemonic = placed.site.code.mnemonic();
+        let leaf = cpuid::key(&self.frame);
+        xstate::learn(self.interp.cpu(), &self.frame, mnemonic);
+        if !self.interpret(&placed) {
+            return self.go_on();
+        }
+        if mnemonic == Mnemonic::Cpuid {
+            cpuid::remember(self.interp.cpu(), &self.frame, leaf);
+        }
+        if self.knobs.helpers && self.knobs.tlb != TlbKnob::One {
+            xstate::learn_pages(self.interp.cpu(), &self.frame, &mut self.tables, mnemonic);
+        }
+        behind(&placed.site)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! `trellis_bt_enter` loads the guest's registers from the frame and jumps; fragments leave through `trellis_bt_leave`, which stores
 //! them. What a fragment calls finds the number of its site or exit behind the call. `trellis_bt_slow` and `trellis_bt_callout` store the registers, call Rust, and load them again. Guest x87 and vector registers are
-//! stored on the way to Rust if they are in the host's, and loaded again when code wants them (`trellis_bt_fp_load`): Rust and libc may
+//! stored on the way to Rust if they are in the host's, and loaded again when code wants them (`fp`): Rust and libc may
 //! use every vector register, and guest MXCSR and control words are never in force while Rust runs.
 //!
 //! Two lookups need no Rust, and so no stores: `trellis_bt_refill_*` fill the frame's TLB from the interpreter's, `trellis_bt_lookup_*` the
@@ -94,32 +94,8 @@ global_asm!(
     "test r15b, {flags}\nje 3f",
     "push rax\nmovzx eax, word ptr gs:[{status}]\nadd al, 0x7f\nsahf\npop rax",
     "3:\nret",
-    // All general registers are in the frame. The instruction pointers that XSAVE found are the host's: they are wiped.
-    // DEVIATION: so FIP, FDP and FOP of x87 instructions that ran in fragments read as zero.
-    "trellis_bt_fp_store:",
-    "mov rcx, gs:[{area}]\nmov eax, gs:[{mask}]\nxor edx, edx",
-    "xsave64 [rcx]",
-    "xor edx, edx",
-    "mov [rcx + 8], rdx\nmov [rcx + 16], rdx\nmov [rcx + 6], dx",
-    "mov gs:[{loaded}], edx",
-    "fninit\nldmxcsr gs:[{host_mxcsr}]",
-    "test eax, 4\nje 8f\nvzeroupper\n8:",
-    "ret",
-    // Uses R14, R15 and flags only.
-    ".globl trellis_bt_fp_load",
-    "trellis_bt_fp_load:",
-    "cmp dword ptr gs:[{loaded}], 0\nje 8f\nret\n8:",
-    "push r15\npush rcx\nmov r14, rax\nmov r15, rdx",
-    "mov rcx, gs:[{area}]\nmov eax, gs:[{mask}]\nxor edx, edx",
-    "xrstor64 [rcx]",
-    "mov dword ptr gs:[{loaded}], 1",
-    "mov rax, r14\nmov rdx, r15\npop rcx\npop r15",
-    "ret",
     engine = const frame::ENGINE,
     loaded = const frame::FP_LOADED,
-    area = const frame::FP_AREA,
-    mask = const frame::FP_MASK,
-    host_mxcsr = const frame::HOST_MXCSR,
     exit = const frame::EXIT,
     site = const frame::SITE,
     status = const frame::FLAGS,
@@ -489,7 +465,6 @@ unsafe extern "C" {
     fn trellis_bt_leave();
     fn trellis_bt_take_exit();
     fn trellis_bt_callout();
-    fn trellis_bt_fp_load();
     fn trellis_bt_refill_0r();
     fn trellis_bt_refill_0w();
     fn trellis_bt_refill_1r();
@@ -522,6 +497,9 @@ unsafe extern "C" {
     fn trellis_bt_lookup_4();
     fn trellis_bt_lookup_5();
 }
+
+/// How many instructions [`Frame::without_helpers`] is about.
+const HELPERS: usize = 6;
 
 /// Code above, as its address.
 type Assembly = unsafe extern "C" fn();
@@ -636,8 +614,8 @@ impl Frame {
         f.set_code(frame::TAKE_EXIT, &[trellis_bt_take_exit]);
         f.set_code(frame::LEAVE, &[trellis_bt_leave]);
         f.set_code(frame::CALLOUT, &[trellis_bt_callout]);
-        f.set(frame::IRET, crate::iret::address());
-        f.set_code(frame::FP_LOAD, &[trellis_bt_fp_load]);
+        f.set_helpers();
+        f.set(frame::FP_LOAD, crate::fp::load_address());
         Ok(f)
     }
 
@@ -646,6 +624,23 @@ impl Frame {
         for (at, code) in (from..).step_by(8).zip(code) {
             self.set(at, *code as *const () as u64);
         }
+    }
+
+    /// Instructions that are done without Rust.
+    fn set_helpers(&self) {
+        self.set(frame::XSTATE_ADDRESS, self.address(frame::XSTATE));
+        self.set(frame::IRET, crate::iret::address());
+        self.set(frame::DO_CPUID, crate::cpuid::address());
+        self.set(frame::DO_XSAVE, crate::xstate::save_address());
+        self.set(frame::DO_XRSTOR, crate::xstate::restore_address());
+        self.set(frame::DO_SWITCH, crate::switch::address());
+        self.set(frame::DO_INVLPG, crate::invlpg::address());
+    }
+
+    /// From now on the interpreter does every instruction that is not done in fragments.
+    pub fn without_helpers(&self) {
+        let helpers = frame::HELPERS.step_by(8).take(HELPERS);
+        helpers.for_each(|at| self.set_code(at, &[trellis_bt_callout]));
     }
 
     /// From now on every miss comes to Rust.

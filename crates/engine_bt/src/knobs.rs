@@ -1,6 +1,6 @@
 //! Stress knobs: what the suites turn to make rare paths common. For tests and for bisecting a wrong translation; no user needs them.
 //!
-//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off,evict=5,check=on,adapt=1,rdtsc=callout` sets them for a process.
+//! `TRELLIS_BT=unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off,evict=5,check=on,adapt=1,helpers=off,rdtsc=callout` sets them for a process.
 
 /// How long the frame's TLB keeps its entries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,6 +42,8 @@ pub struct Knobs {
     pub check: bool,
     /// Guilty visits after which an instruction gets another form (`adapt=n`, `adapt=off`); [`u32::MAX`]: from the start (`adapt=all`).
     pub adapt: u32,
+    /// The engine's assembly does instructions that would else be the interpreter's.
+    pub helpers: bool,
     /// How RDTSC is done where it may be done in fragments.
     pub rdtsc: bt::TimeStamp,
 }
@@ -62,6 +64,7 @@ impl Default for Knobs {
             evict: 0,
             check: false,
             adapt: 64,
+            helpers: true,
             rdtsc: bt::TimeStamp::Inline,
         }
     }
@@ -101,6 +104,7 @@ impl Knobs {
                 ("adapt", Ok(n)) => k.adapt = u32::try_from(n).unwrap_or(u32::MAX),
                 ("adapt", _) if value == "all" => k.adapt = crate::adapt::ALL,
                 ("adapt", Err(_)) if !on => k.adapt = 0,
+                ("helpers", _) => k.helpers = on,
                 ("rdtsc", _) => {
                     k.rdtsc = match value {
                         "trap" => bt::TimeStamp::Trap,
@@ -122,7 +126,7 @@ mod tests {
     #[test]
     fn parse_sets_what_it_knows() {
         let text = "unit=1,warm=0,chain=off,fp=off,code=256K,tlb=off,forget=9,again=2,log=1,context=off,evict=5,check=on,\
-                    adapt=1,rdtsc=trap,nonsense=1";
+                    adapt=1,helpers=off,rdtsc=trap,nonsense=1";
         let k = Knobs::parse(text);
         let expected = Knobs {
             unit: 1,
@@ -138,6 +142,7 @@ mod tests {
             evict: 5,
             check: true,
             adapt: 1,
+            helpers: false,
             rdtsc: bt::TimeStamp::Trap,
         };
         assert_eq!(k, expected);

@@ -14,8 +14,11 @@ mod callout;
 mod change;
 mod code_memory;
 mod content;
+mod cpuid;
 mod exec;
+mod fp;
 mod huge;
+mod invlpg;
 mod iret;
 mod knobs;
 mod legacy;
@@ -27,10 +30,12 @@ pub mod perf_map;
 mod places;
 mod report;
 mod state;
+mod switch;
 mod tables;
 pub mod trace;
 mod trap;
 mod user_code;
+mod xstate;
 
 use std::sync::Arc;
 
@@ -184,6 +189,9 @@ impl BtVcpu {
         let frame = Frame::new()?;
         if knobs.tlb == TlbKnob::One {
             frame.refill_in_rust();
+        }
+        if !knobs.helpers {
+            frame.without_helpers();
         }
         let signals = Arc::clone(&parts.signals);
         frame.set(frame::SIGNALS, signals.address());
@@ -491,6 +499,7 @@ impl BtVcpu {
         let variant = state::variant(cpu);
         let is_legacy = cpu.code_size != CodeSize::Bits64;
         state::fill(cpu, &self.frame, self.counter);
+        self.publish_spaces();
         self.remember(fragment, rip, code, variant, is_legacy);
         self.frame.set32(frame::EXIT, 0);
         let frame = self.frame.clone();
@@ -502,6 +511,12 @@ impl BtVcpu {
         };
         self.note_leave();
         self.left();
+    }
+
+    /// See INV-CR3-1.
+    fn publish_spaces(&mut self) {
+        let trusted = self.knobs.context;
+        switch::publish(self.interp.cpu(), &self.frame, trusted);
     }
 
     /// Has jumps to `rip` find a fragment.

@@ -1,7 +1,6 @@
 //! Which pages may have entries in a table that can only be searched as a whole.
 
-/// Words of a filter.
-const WORDS: usize = 1024;
+const WORDS: usize = PageFilter::WORDS;
 /// Bits set at which it says yes too often.
 const CROWDED: usize = WORDS * 64 / 8;
 
@@ -12,6 +11,14 @@ pub struct PageFilter {
 }
 
 impl PageFilter {
+    /// Words of a filter.
+    pub const WORDS: usize = 1024;
+
+    /// Where the words are, for assembly that looks as [`PageFilter::has`] does.
+    pub fn address(&self) -> u64 {
+        self.words.as_ptr() as u64
+    }
+
     /// A filter without pages.
     pub fn new() -> Self {
         Self { words: Box::new([0; WORDS]), set: 0 }

@@ -24,6 +24,10 @@ const RATIOS: &[Ratio] = &[
     percent("code memory in use", &["code memory used"], Base::Counters(&["code memory"])),
 ];
 
+/// What [`frame::COUNT_HELPED`] counts.
+const HELPED: [&str; 5] =
+    ["CPUID in the TC", "XSAVEC in the TC", "XRSTOR in the TC", "MOV to CR3 in the TC", "INVLPG in the TC"];
+
 const fn percent(name: &'static str, of: &'static [&'static str], by: Base) -> Ratio {
     Ratio { name, of, by, form: Form::Percent }
 }
@@ -70,6 +74,9 @@ impl BtVcpu {
         r.count("TLB second-level hits", Unit::Count, self.frame.get(frame::COUNT_REFILLS));
         r.count("TLB misses", Unit::Count, s.misses);
         r.count("callouts", Unit::Count, s.callouts);
+        for (what, at) in HELPED.iter().zip((frame::COUNT_HELPED..).step_by(8)) {
+            r.count(what, Unit::Count, self.frame.get(at));
+        }
         r.count("went on elsewhere", Unit::Count, s.onward);
         r.count("page faults at misses", Unit::Count, s.faults);
         r.count("groups not checked", Unit::Count, s.plain_exits);

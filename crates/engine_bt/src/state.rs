@@ -13,7 +13,7 @@ use x86_interp::system::syscall;
 use x86_interp::vector;
 
 use crate::exec::Frame;
-use crate::legacy;
+use crate::{cpuid, fp, invlpg, legacy, switch, xstate};
 
 /// What the host offers to translated code.
 #[derive(Clone, Copy)]
@@ -128,14 +128,11 @@ pub fn facts(cpu: &Cpu, host: Host, counter: Option<u64>) -> Facts {
 }
 
 /// Before fragments run, for as long as the vCPU is in the guest.
-pub fn begin(cpu: &Cpu, host: Host, frame: &Frame) {
+pub fn begin(cpu: &mut Cpu, host: Host, frame: &Frame) {
     frame.set(frame::SECOND_TLB, cpu.tlb.address());
     frame.set(frame::MEMORY, cpu.mem.host_base() as u64);
     frame.set(frame::TRACES, cpu.mem.trace_table() as u64);
-    #[expect(clippy::cast_possible_truncation, reason = "components have numbers below 8")]
-    frame.set32(frame::FP_MASK, host.components as u32);
-    frame.set32(frame::HOST_MXCSR, 0x1f80);
-    frame.set32(frame::FP_LOADED, 0);
+    fp::begin(frame, host.components);
     frame.set32(frame::MODE, 0);
 }
 
@@ -162,6 +159,8 @@ pub fn fill(cpu: &mut Cpu, frame: &Frame, counter: Option<u64>) {
         frame.set32(at, u32::from(selector));
     }
     fill_iret(cpu, frame);
+    xstate::fill(cpu, frame);
+    cpuid::forget_if_changed(cpu, frame);
     frame.set(frame::CR0, cpu.s.cr0);
     frame.set(frame::CR2, cpu.s.cr2);
     frame.set(frame::CR3, cpu.s.cr3);
@@ -207,6 +206,7 @@ pub fn read(cpu: &mut Cpu, frame: &Frame) {
     let of = if f & 1 != 0 { rflags::OF } else { 0 };
     cpu.flags = LazyFlags::from_rflags(f >> 8 & 0xd5 | of);
     cpu.s.msr.kernel_gs_base = frame.get(frame::KERNEL_GS_BASE);
+    read_nulled(cpu, frame);
     for (segment, at) in [(sreg::FS, frame::FS_BASE), (sreg::GS, frame::GS_BASE)] {
         let base = frame.get(at);
         cpu.s.seg[segment].base = base;
@@ -215,8 +215,23 @@ pub fn read(cpu: &mut Cpu, frame: &Frame) {
     read_mode(cpu, frame);
 }
 
-/// Level and RFLAGS of the frame into the `Cpu`: what decides about rights.
+/// The segment registers that translated code loaded with 0. Bases are read later: they may have been written since.
+fn read_nulled(cpu: &mut Cpu, frame: &Frame) {
+    let nulled = frame.get32(frame::NULLED);
+    if nulled == 0 {
+        return;
+    }
+    for n in (0..6).filter(|n| nulled >> n & 1 != 0) {
+        cpu.s.seg[n] = Segment::default();
+    }
+    cpu.derive_segments();
+    frame.set32(frame::NULLED, 0);
+}
+
+/// Level, RFLAGS and address space of the frame into the `Cpu`: what decides about rights and translations.
 pub fn read_mode(cpu: &mut Cpu, frame: &Frame) {
+    invlpg::adopt(cpu, frame);
+    switch::adopt(cpu, frame);
     let mode = frame.get32(frame::MODE);
     let system_flags = frame.get(frame::SYSFLAGS);
     if mode == 0 && system_flags == cpu.system_flags {

@@ -92,6 +92,8 @@ impl Tables {
             frame::jump_entries(class).for_each(|at| t.clear_jump(at));
         }
         t.frame.set(frame::SECOND_JUMPS, t.second.as_ptr() as u64);
+        t.frame.set(frame::PAGE_FILTERS, t.pages.address());
+        t.frame.set(frame::PAGE_FILTERS + 8, t.user_pages.address());
         for (log, at, end) in [
             (Log::Tlb, frame::TLB_LOG, frame::TLB_LOG_END),
             (Log::Jumps, frame::JUMP_LOG, frame::JUMP_LOG_END),
@@ -99,6 +101,9 @@ impl Tables {
             for half in 0..2 {
                 let start = t.log_start(log, half);
                 t.frame.set(at + 8 * half as i32, start);
+                if half == 0 {
+                    t.frame.set(frame::LOG_STARTS + 4 * log as i32, start);
+                }
                 t.frame.set(end + 8 * half as i32, start + 4 * u64::from(t.log_entries));
             }
         }

@@ -48,7 +48,8 @@ impl Guest {
             signals: Arc::new(Signals::default()),
             model: Arc::new(CpuModel::parse("max").unwrap()),
         };
-        let mut vcpu = BtVcpu::with_knobs(parts, Knobs { warm: 0, ..Knobs::default() }).unwrap();
+        let mut vcpu =
+            BtVcpu::with_knobs(parts, Knobs { warm: 0, helpers: false, ..Knobs::default() }).unwrap();
         let lines = Arc::new(Mutex::new(Vec::new()));
         let kept = Arc::clone(&lines);
         let write =

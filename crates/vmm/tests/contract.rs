@@ -121,6 +121,7 @@ stressed! {
     translated_all_tests_pass_adapted_at_once: "warm=0,adapt=1",
     translated_all_tests_pass_in_adapted_forms: "warm=0,adapt=all",
     translated_all_tests_pass_without_adaptation: "warm=0,adapt=off",
+    translated_all_tests_pass_without_helpers: "warm=0,helpers=off",
     translated_all_tests_pass_with_trapped_time_stamps: "rdtsc=trap",
     translated_all_tests_pass_when_all_is_forgotten: "warm=0,forget=40",
     translated_all_tests_pass_with_a_tlb_of_one_entry: "warm=0,tlb=one",

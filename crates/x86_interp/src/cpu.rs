@@ -140,6 +140,8 @@ pub struct Cpu {
     pub code_changed: bool,
     /// Something may have changed [`CpuState::fpu`] since another engine last looked.
     pub fpu_touched: bool,
+    /// Something that CPUID tells may have changed since another engine last looked: CR4, XCR0, IA32_XSS, IA32_APIC_BASE.
+    pub cpuid_changed: bool,
     /// The current instruction delivered an interrupt itself, so the single-step trap does not follow it.
     pub trap_suppressed: bool,
     /// Debug conditions of the current instruction (DR6 bits), delivered after it.
@@ -198,6 +200,7 @@ impl Cpu {
         self.start_rip = state.rip;
         self.code_written = false;
         self.fpu_touched = true;
+        self.cpuid_changed = true;
         self.pending_debug = 0;
         self.set_rflags(state.rflags);
         self.derive_all();

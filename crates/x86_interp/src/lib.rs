@@ -97,6 +97,7 @@ impl Interp {
             code_written: false,
             code_changed: false,
             fpu_touched: true,
+            cpuid_changed: true,
             trap_suppressed: false,
             pending_debug: 0,
             debug: debug::DebugState::default(),

@@ -39,6 +39,8 @@ struct PcidContext {
     pcid: u64,
     context: u64,
     last_use: u64,
+    /// See [`Tlb::large`].
+    large: u64,
 }
 
 /// A translation of code: to a page of the decode cache.
@@ -91,6 +93,8 @@ pub struct Tlb {
     pcids: Vec<PcidContext>,
     pcid: u64,
     uses: u64,
+    /// What [`Tlb::kept`] and [`Tlb::large`] say may have changed since another engine last looked.
+    pub kept_changed: bool,
 }
 
 /// Frames whose only entry is remembered.
@@ -121,6 +125,7 @@ impl Default for Tlb {
             pcids: Vec::new(),
             pcid: 0,
             uses: 0,
+            kept_changed: true,
         }
     }
 }
@@ -166,8 +171,26 @@ impl Tlb {
     }
 
     /// Where the entries lie: [`SETS`] for each kind of rights. For engines that look translations up in code of their own.
-    pub fn address(&self) -> u64 {
-        self.entries.as_ptr() as u64
+    pub fn address(&mut self) -> u64 {
+        self.entries.as_mut_ptr() as u64
+    }
+
+    /// Hashed GiBs from which a large page was filled, per half: INVLPG of an address in one drops more than a page.
+    pub const fn large(&self) -> [u64; 2] {
+        self.large
+    }
+
+    /// Another engine has invalidated the page of an address in the entries at [`Tlb::address`]: the rest, in every context.
+    pub fn forget_code_at(&mut self, la: u64) {
+        let is_there = |e: &FetchEntry| e.tag & !PAGE_MASK == la & !PAGE_MASK;
+        for variant in 0..FETCH_VARIANTS {
+            let e = self.fetch.get_mut(Self::fetch_slot(la, variant)).filter(|e| is_there(e));
+            e.into_iter().for_each(|e| *e = FetchEntry::default());
+        }
+        for user in 0..2 {
+            let e = self.frames.get_mut(Self::fetch_slot(la, user)).filter(|e| is_there(e));
+            e.into_iter().for_each(|e| *e = FetchEntry::default());
+        }
     }
 
     /// The frame that holds the code at `la`, if that is remembered.
@@ -231,11 +254,13 @@ impl Tlb {
 
     fn note_filled(&mut self, la: u64, page_shift: u32, global: bool) {
         let half = half(la);
-        if half == 1 && !global {
+        if half == 1 && !global && !self.upper_has_local {
             self.upper_has_local = true;
+            self.kept_changed = true;
         }
-        if page_shift > 12 {
+        if page_shift > 12 && self.large[half] & gib_bit(la) == 0 {
             self.large[half] |= gib_bit(la);
+            self.kept_changed = true;
         }
     }
 
@@ -261,6 +286,7 @@ impl Tlb {
     }
 
     fn publish(&mut self) {
+        self.kept_changed = true;
         // No entry has a tag with context 0, but an empty entry has tag 0: use a number never given out instead.
         self.context = if self.forced_slow { [LAST_CONTEXT; 2] } else { self.current };
     }
@@ -318,6 +344,25 @@ impl Tlb {
     /// A CR3 write: another address space, whose old translations live on if `keep`.
     pub fn switch(&mut self, pcid: u64, keep: bool) {
         self.tell(TlbEvent::FlushLower);
+        self.change_space(pcid, keep);
+    }
+
+    /// PCIDs, the current one among them, with the numbers of their contexts and their part of [`Tlb::large`], between which [`Tlb::switch`] with `keep` does
+    /// nothing but exchange those of the lower half, and tell that; none where it does more.
+    pub fn kept(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
+        let plain = !self.upper_has_local && !self.forced_slow;
+        let current = (self.pcid, self.current[0], self.large[0]);
+        let others = self.pcids.iter().map(|p| (p.pcid, p.context, p.large));
+        let all = others.filter(|p| p.0 != self.pcid).chain(std::iter::once(current));
+        all.filter(move |_| plain)
+    }
+
+    /// Another engine has switched, to one of [`Tlb::kept`] and maybe back and forth, and told everybody.
+    pub fn adopt(&mut self, pcid: u64) {
+        self.change_space(pcid, true);
+    }
+
+    fn change_space(&mut self, pcid: u64, keep: bool) {
         self.uses += 1;
         self.remember_current();
         self.pcid = pcid;
@@ -325,8 +370,7 @@ impl Tlb {
         match kept {
             Some(old) if keep => {
                 self.current[0] = old.context;
-                // Which large pages were filled under the old number is unknown.
-                self.large[0] = u64::MAX;
+                self.large[0] = old.large;
             }
             _ => {
                 self.current[0] = self.fresh();
@@ -338,7 +382,8 @@ impl Tlb {
     }
 
     fn remember_current(&mut self) {
-        let now = PcidContext { pcid: self.pcid, context: self.current[0], last_use: self.uses };
+        let (context, large) = (self.current[0], self.large[0]);
+        let now = PcidContext { pcid: self.pcid, context, last_use: self.uses, large };
         self.pcids.retain(|p| p.pcid != now.pcid);
         if self.pcids.len() >= PCIDS {
             let oldest = self.pcids.iter().enumerate().min_by_key(|(_, p)| p.last_use).map(|(i, _)| i);
@@ -349,6 +394,7 @@ impl Tlb {
 
     /// INVPCID of another PCID: its translations do not live on.
     pub fn forget_pcid(&mut self, pcid: u64) {
+        self.kept_changed = true;
         self.pcids.retain(|p| p.pcid != pcid);
     }
 
@@ -362,7 +408,7 @@ impl Tlb {
     pub fn invalidate_page(&mut self, la: u64) {
         let half = half(la);
         if self.large[half] & gib_bit(la) != 0 {
-            self.tell(TlbEvent::FlushAll);
+            self.tell(if half == 0 { TlbEvent::FlushLower } else { TlbEvent::FlushAll });
             self.current[half] = self.fresh();
             self.large[half] = 0;
             if half == 1 {
@@ -505,6 +551,26 @@ mod tests {
         fill(&mut tlb, 0x2000, 12, false);
         tlb.invalidate_page(0x1000);
         assert!(!hits(&tlb, 0x1000) && hits(&tlb, 0x2000));
+    }
+
+    #[test]
+    fn large_pages_of_a_space_that_lives_on_are_remembered() {
+        let mut tlb = Tlb::default();
+        tlb.switch(1, false);
+        fill(&mut tlb, 0x20_1000, 21, false);
+        tlb.switch(2, false);
+        fill(&mut tlb, 0x20_4000, 12, false);
+        fill(&mut tlb, 0x20_2000, 12, false);
+        tlb.invalidate_page(0x20_4000);
+        assert!(!hits(&tlb, 0x20_4000) && hits(&tlb, 0x20_2000));
+        tlb.switch(1, true);
+        assert!(hits(&tlb, 0x20_1000));
+        tlb.invalidate_page(0x20_7000);
+        assert!(!hits(&tlb, 0x20_1000));
+        tlb.switch(2, true);
+        assert!(hits(&tlb, 0x20_2000));
+        tlb.invalidate_page(0x20_2000);
+        assert!(!hits(&tlb, 0x20_2000));
     }
 
     #[test]

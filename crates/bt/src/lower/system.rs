@@ -8,10 +8,10 @@ use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::registers::{frame_slot, host_number, in_frame};
 use super::stack::{self, Value};
-use super::{Lowering, TimeStamp, Variant};
+use super::{FpLevel, Lowering, TimeStamp, Variant};
 use crate::emit::{Op, R11, RAX, RCX, RDX, S0, S1, cc};
 use crate::frame;
-use crate::unit::STATUS;
+use crate::unit::{self, STATUS};
 
 /// INT3. The engine's signal handler goes on behind it.
 pub const TRAP: u8 = 0xcc;
@@ -69,6 +69,20 @@ impl Lowering<'_, '_> {
                 self.asm.store(frame::KERNEL_GS_BASE, S0);
             }
             Mnemonic::Mov if i.op1_register().is_cr() && supervisor => return self.read_control(i),
+            Mnemonic::Mov if unit::switches_space(i) && supervisor => return self.switch_space(i),
+            Mnemonic::Invlpg if supervisor => return self.invalidate_page(i),
+            Mnemonic::Cpuid => self.call_out_by(frame::DO_CPUID),
+            Mnemonic::Xsavec | Mnemonic::Xsavec64 => return self.extended_state(i, frame::DO_XSAVE, true),
+            Mnemonic::Xrstor | Mnemonic::Xrstor64 => return self.extended_state(i, frame::DO_XRSTOR, false),
+            Mnemonic::Xsaves | Mnemonic::Xsaves64 if supervisor => {
+                return self.extended_state(i, frame::DO_XSAVE, true);
+            }
+            Mnemonic::Xrstors | Mnemonic::Xrstors64 if supervisor => {
+                return self.extended_state(i, frame::DO_XRSTOR, false);
+            }
+            Mnemonic::Mov if i.op0_register().is_segment_register() => {
+                return self.load_null(i, live_before);
+            }
             Mnemonic::Mov => return self.read_selector(i, live_before),
             Mnemonic::Rdfsbase | Mnemonic::Rdgsbase if self.facts.fsgsbase => self.read_base(i),
             Mnemonic::Wrfsbase | Mnemonic::Wrgsbase if self.facts.fsgsbase => self.write_base(i, live_before),
@@ -209,6 +223,72 @@ impl Lowering<'_, '_> {
         if in_frame(r) {
             self.asm.store(frame_slot(r), S0);
         }
+        true
+    }
+
+    /// MOV to CR3 in code that the address spaces share: the unit ends behind it, so nothing goes on that knows of translations.
+    fn switch_space(&mut self, i: &Instruction) -> bool {
+        if self.facts.page_rip.is_none_or(|rip| rip >> 63 == 0) || !self.last {
+            return false;
+        }
+        self.spill(STATUS);
+        self.register_to(S0, i.op1_register());
+        self.call_out_by(frame::DO_SWITCH);
+        true
+    }
+
+    /// INVLPG, in code as that of [`Lowering::switch_space`].
+    fn invalidate_page(&mut self, i: &Instruction) -> bool {
+        if self.facts.page_rip.is_none_or(|rip| rip >> 63 == 0) || !self.last {
+            return false;
+        }
+        self.spill(STATUS);
+        let done = self.address(i, 1, false);
+        if done {
+            self.call_out_by(frame::DO_INVLPG);
+        }
+        done
+    }
+
+    /// XSAVEC, XRSTOR and their kin: the engine's code does them where all the state is in the host's registers.
+    fn extended_state(&mut self, i: &Instruction, how: i32, write: bool) -> bool {
+        if self.facts.legacy.is_some() || self.facts.fp < FpLevel::Avx {
+            return false;
+        }
+        self.spill(STATUS);
+        if !self.address(i, 64, write) {
+            return false;
+        }
+        self.asm.mov_imm(S1, (frame::TLB + self.variant as i32 * frame::TLB_STRIDE) as u64);
+        self.call_out_by(how);
+        true
+    }
+
+    /// MOV of a null selector to DS, ES, FS or GS, as kernels do when they switch tasks (SDM 2B MOV). Others are interpreted.
+    fn load_null(&mut self, i: &Instruction, live_before: u32) -> bool {
+        use iced_x86::{OpKind, Register as R};
+        let (number, base) = match i.op0_register() {
+            R::ES => (0, None),
+            R::DS => (3, None),
+            R::FS => (4, Some(frame::FS_BASE)),
+            R::GS => (5, Some(frame::GS_BASE)),
+            _ => return false,
+        };
+        if self.facts.legacy.is_some() || i.op1_kind() != OpKind::Register {
+            return false;
+        }
+        let first = self.misses.len();
+        self.spill(live_before);
+        self.register_to(S0, i.op1_register());
+        self.asm.and32(S0, 0xffff);
+        let other = self.asm.jcc(cc::NE);
+        self.interpret_if(other);
+        self.asm.store32(frame::SELECTORS + 4 * number, S0);
+        if let Some(base) = base {
+            self.asm.store(base, S0);
+        }
+        self.asm.change_bits32(false, frame::NULLED, 1 << number);
+        self.complete(first, false);
         true
     }
 

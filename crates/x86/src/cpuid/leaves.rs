@@ -66,6 +66,12 @@ pub struct CpuidContext {
 /// the APIC's, and the bus clock of leaf 40000010H. The device must count at it.
 pub const APIC_BUS_HZ: u64 = 1_000_000_000;
 
+/// Whether a leaf is known to say the same whatever ECX is, on every model: programs that ask for it leave anything there.
+#[must_use]
+pub const fn ignores_subleaf(leaf: u32) -> bool {
+    matches!(leaf, 0..=3 | 5 | 6 | EXTENDED..=0x8000_0008)
+}
+
 const KVM_BASE: u32 = 0x4000_0000;
 const KVM_MAX: u32 = KVM_BASE + 0x10;
 const EXTENDED: u32 = 0x8000_0000;

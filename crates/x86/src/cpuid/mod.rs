@@ -46,5 +46,5 @@ mod tests;
 pub use features::{Class, Feature, FeatureSet, Info, Maker, Register, TABLE};
 pub use gate::{Gate, OlderMeaning};
 pub use host::{Host, Identity, OsState, Vendor, XsaveComponent};
-pub use leaves::{APIC_BUS_HZ, CpuidContext, CpuidResult};
+pub use leaves::{APIC_BUS_HZ, CpuidContext, CpuidResult, ignores_subleaf};
 pub use model::{CpuModel, EFER_AIBRSE, ModelError, arch_capabilities, spec_ctrl};

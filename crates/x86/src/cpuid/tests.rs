@@ -286,6 +286,25 @@ fn model_survives_serialisation() {
 }
 
 #[test]
+fn leaves_that_ignore_the_subleaf_do() {
+    let models = [
+        max(),
+        CpuModel::parse_for("max", &intel_host()).expect("max"),
+        CpuModel::parse_for("max,-hypervisor", &amd_host()).expect("amd"),
+        CpuModel::parse_for("x86-64-v1,-lm", &amd_host()).expect("v1"),
+    ];
+    let leaves = (0..0x40).chain(0x4000_0000..0x4000_0020).chain(0x8000_0000..0x8000_0040);
+    let known: Vec<u32> = leaves.filter(|&leaf| super::ignores_subleaf(leaf)).collect();
+    assert_eq!(known.len(), 15);
+    for (model, leaf) in models.iter().flat_map(|m| known.iter().map(move |l| (m, *l))) {
+        let first = model.cpuid(leaf, 0, &context(2, 1));
+        for subleaf in [1, 2, 3, 64, 0xffff_0000, u32::MAX] {
+            assert_eq!(model.cpuid(leaf, subleaf, &context(2, 1)), first, "{leaf:#x}");
+        }
+    }
+}
+
+#[test]
 fn cpuid_never_panics() {
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
     let mut next = || {

@@ -149,6 +149,8 @@ fn write_cr4(cpu: &mut Cpu, value: u64) -> Result<(), Exception> {
         return Err(Exception::GP0);
     }
     cpu.s.cr4 = value;
+    // The one bit that kernels toggle often, to flush the TLB, CPUID does not tell.
+    cpu.cpuid_changed |= (old ^ value) & !cr4::PGE != 0;
     let paging_bits = cr4::PSE | cr4::PAE | cr4::PGE | cr4::SMEP | cr4::SMAP;
     if (old ^ value) & (cr4::PAE | cr4::PSE | cr4::PGE | cr4::SMEP) != 0
         && let Err(e) = load_pdptes(cpu, cpu.s.cr3)
@@ -224,6 +226,7 @@ pub fn write_xcr0(cpu: &mut Cpu, value: u64) -> Result<(), Exception> {
         return Err(Exception::GP0);
     }
     cpu.s.xcr0 = value;
+    cpu.cpuid_changed = true;
     Ok(())
 }
 

@@ -107,6 +107,7 @@ pub fn write(cpu: &mut Cpu, index: u32, value: u64) -> Result<(), Exception> {
             set_tsc_offset(cpu, offset);
         }
         msr::APIC_BASE | msr::TSC_DEADLINE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
+            cpu.cpuid_changed |= index == msr::APIC_BASE;
             return cpu.io.apic_msr_write(cpu.index, index, value).map_err(|_| Exception::GP0);
         }
         msr::TSC_ADJUST if cpu.model.has(Feature::TscAdjust) => {
@@ -142,6 +143,7 @@ pub fn write(cpu: &mut Cpu, index: u32, value: u64) -> Result<(), Exception> {
         msr::XSS if cpu.model.xss_mask() != 0 || cpu.model.has(Feature::Xsaves) => {
             masked(value, cpu.model.xss_mask())?;
             cpu.s.msr.xss = value;
+            cpu.cpuid_changed = true;
         }
         msr::EFER => return write_efer(cpu, value),
         msr::STAR => cpu.s.msr.star = value,

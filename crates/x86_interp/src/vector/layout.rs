@@ -287,17 +287,18 @@ pub fn host_components() -> u64 {
     if has_xsave { layout().supported & !(1 << component::PKRU) } else { 0 }
 }
 
+/// Where the opmask registers and vector registers 16 to 31 lie in the area, if the host has them and KMOVQ.
+#[must_use]
+pub fn upper_registers() -> Option<[usize; 2]> {
+    let l = layout();
+    l.kmovq.then(|| [l.opmask(0), l.hi16(16)])
+}
+
 /// Makes an area that was filled by hand ready for XRSTOR: the header (SDM 1 13.4.2) names the components that differ from their initial
 /// state, so that the host's registers do not count as used for nothing.
 pub fn prepare_restore(area: &mut FpuArea) {
     let l = layout();
-    let mut used = 3u64;
-    for i in [component::AVX, component::OPMASK, component::ZMM_HI256, component::HI16_ZMM] {
-        let c = l.components[i];
-        if c.offset != 0 && !is_zero(&area.0[c.offset..c.offset + c.size]) {
-            used |= 1 << i;
-        }
-    }
+    let used = super::xsave::in_use(area) & !(1 << component::PKRU);
     put(area, at::HEADER, &used.to_le_bytes());
     area.0[at::HEADER + 8..at::EXTENDED].fill(0);
     let clean = mxcsr(area) & l.mxcsr_mask;

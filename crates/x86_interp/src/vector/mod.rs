@@ -40,9 +40,9 @@ use x86::state::FpuArea;
 
 use address::Address;
 use check::Class;
-pub use layout::{exceptions_masked, host_components, prepare_restore};
+pub use layout::{exceptions_masked, host_components, prepare_restore, upper_registers};
 pub use native::warm_up;
-pub use xsave::xgetbv1;
+pub use xsave::{CompactedPiece, compacted_pieces, xgetbv1};
 
 /// What this module must know of control registers and mode.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -49,7 +49,7 @@ fn xmm_len(code64: bool) -> usize {
 }
 
 /// Components not in their initial configuration. Component 1 without regard to MXCSR.
-fn in_use(area: &FpuArea) -> u64 {
+pub(super) fn in_use(area: &FpuArea) -> u64 {
     let mut bits = 0;
     let control = u64::from(layout::u16_at(area, at::FCW)) == 0x37f;
     if !control || !is_zero(&area.0[2..at::MXCSR]) || !is_zero(&area.0[at::ST..at::XMM]) {
@@ -147,6 +147,37 @@ fn image_offsets(format: Option<u64>) -> [usize; component::COUNT] {
         }
     }
     offsets
+}
+
+/// A piece of an image in the compacted format.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CompactedPiece {
+    /// Of which component it is.
+    pub component: usize,
+    /// Where it lies in the image.
+    pub offset: usize,
+    /// Where it lies in [`FpuArea`].
+    pub area: usize,
+    /// Bytes.
+    pub bytes: usize,
+}
+
+/// The pieces of an image of `components` in the compacted format but for the header, as 64-bit code writes and reads them, and its size in bytes.
+#[must_use]
+pub fn compacted_pieces(components: u64) -> (Vec<CompactedPiece>, usize) {
+    let mut all = Vec::new();
+    let offsets = image_offsets(Some(components));
+    for n in (0..component::COUNT).filter(|n| components >> n & 1 != 0) {
+        let mut pieces = Pieces::new();
+        match n {
+            0 | 1 => pieces.add_legacy(1 << n, n == 1, true),
+            _ => pieces.add(offsets[n], layout().components[n].offset, visible_len(n, true)),
+        }
+        let of = |p: Piece| CompactedPiece { component: n, offset: p.image, area: p.area, bytes: p.len };
+        all.extend(pieces.iter().map(of));
+    }
+    let bytes = all.iter().map(|p| p.offset + p.bytes).max().unwrap_or(0).max(at::EXTENDED);
+    (all, bytes)
 }
 
 fn write_pieces<C: VectorCpu>(
