@@ -227,18 +227,16 @@ pub const MODE_SYSRET: u32 = 2;
 pub const MODE_IRET: u32 = 3;
 
 /// Entries of the jump cache of one class.
-pub const JUMP_ENTRIES: u32 = 16384;
+pub const JUMP_ENTRIES: u32 = 65536;
 /// What a hash of a target is masked with to be an entry's number. One bit is left out, so that with eight bytes a number every other half of a cache
 /// line has guest RIPs, and the half behind it their host addresses: a lookup touches one line.
 pub const JUMP_MASK: u32 = (2 * JUMP_ENTRIES - 1) & !(JUMP_HOSTS as u32 / 8);
-/// The jump caches: for each class ([`jump_class`]) guest RIPs and host addresses, by halves of cache lines.
-pub const JUMPS: i32 = 0x1000;
 /// Bytes from a guest RIP to its host address.
 pub const JUMP_HOSTS: i32 = 32;
 /// Bytes from one class's jump cache to the next.
 pub const JUMP_STRIDE: i32 = 16 * JUMP_ENTRIES as i32;
 /// The software TLB: entries of 32 bytes: read tag, write tag, host page, host minus guest address.
-pub const TLB: i32 = JUMPS + JUMP_CLASSES * JUMP_STRIDE;
+pub const TLB: i32 = 0x1000;
 /// Entries per variant.
 pub const TLB_ENTRIES: u32 = 4096;
 /// Bytes from one variant's table to the next.
@@ -274,8 +272,12 @@ pub const KEPT_ENTRIES: u64 = 16;
 pub const KEPT_STRIDE: i32 = 32;
 /// In [`KEPT`]: the entry is one.
 pub const KEPT_VALID: u64 = 1 << 63;
+/// The jump caches: for each class ([`jump_class`]) guest RIPs and host addresses, by halves of cache lines.
+pub const JUMPS: i32 = (KEPT + KEPT_STRIDE * KEPT_ENTRIES as i32 + 63) & !63;
+/// Bytes from the start that 64-bit code uses all over. The rest is the jump caches of 16- and 32-bit code.
+pub const BUSY: usize = (JUMPS + VARIANTS * JUMP_STRIDE) as usize;
 /// Size of a frame in bytes.
-pub const SIZE: usize = (KEPT + KEPT_STRIDE * KEPT_ENTRIES as i32) as usize;
+pub const SIZE: usize = (JUMPS + JUMP_CLASSES * JUMP_STRIDE) as usize;
 
 /// The place of a leaf and subleaf in [`CPUID`] (`key`: the subleaf in the upper half).
 #[must_use]
@@ -324,11 +326,12 @@ pub const fn no_page(entry: i32) -> u64 {
     !(set << 12)
 }
 
-/// The tag of an empty entry of the jump cache (given by its displacement): an address that belongs to another (INV-TAG-1).
+/// The tag of an empty entry of the jump cache (given by its displacement): an address that belongs to another (INV-TAG-1); 0 but for the first, so that
+/// memory that was never used is empty.
 #[must_use]
 pub const fn no_target(entry: i32) -> u64 {
     let set = ((entry - JUMPS) / 8) & JUMP_MASK as i32;
-    if set == 0 { 1 } else { u64::MAX }
+    (set == 0) as u64
 }
 
 /// The tag of an empty entry of the second-level jump table: bits 63 and 47 of a tag are those of a canonical address, and equal (INV-TAG-1).

@@ -17,9 +17,12 @@
 
 mod segments;
 
+use std::hash::BuildHasher as _;
+
 use bt::{Facts, Fragment, Site, Variant};
 use guestmem::Gfn;
-use rustc_hash::{FxHashMap, FxHashSet};
+use hashbrown::HashTable;
+use rustc_hash::{FxBuildHasher, FxHashMap, FxHashSet};
 
 use crate::code_memory::CodeMemory;
 use crate::content::{Check, Source};
@@ -42,6 +45,10 @@ pub struct Key {
     pub plain: bool,
     /// The frame of the next page, if the first instruction reaches into it, else [`NO_FRAME`].
     pub second: Gfn,
+}
+
+fn hash(key: &Key) -> u64 {
+    FxBuildHasher.hash_one(key)
 }
 
 /// No frame has this number.
@@ -162,7 +169,8 @@ pub struct Evictions {
 pub struct Cache {
     code: CodeMemory,
     segments: Segments,
-    index: FxHashMap<Key, u32>,
+    /// Fragments that can be found, by their keys. Only numbers: a million keys would be as large as their code.
+    index: HashTable<u32>,
     entries: Vec<Option<Entry>>,
     /// Of fragments that check themselves.
     checks: FxHashMap<u32, Check>,
@@ -222,7 +230,7 @@ impl Cache {
         Ok(Self {
             code: CodeMemory::new(code_bytes)?,
             segments: Segments::new(code_bytes),
-            index: FxHashMap::default(),
+            index: HashTable::new(),
             entries: Vec::new(),
             checks: FxHashMap::default(),
             free: Vec::new(),
@@ -258,7 +266,7 @@ impl Cache {
         boxes
             + lists
             + of(self.entries.capacity(), size_of::<Option<Entry>>())
-            + of(self.index.capacity(), size_of::<(Key, u32)>() + 1)
+            + of(self.index.capacity(), size_of::<u32>() + 1)
             + of(self.pages.capacity(), size_of::<(Gfn, PageCode)>() + 1)
             + of(self.between_pages.capacity(), size_of::<u32>())
             + of(self.checks.capacity(), size_of::<(u32, Check)>() + 1)
@@ -309,7 +317,8 @@ impl Cache {
     /// The fragment's number, if there is one. It may be suspended or on probation.
     #[inline(always)]
     pub fn find(&self, key: &Key) -> Option<u32> {
-        self.index.get(key).copied()
+        let is_it = |n: &u32| self.entry(*n).is_some_and(|e| e.key == *key);
+        self.index.find(hash(key), is_it).copied()
     }
 
     /// Whether a fragment can be entered as it is.
@@ -429,7 +438,7 @@ impl Cache {
     }
 
     fn place(&mut self, number: u32, entry: Entry) {
-        self.index.insert(entry.key, number);
+        let key = entry.key;
         if self.free.last() == Some(&number) {
             self.free.pop();
         }
@@ -443,6 +452,9 @@ impl Cache {
         if let Some(slot) = self.entries.get_mut(number as usize) {
             *slot = Some(entry);
         }
+        let entries = &self.entries;
+        let hash_of = |n: &u32| entries.get(*n as usize).and_then(Option::as_ref).map_or(0, |e| hash(&e.key));
+        self.index.insert_unique(hash(&key), number, hash_of);
     }
 
     /// What an exit leads to.
@@ -692,8 +704,8 @@ impl Cache {
     }
 
     fn forget_key(&mut self, key: &Key, fragment: u32) {
-        if self.index.get(key) == Some(&fragment) {
-            self.index.remove(key);
+        if let Ok(found) = self.index.find_entry(hash(key), |n| *n == fragment) {
+            found.remove();
         }
     }
 

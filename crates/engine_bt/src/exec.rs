@@ -573,7 +573,7 @@ impl Frame {
     /// # Errors
     /// When the host has no memory.
     pub fn new() -> rustix::io::Result<Self> {
-        let f = Self(Arc::new(Memory(huge::zeroed(frame::SIZE)?)));
+        let f = Self(Arc::new(Memory(huge::zeroed(frame::SIZE, frame::BUSY)?)));
         f.set_code(
             frame::REFILL,
             &[

@@ -43,17 +43,17 @@ pub fn reserve(len: usize) -> rustix::io::Result<*mut u8> {
     }
 }
 
-/// Zeroed memory of `len` bytes for this process alone, in huge pages if the host gives them to who asks.
+/// Zeroed memory of `len` bytes for this process alone; the first `busy` bytes in huge pages, if the host gives them to who asks.
 ///
 /// # Errors
 /// When the host has no memory.
-pub fn zeroed(len: usize) -> rustix::io::Result<NonNull<u8>> {
+pub fn zeroed(len: usize, busy: usize) -> rustix::io::Result<NonNull<u8>> {
     let place = reserve(len)?;
     let access = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: the place was just reserved and nothing uses it; advice changes no content.
     let p = unsafe {
         let p = mmap_anonymous(place.cast(), len, access, MapFlags::PRIVATE | MapFlags::FIXED)?;
-        let _refused = madvise(p, len, Advice::LinuxHugepage);
+        let _refused = madvise(p, busy.next_multiple_of(PAGE).min(len), Advice::LinuxHugepage);
         p
     };
     NonNull::new(p.cast()).ok_or(rustix::io::Errno::NOMEM)
@@ -69,12 +69,22 @@ pub struct Table<const N: usize> {
 unsafe impl<const N: usize> Send for Table<N> {}
 
 impl<const N: usize> Table<N> {
-    /// A table of `len` entries.
+    /// A table of `len` entries, `busy` or not yet.
     ///
     /// # Errors
     /// When the host has no memory.
-    pub fn new(len: usize) -> rustix::io::Result<Self> {
-        Ok(Self { start: zeroed(len * size_of::<[u64; N]>())?.cast(), len })
+    pub fn new(len: usize, busy: bool) -> rustix::io::Result<Self> {
+        let bytes = len * size_of::<[u64; N]>();
+        Ok(Self { start: zeroed(bytes, if busy { bytes } else { 0 })?.cast(), len })
+    }
+
+    /// All of it is used from now on.
+    pub fn becomes_busy(&self, collapser: &mut Collapser) {
+        let start = self.start.as_ptr().cast::<u8>();
+        for page in 0..self.len * size_of::<[u64; N]>() / PAGE {
+            // SAFETY: whole huge pages of our own mapping.
+            collapser.ask(unsafe { start.add(page * PAGE) });
+        }
     }
 }
 
@@ -101,8 +111,8 @@ impl<const N: usize> Drop for Table<N> {
     }
 }
 
-/// Turns shared memory that was filled into huge pages, on a thread of its own: the host copies two megabytes each time, and waits for all its
-/// processors first. (Advice as for [`zeroed`] does nothing for shared memory, unless the host's administrator changed `shmem_enabled`.)
+/// Turns memory that was filled into huge pages, on a thread of its own: the host copies two megabytes each time, and waits for all its
+/// processors first. Advice in advance would take memory that is never used, and does nothing for shared memory.
 #[derive(Default)]
 pub struct Collapser {
     worker: Option<(Sender<usize>, JoinHandle<()>)>,

@@ -377,7 +377,8 @@ fn frame_field(disp: i32) -> String {
     }
     let temps = frame::TEMP..frame::LOOKUP;
     let lookups = frame::LOOKUP..frame::REFILL;
-    let (jumps, tlb) = (frame::JUMPS..frame::TLB, frame::TLB..frame::LOGS);
+    let (jumps, tlb) =
+        (frame::JUMPS..frame::JUMPS + frame::JUMP_CLASSES * frame::JUMP_STRIDE, frame::TLB..frame::LOGS);
     let groups = frame::DELTAS..frame::DELTAS + 8 * i32::try_from(frame::MAX_GROUPS).unwrap_or(0);
     if groups.contains(&disp) {
         format!("group {}", (disp - frame::DELTAS) / 8)

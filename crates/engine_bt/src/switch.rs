@@ -43,7 +43,7 @@ global_asm!(
     "3: cmp rcx, rax\njne 2b",
     "mov rax, gs:[{jump_log}]\nmov rcx, gs:[{starts} + 8]\nmov gs:[{jump_log}], rcx\njmp 5f",
     "4: mov edx, [rcx]\nadd rcx, 4\ncmp qword ptr gs:[rdx], 0\njl 5f",
-    "lea r14d, [rdx - {jumps}]\nmov r15d, 1\ntest r14d, {jump_mask} << 3\nmov r14, -1\ncmove r14, r15",
+    "lea r14d, [rdx - {jumps}]\nmov r15d, 1\ntest r14d, {jump_mask} << 3\nmov r14d, 0\ncmove r14, r15",
     "mov gs:[rdx], r14",
     "5: cmp rcx, rax\njne 4b",
     "inc qword ptr gs:[{count}]",

@@ -68,7 +68,7 @@ impl Tables {
     /// # Errors
     /// When the host has no memory.
     pub fn new(frame: Frame, knobs: &Knobs) -> rustix::io::Result<Self> {
-        let mut second = huge::Table::new(frame::SECOND_JUMP_ENTRIES as usize)?;
+        let mut second = huge::Table::new(frame::SECOND_JUMP_ENTRIES as usize, true)?;
         second.fill([frame::NO_SECOND_TAG, 0]);
         let t = Self {
             user: UserCode::new(frame.clone())?,
@@ -89,7 +89,8 @@ impl Tables {
             }
         }
         for class in 0..frame::JUMP_CLASSES {
-            frame::jump_entries(class).for_each(|at| t.clear_jump(at));
+            // The rest of them are zero, which is empty.
+            t.clear_jump(frame::JUMPS + class * frame::JUMP_STRIDE);
         }
         t.frame.set(frame::SECOND_JUMPS, t.second.as_ptr() as u64);
         t.frame.set(frame::PAGE_FILTERS, t.pages.address());

@@ -26,7 +26,10 @@ type Entry = [u64; 2];
 pub struct UserCode {
     frame: Frame,
     pages: Box<[Entry]>,
+    /// Dropped before the table that it works on.
+    collapser: huge::Collapser,
     fragments: huge::Table<2>,
+    busy: bool,
     /// Places in `fragments` that were filled, up to [`FEW`].
     filled: Vec<u32>,
 }
@@ -41,10 +44,11 @@ impl UserCode {
     /// When the host has no memory.
     pub fn new(frame: Frame) -> rustix::io::Result<Self> {
         let pages = vec![[frame::NO_CODE_PAGE, 0]; frame::CODE_PAGE_ENTRIES as usize].into_boxed_slice();
-        let fragments = huge::Table::new(frame::FRAGMENT_ENTRIES as usize)?;
+        let fragments = huge::Table::new(frame::FRAGMENT_ENTRIES as usize, false)?;
         frame.set(frame::CODE_PAGES, pages.as_ptr() as u64);
         frame.set(frame::FRAGMENTS, fragments.as_ptr() as u64);
-        Ok(Self { frame, pages, fragments, filled: Vec::with_capacity(FEW) })
+        let (filled, collapser) = (Vec::with_capacity(FEW), huge::Collapser::default());
+        Ok(Self { frame, pages, collapser, fragments, busy: false, filled })
     }
 
     /// What fragments rely on from now on: those made for something else are not found.
@@ -83,6 +87,9 @@ impl UserCode {
             }
         }
         *first = [tag, code];
+        if self.filled.len() == FEW && !std::mem::replace(&mut self.busy, true) {
+            self.fragments.becomes_busy(&mut self.collapser);
+        }
     }
 
     /// Where the 64-bit user code at `rip` in the current address space is, if both tables know it.
