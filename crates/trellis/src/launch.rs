@@ -187,11 +187,7 @@ fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
         memory_bytes: prepared.memory_bytes,
         cpus: prepared.cpus,
         cpu: prepared.cpu,
-        engine: if prepared.engine == crate::options::EngineChoice::Bt {
-            EngineKind::Bt
-        } else {
-            EngineKind::Interp
-        },
+        engine: prepared.engine,
         disks,
         serial: wiring.sink(prepared.serial),
         debugcon: wiring.sink(prepared.debugcon),
