@@ -31,6 +31,7 @@ pub mod registers;
 mod run_page;
 pub mod segment;
 mod transfer;
+mod tsc;
 pub mod vcpu;
 pub mod vm;
 

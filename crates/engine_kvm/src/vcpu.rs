@@ -66,7 +66,7 @@ pub struct KvmVcpu {
     failure: Option<String>,
     fallback: Fallback,
     /// After `fd`, which it keeps the memory of.
-    _vm: Arc<KvmVm>,
+    vm: Arc<KvmVm>,
 }
 
 impl KvmVcpu {
@@ -102,7 +102,7 @@ impl KvmVcpu {
             counts: Counts::default(),
             failure: None,
             fallback: Fallback::of_environment(),
-            _vm: Arc::clone(vm),
+            vm: Arc::clone(vm),
         })
     }
 
@@ -327,9 +327,18 @@ impl KvmVcpu {
     /// KVM's offset from the host's time-stamp counter follows the machine's clock, which stands while the machine does, and the guest's own offset.
     ///
     /// DEVIATION: where the host's counter is not the clock's (not constant, or of another frequency, after a restore elsewhere), the guest's is set anew
-    /// at each run, and may step by some microseconds.
+    /// at each run, and may step by some microseconds. Where KVM keeps no offset at all ([`crate::tsc`]), the guest reads the host's counter: writes of
+    /// IA32_TSC have no effect, and the counter goes on while the machine stands still.
     fn set_time(&mut self) -> Result<(), KvmError> {
         let own = self.interp.cpu().s.msr.tsc_offset;
+        if !self.vm.has_tsc_offset {
+            // The guest sees the host's counter; everything of ours that speaks of the guest's has to follow.
+            let natural = self.io.tsc_delta().map_or(own, u64::wrapping_neg);
+            if natural != own {
+                meaning::set_tsc_offset(self.interp.cpu(), natural);
+            }
+            return Ok(());
+        }
         let Some(delta) = self.io.tsc_delta() else {
             if self.tsc_offset.is_none() {
                 self.set_counter(self.io.tsc().wrapping_add(own))?;

@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use vmm::boot::{self, BootSource, Protocol};
 use vmm::gdb::Stub;
-use vmm::{ClockMode, DiskConfig, EngineKind, Outcome, Sink, Stats, TraceWhat, Vm, VmConfig, VmHandle};
+use vmm::{ClockMode, DiskConfig, Outcome, Sink, Stats, TraceWhat, Vm, VmConfig, VmHandle};
 
 use crate::control::{Info, server};
 use crate::display::{self, Display};

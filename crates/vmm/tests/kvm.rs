@@ -15,7 +15,7 @@ use vmm::boot::{BootSource, Protocol};
 use vmm::{EngineKind, Outcome, Vm, VmConfig};
 
 const KNOWN: &str = include_str!("../../../guest/known-kvm-software-differences.txt");
-/// One run may take so long; a test that hangs is taken for one that ends the machine.
+/// One test may take so long; one that hangs is taken for one that ends the machine.
 const LIMIT: Duration = Duration::from_secs(20);
 
 #[derive(Clone, Default)]
@@ -61,13 +61,17 @@ fn run(engine: EngineKind, cpus: u32, after: Option<&str>) -> (String, String) {
         serial: Some(Box::new(output.clone())),
         ..VmConfig::new(source)
     };
-    let end = match Vm::new(config).unwrap().run() {
-        Ok(Outcome::DebugExit(_)) => String::new(),
-        Ok(outcome) => format!("{outcome:?}"),
-        Err(error) => error.to_string(),
+    let text = || String::from_utf8_lossy(&output.0.lock().unwrap()).into_owned();
+    let (mut vm, mut lines) = (Vm::new(config).unwrap(), 0);
+    let end = loop {
+        match vm.run() {
+            Ok(Outcome::DebugExit(_)) => break String::new(),
+            Ok(Outcome::Timeout) if text().lines().count() > lines => lines = text().lines().count(),
+            Ok(outcome) => break format!("{outcome:?}"),
+            Err(error) => break error.to_string(),
+        }
     };
-    let text = String::from_utf8_lossy(&output.0.lock().unwrap()).into_owned();
-    (text, end)
+    (text(), end)
 }
 
 /// The verdicts in a run's output, in order.
