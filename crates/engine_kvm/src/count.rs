@@ -25,7 +25,14 @@ pub struct Counts {
 
 impl Default for Counts {
     fn default() -> Self {
-        Self { by_reason: [0; REASONS.len()], other: 0, entries: 0, transfers: 0, injections: 0, inside: Duration::ZERO }
+        Self {
+            by_reason: [0; REASONS.len()],
+            other: 0,
+            entries: 0,
+            transfers: 0,
+            injections: 0,
+            inside: Duration::ZERO,
+        }
     }
 }
 
@@ -48,8 +55,12 @@ impl Counts {
         report.count("time in KVM_RUN", Unit::Nanoseconds, inside);
         report.count("interrupts handed to KVM", Unit::Count, self.injections);
         report.count("states moved", Unit::Count, self.transfers);
-        let mut rows: BTreeMap<String, u64> =
-            REASONS.iter().zip(self.by_reason).filter(|(_, n)| *n > 0).map(|(r, n)| (r.1.to_owned(), n)).collect();
+        let mut rows: BTreeMap<String, u64> = REASONS
+            .iter()
+            .zip(self.by_reason)
+            .filter(|(_, n)| *n > 0)
+            .map(|(r, n)| (r.1.to_owned(), n))
+            .collect();
         if self.other > 0 {
             rows.insert(exit::reason_name(u32::MAX).to_owned(), self.other);
         }
@@ -65,7 +76,9 @@ mod tests {
     #[test]
     fn report_has_the_reasons_that_happened() {
         let mut counts = Counts::default();
-        [kvm_bindings::KVM_EXIT_IO, kvm_bindings::KVM_EXIT_IO, 4711].into_iter().for_each(|r| counts.count(r));
+        [kvm_bindings::KVM_EXIT_IO, kvm_bindings::KVM_EXIT_IO, 4711]
+            .into_iter()
+            .for_each(|r| counts.count(r));
         let rows = &counts.report().breakdowns[0].rows;
         assert_eq!(*rows, BTreeMap::from([("io".to_owned(), 2), ("other".to_owned(), 1)]));
     }

@@ -7,7 +7,7 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES
 use x86::cpuid::{CpuModel, CpuidContext, CpuidResult, Feature, Info};
 
 use crate::error::KvmError;
-use crate::vm;
+use crate::{trial, vm};
 
 /// Features that are ours, whatever KVM says: interrupt controllers, counts of processors, registers that KVM leaves to us.
 const OURS: &[Feature] = &[
@@ -29,14 +29,37 @@ const NEVER: &[Feature] = &[Feature::ArchCapabilities, Feature::Monitor];
 
 const KVM_LEAVES: std::ops::Range<u32> = 0x4000_0000..0x4001_0000;
 
-/// Cuts the model down to what this host's KVM supports.
+/// Leaves with feature bits.
+const FEATURE_LEAVES: &[(u32, u32)] = &[
+    (1, 0),
+    (6, 0),
+    (7, 0),
+    (7, 1),
+    (0xd, 1),
+    (0x8000_0001, 0),
+    (0x8000_0007, 0),
+    (0x8000_0008, 0),
+    (0x8000_0021, 0),
+];
+
+/// Cuts the model down to what this host's KVM supports. What it shows to guests whether we want it or not stays (`trial`): a guest will use it.
 ///
 /// # Errors
 /// When there is no KVM, or it lacks what the user asked for by name.
 pub fn limit(model: &mut CpuModel) -> Result<(), KvmError> {
     let kvm = vm::open()?;
-    let table = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(KvmError::refused("its list of CPU features"))?;
-    limit_to(model, &|leaf, subleaf| supported(&table, leaf, subleaf))
+    let table = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(KvmError::refused("its list of CPU features"))?;
+    let shown = trial::shown_cpuid(&kvm, FEATURE_LEAVES)?;
+    let both = |leaf, subleaf| {
+        let mut words = supported(&table, leaf, subleaf).words();
+        if let Some(at) = FEATURE_LEAVES.iter().position(|l| *l == (leaf, subleaf)) {
+            words.iter_mut().zip(shown[at].words()).for_each(|(word, shown)| *word |= shown);
+        }
+        words.into()
+    };
+    limit_to(model, &both)
 }
 
 /// As [`limit`], to what `kvm` says of each leaf and subleaf.
@@ -58,7 +81,11 @@ fn supported(table: &CpuId, leaf: u32, subleaf: u32) -> CpuidResult {
     let of = |e: &&kvm_cpuid_entry2| {
         e.function == leaf && (e.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX == 0 || e.index == subleaf)
     };
-    table.as_slice().iter().find(of).map_or_else(CpuidResult::default, |e| [e.eax, e.ebx, e.ecx, e.edx].into())
+    table
+        .as_slice()
+        .iter()
+        .find(of)
+        .map_or_else(CpuidResult::default, |e| [e.eax, e.ebx, e.ecx, e.edx].into())
 }
 
 /// Leaves whose subleaves differ, and how many subleaves are looked at.
@@ -89,7 +116,9 @@ pub fn entries(model: &CpuModel, index: usize, vcpus: usize, tsc_hz: u64) -> Vec
                 Some(&(_, count)) => {
                     let all = (0..count).map(|subleaf| (subleaf, read(leaf, subleaf)));
                     let used = all.filter(|&(subleaf, r)| subleaf == 0 || r != CpuidResult::default());
-                    entries.extend(used.map(|(subleaf, r)| entry(leaf, subleaf, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, r)));
+                    entries.extend(
+                        used.map(|(subleaf, r)| entry(leaf, subleaf, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, r)),
+                    );
                 }
             }
         }
@@ -100,7 +129,16 @@ pub fn entries(model: &CpuModel, index: usize, vcpus: usize, tsc_hz: u64) -> Vec
 }
 
 fn entry(function: u32, index: u32, flags: u32, r: CpuidResult) -> kvm_cpuid_entry2 {
-    kvm_cpuid_entry2 { function, index, flags, eax: r.eax, ebx: r.ebx, ecx: r.ecx, edx: r.edx, padding: [0; 3] }
+    kvm_cpuid_entry2 {
+        function,
+        index,
+        flags,
+        eax: r.eax,
+        ebx: r.ebx,
+        ecx: r.ecx,
+        edx: r.edx,
+        padding: [0; 3],
+    }
 }
 
 #[cfg(test)]
@@ -117,9 +155,30 @@ mod tests {
         let model = CpuModel::parse("max").unwrap();
         let table = entries(&model, 3, 4, 2_600_000_000);
         assert!(table.len() <= KVM_MAX_CPUID_ENTRIES);
-        let ctx = CpuidContext { apic_id: 3, vcpus: 4, xcr0: 1, tsc_hz: 2_600_000_000, apic_enabled: true, ..CpuidContext::default() };
-        for (leaf, subleaf) in [(0, 0), (1, 0), (7, 0), (0xd, 0), (0xd, 1), (0x4000_0000, 0), (0x4000_0001, 0), (0x8000_0001, 0), (0x8000_0008, 0)] {
-            assert_eq!(of(&table, leaf, subleaf), Some(model.cpuid(leaf, subleaf, &ctx).words()), "{leaf:#x}.{subleaf}");
+        let ctx = CpuidContext {
+            apic_id: 3,
+            vcpus: 4,
+            xcr0: 1,
+            tsc_hz: 2_600_000_000,
+            apic_enabled: true,
+            ..CpuidContext::default()
+        };
+        for (leaf, subleaf) in [
+            (0, 0),
+            (1, 0),
+            (7, 0),
+            (0xd, 0),
+            (0xd, 1),
+            (0x4000_0000, 0),
+            (0x4000_0001, 0),
+            (0x8000_0001, 0),
+            (0x8000_0008, 0),
+        ] {
+            assert_eq!(
+                of(&table, leaf, subleaf),
+                Some(model.cpuid(leaf, subleaf, &ctx).words()),
+                "{leaf:#x}.{subleaf}"
+            );
         }
         assert_eq!(of(&table, 1, 0).unwrap()[1] >> 24, 3, "the APIC ID");
         let indexed = |e: &&kvm_cpuid_entry2| e.function == 0xd;
@@ -136,10 +195,19 @@ mod tests {
             _ => CpuidResult::default(),
         };
         limit_to(&mut model, &kvm).unwrap();
-        for kept in [Feature::Sse2, Feature::Cx16, Feature::Lm, Feature::X2apic, Feature::Hypervisor, Feature::Apic] {
+        for kept in
+            [Feature::Sse2, Feature::Cx16, Feature::Lm, Feature::X2apic, Feature::Hypervisor, Feature::Apic]
+        {
             assert!(model.has(kept), "{}", kept.name());
         }
-        for gone in [Feature::Sse3, Feature::Avx2, Feature::Fsgsbase, Feature::Smep, Feature::AutoIbrs, Feature::Rdtscp] {
+        for gone in [
+            Feature::Sse3,
+            Feature::Avx2,
+            Feature::Fsgsbase,
+            Feature::Smep,
+            Feature::AutoIbrs,
+            Feature::Rdtscp,
+        ] {
             assert!(!model.has(gone), "{}", gone.name());
         }
         assert_eq!(model.xcr0_mask(), 0);
@@ -148,7 +216,8 @@ mod tests {
     #[test]
     fn what_was_asked_for_by_name_is_missed() {
         let nothing = |_, _| CpuidResult::default();
-        let refused = |spec: &str| limit_to(&mut CpuModel::parse(spec).unwrap(), &nothing).map_err(|e| e.to_string());
+        let refused =
+            |spec: &str| limit_to(&mut CpuModel::parse(spec).unwrap(), &nothing).map_err(|e| e.to_string());
         assert!(refused("x86-64-v2").unwrap_err().contains("popcnt"));
         assert!(refused("max,+cx16").is_err() && refused("max").is_ok());
     }

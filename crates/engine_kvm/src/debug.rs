@@ -71,7 +71,9 @@ impl Armed {
             for (at, len) in pieces(watch.start, watch.len_bytes).take(5) {
                 let place = Place::Watch { start: at.max(watch.start), kind: watch.kind };
                 if !armed.take(at, place, on | length_bits(len) << 2) {
-                    tracing::warn!("a watchpoint at {at:#x} finds no debug register and is not armed; --engine bt has as many as you like");
+                    tracing::warn!(
+                        "a watchpoint at {at:#x} finds no debug register and is not armed; --engine bt has as many as you like"
+                    );
                 }
             }
         }
@@ -144,7 +146,9 @@ impl Armed {
         self.passing = false;
         for (i, place) in self.places.iter().enumerate().filter(|(i, _)| dr6 >> i & 1 != 0) {
             match *place {
-                Place::Watch { kind, .. } => return Some(DebugStop::Watch { address: self.addresses[i], kind }),
+                Place::Watch { kind, .. } => {
+                    return Some(DebugStop::Watch { address: self.addresses[i], kind });
+                }
                 Place::Breakpoint => return Some(DebugStop::Breakpoint),
                 Place::Free => {}
             }

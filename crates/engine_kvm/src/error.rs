@@ -17,7 +17,9 @@ pub enum KvmError {
     #[error("this host's KVM lacks {0}, which the engine kvm needs (Linux 5.14 has it); use --engine bt")]
     Lacks(&'static str),
     /// Features of the CPU model that the user asked for.
-    #[error("this host's KVM does not give a guest {0}, which the CPU model asks for; give another --cpu, or --engine bt")]
+    #[error(
+        "this host's KVM does not give a guest {0}, which the CPU model asks for; give another --cpu, or --engine bt"
+    )]
     Features(String),
     /// A request that failed.
     #[error("KVM refused {what}: {source}")]

@@ -273,9 +273,16 @@ mod tests {
     #[test]
     fn device_access_is_never_longer_than_its_data() {
         let mut run = page(kvm::KVM_EXIT_MMIO);
-        run.__bindgen_anon_1.mmio =
-            kvm::kvm_run__bindgen_ty_1__bindgen_ty_6 { phys_addr: 0xfee0_0020, data: [7; 8], len: 99, is_write: 0 };
-        assert_eq!(decode(&run), Exit::Device(DeviceAccess { gpa: 0xfee0_0020, len: 8, data: [7; 8], write: false }));
+        run.__bindgen_anon_1.mmio = kvm::kvm_run__bindgen_ty_1__bindgen_ty_6 {
+            phys_addr: 0xfee0_0020,
+            data: [7; 8],
+            len: 99,
+            is_write: 0,
+        };
+        assert_eq!(
+            decode(&run),
+            Exit::Device(DeviceAccess { gpa: 0xfee0_0020, len: 8, data: [7; 8], write: false })
+        );
     }
 
     #[test]

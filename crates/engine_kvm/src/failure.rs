@@ -43,12 +43,17 @@ pub fn text(vcpu: usize, failure: &Failure, s: &CpuState, bytes: &[u8], software
         Failure::Emulation { .. } => {
             format!("KVM cannot emulate {} at {place}", instruction(bytes, code_bits(s), s.rip))
         }
-        Failure::Internal { suberror, data } => format!("KVM failed: {} (data {data:#x}) at {place}", internal(*suberror)),
+        Failure::Internal { suberror, data } => {
+            format!("KVM failed: {} (data {data:#x}) at {place}", internal(*suberror))
+        }
         Failure::Entry { reason } => {
             format!("the processor refuses to enter the guest (reason {reason:#x}) at {place}")
         }
         Failure::Unexpected { reason } => {
-            format!("KVM came back for reason {reason} ({}), which is not for this machine, at {place}", reason_name(*reason))
+            format!(
+                "KVM came back for reason {reason} ({}), which is not for this machine, at {place}",
+                reason_name(*reason)
+            )
         }
     };
     let advice = if software {
@@ -63,7 +68,9 @@ fn internal(suberror: u32) -> String {
     match suberror {
         kvm::KVM_INTERNAL_ERROR_SIMUL_EX => "exceptions at the same time".to_owned(),
         kvm::KVM_INTERNAL_ERROR_DELIVERY_EV => "an exit while an event was delivered".to_owned(),
-        kvm::KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON => "an exit of the processor that it does not know".to_owned(),
+        kvm::KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON => {
+            "an exit of the processor that it does not know".to_owned()
+        }
         other => format!("internal error {other}"),
     }
 }
@@ -87,14 +94,21 @@ mod tests {
         assert!(line.contains("CPU 1") && line.contains("fxrstor") && line.contains("(0f ae 08)"), "{line}");
         assert!(line.contains("0x1000") && line.contains("no hardware") && !line.contains('\n'), "{line}");
         let line = text(0, &failure, &CpuState::reset(), &[0xcd, 0x80], false);
-        assert!(line.contains("int 80h") && line.contains("16-bit") && !line.contains("no hardware"), "{line}");
+        assert!(
+            line.contains("int 80h") && line.contains("16-bit") && !line.contains("no hardware"),
+            "{line}"
+        );
     }
 
     #[test]
     fn nonsense_and_nothing_are_told_too() {
         assert_eq!(instruction(&[0xff, 0xff], 64, 0), "the bytes ff ff");
         assert!(instruction(&[], 64, 0).contains("cannot be read"));
-        for failure in [Failure::Entry { reason: 0x8000_0021 }, Failure::Unexpected { reason: 3 }, Failure::Internal { suberror: 3, data: 1 }] {
+        for failure in [
+            Failure::Entry { reason: 0x8000_0021 },
+            Failure::Unexpected { reason: 3 },
+            Failure::Internal { suberror: 3, data: 1 },
+        ] {
             let line = text(0, &failure, &long_mode(), &[], false);
             assert!(line.contains("0x1000") && !line.contains('\n'), "{line}");
         }

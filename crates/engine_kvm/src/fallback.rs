@@ -81,6 +81,9 @@ mod tests {
 
     #[test]
     fn what_is_no_instruction_has_a_name_too() {
-        assert_eq!((mnemonic(&[], 64), mnemonic(&[0xff, 0xff], 32)), ("unreadable".to_owned(), "undefined".to_owned()));
+        assert_eq!(
+            (mnemonic(&[], 64), mnemonic(&[0xff, 0xff], 32)),
+            ("unreadable".to_owned(), "undefined".to_owned())
+        );
     }
 }

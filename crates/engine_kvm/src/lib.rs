@@ -31,7 +31,7 @@ pub mod registers;
 mod run_page;
 pub mod segment;
 mod transfer;
-mod tsc;
+mod trial;
 pub mod vcpu;
 pub mod vm;
 

@@ -31,7 +31,9 @@ const ALLOWED: [u8; 1] = [0xff];
 #[must_use]
 pub fn filter() -> Vec<MsrFilterRange<'static>> {
     let flags = MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE;
-    HELD.iter().map(|&(base, msr_count)| MsrFilterRange { flags, base, msr_count, bitmap: &ALLOWED }).collect()
+    HELD.iter()
+        .map(|&(base, msr_count)| MsrFilterRange { flags, base, msr_count, bitmap: &ALLOWED })
+        .collect()
 }
 
 /// A register of KVM's that is part of the state: where it stands in [`Msrs`].
@@ -77,10 +79,13 @@ mod tests {
         let mut msrs = Msrs::default();
         for slot in ALWAYS.iter().chain([&TSC_AUX, &SPEC_CTRL, &XSS]) {
             assert!(is_held(slot.index), "{:#x}", slot.index);
-            assert_eq!(std::mem::replace((slot.place)(&mut msrs), u64::from(slot.index)) & 0xffff, match slot.index {
-                msr::PAT => (slot.place)(&mut Msrs::default()).to_owned() & 0xffff,
-                _ => 0,
-            });
+            assert_eq!(
+                std::mem::replace((slot.place)(&mut msrs), u64::from(slot.index)) & 0xffff,
+                match slot.index {
+                    msr::PAT => (slot.place)(&mut Msrs::default()).to_owned() & 0xffff,
+                    _ => 0,
+                }
+            );
         }
         let placed = ALWAYS.iter().all(|slot| *(slot.place)(&mut msrs) == u64::from(slot.index));
         assert!(placed, "no two share a place");
@@ -88,7 +93,15 @@ mod tests {
 
     #[test]
     fn time_apic_and_paravirtual_clock_are_ours() {
-        for index in [msr::TSC, msr::TSC_ADJUST, msr::TSC_DEADLINE, msr::APIC_BASE, 0x808, msr::KVM_SYSTEM_TIME_NEW, 0x12] {
+        for index in [
+            msr::TSC,
+            msr::TSC_ADJUST,
+            msr::TSC_DEADLINE,
+            msr::APIC_BASE,
+            0x808,
+            msr::KVM_SYSTEM_TIME_NEW,
+            0x12,
+        ] {
             assert!(!is_held(index), "{index:#x}");
         }
     }

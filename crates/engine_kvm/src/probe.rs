@@ -110,12 +110,21 @@ impl KvmHost {
         if !self.is_software() {
             return None;
         }
-        let others: Vec<&str> =
-            self.modules.iter().map(String::as_str).filter(|m| !["kvm_intel", "kvm_amd"].contains(m)).collect();
-        let module = if others.is_empty() { String::new() } else { format!("; the module is {}", others.join(", ")) };
+        let others: Vec<&str> = self
+            .modules
+            .iter()
+            .map(String::as_str)
+            .filter(|m| !["kvm_intel", "kvm_amd"].contains(m))
+            .collect();
+        let module =
+            if others.is_empty() { String::new() } else { format!("; the module is {}", others.join(", ")) };
         Some(match self.cpuid {
             None => format!("the processor shows neither vmx nor svm, and yet KVM_CREATE_VM works{module}"),
-            Some(e) => format!("the processor shows {}, but {} is not loaded, and KVM_CREATE_VM works{module}", e.flag(), e.module()),
+            Some(e) => format!(
+                "the processor shows {}, but {} is not loaded, and KVM_CREATE_VM works{module}",
+                e.flag(),
+                e.module()
+            ),
         })
     }
 }
@@ -181,7 +190,14 @@ fn look() -> KvmHost {
         None => None,
     };
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| extension_in(&text));
-    KvmHost { device: device(), cpuid, cpuinfo, modules, nested_paging, virtual_host: __cpuid(1).ecx >> 31 != 0 }
+    KvmHost {
+        device: device(),
+        cpuid,
+        cpuinfo,
+        modules,
+        nested_paging,
+        virtual_host: __cpuid(1).ecx >> 31 != 0,
+    }
 }
 
 /// This host, asked once in the life of the process.

@@ -3,8 +3,8 @@
 //! What KVM has not: the activity (it is the vCPU loop's) and the registers that are ours ([`crate::msr`]).
 
 use kvm_bindings::{
-    KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI,
-    kvm_debugregs, kvm_regs, kvm_sregs2, kvm_vcpu_events, kvm_xsave,
+    KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_X86_SHADOW_INT_MOV_SS,
+    KVM_X86_SHADOW_INT_STI, kvm_debugregs, kvm_regs, kvm_sregs2, kvm_vcpu_events, kvm_xsave,
 };
 use x86::CpuState;
 use x86::bits::{cr0, cr4};
@@ -23,7 +23,8 @@ pub fn general(s: &CpuState) -> kvm_regs {
 /// The reverse of [`general`].
 pub fn take_general(s: &mut CpuState, r: &kvm_regs) {
     s.gpr = [
-        r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15,
+        r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13,
+        r.r14, r.r15,
     ];
     debug_assert_eq!(s.gpr[gpr::RDI], r.rdi);
     s.rip = r.rip;
@@ -103,8 +104,8 @@ pub fn events(s: &CpuState) -> kvm_vcpu_events {
         InterruptShadow::Sti => KVM_X86_SHADOW_INT_STI,
         InterruptShadow::MovSs => KVM_X86_SHADOW_INT_MOV_SS,
     };
-    let mut events = kvm_vcpu_events::default();
-    events.flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
+    let flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
+    let mut events = kvm_vcpu_events { flags, ..kvm_vcpu_events::default() };
     events.interrupt.shadow = shadow.to_le_bytes()[0];
     events.nmi.masked = u8::from(s.nmi_blocked);
     events
@@ -162,7 +163,12 @@ mod tests {
         (s.rip, s.rflags) = (0xffff_ffff_8100_0000, 0x246);
         for (i, segment) in s.seg.iter_mut().enumerate() {
             let i = i as u16;
-            *segment = Segment { selector: i << 3, attr: Attr(0xc093 | i << 12 & 0x1000), limit: u32::MAX, base: u64::from(i) };
+            *segment = Segment {
+                selector: i << 3,
+                attr: Attr(0xc093 | i << 12 & 0x1000),
+                limit: u32::MAX,
+                base: u64::from(i),
+            };
         }
         s.seg[sreg::CS].attr = Attr(0xa09b);
         s.ldtr = Segment { selector: 0x50, attr: Attr(0x82), limit: 0xf, base: 0x5000 };

@@ -55,7 +55,10 @@ impl RunPage {
     /// Whether the guest would take an interrupt now. Valid after an exit.
     pub fn takes_interrupts(&self) -> bool {
         // SAFETY: INV-KVM-2.
-        unsafe { (&raw const (*self.page.as_ptr()).ready_for_interrupt_injection).read_volatile() != 0 && self.interrupt_flag() }
+        unsafe {
+            (&raw const (*self.page.as_ptr()).ready_for_interrupt_injection).read_volatile() != 0
+                && self.interrupt_flag()
+        }
     }
 
     /// RFLAGS.IF. Valid after an exit.
@@ -80,13 +83,25 @@ impl RunPage {
     pub fn read(&self, at: usize, data: &mut [u8]) {
         let len = data.len().min(self.len.saturating_sub(at));
         // SAFETY: at + len lies in the mapping, which `data` cannot overlap.
-        unsafe { std::ptr::copy_nonoverlapping(self.page.as_ptr().cast::<u8>().add(at.min(self.len)), data.as_mut_ptr(), len) }
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                self.page.as_ptr().cast::<u8>().add(at.min(self.len)),
+                data.as_mut_ptr(),
+                len,
+            )
+        }
     }
 
     /// Writes `data` at `at` in the page, cut off at its end.
     pub fn write(&self, at: usize, data: &[u8]) {
         let len = data.len().min(self.len.saturating_sub(at));
         // SAFETY: as in `read`.
-        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.page.as_ptr().cast::<u8>().add(at.min(self.len)), len) }
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                data.as_ptr(),
+                self.page.as_ptr().cast::<u8>().add(at.min(self.len)),
+                len,
+            )
+        }
     }
 }

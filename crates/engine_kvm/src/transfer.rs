@@ -35,7 +35,11 @@ impl Layout {
 
     fn msrs(&self, state: &OurMsrs) -> Result<Msrs, KvmError> {
         let mut copy = state.clone();
-        let entry = |slot: &&Slot| kvm_msr_entry { index: slot.index, data: *(slot.place)(&mut copy), ..kvm_msr_entry::default() };
+        let entry = |slot: &&Slot| kvm_msr_entry {
+            index: slot.index,
+            data: *(slot.place)(&mut copy),
+            ..kvm_msr_entry::default()
+        };
         let entries: Vec<kvm_msr_entry> = self.slots.iter().map(entry).collect();
         Msrs::from_entries(&entries).map_err(|_| KvmError::Lacks("room for a list of MSRs"))
     }

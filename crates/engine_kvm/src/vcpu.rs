@@ -23,8 +23,8 @@ use x86_interp::{Interp, Parts};
 use crate::count::Counts;
 use crate::debug::Armed;
 use crate::error::KvmError;
-use crate::fallback::Fallback;
 use crate::exit::{self, DeviceAccess, Exit, Failure, MsrAccess, PortAccess};
+use crate::fallback::Fallback;
 use crate::kick::Kick;
 use crate::run_page::RunPage;
 use crate::transfer::{Apic, Layout, refused};
@@ -327,7 +327,7 @@ impl KvmVcpu {
     /// KVM's offset from the host's time-stamp counter follows the machine's clock, which stands while the machine does, and the guest's own offset.
     ///
     /// DEVIATION: where the host's counter is not the clock's (not constant, or of another frequency, after a restore elsewhere), the guest's is set anew
-    /// at each run, and may step by some microseconds. Where KVM keeps no offset at all ([`crate::tsc`]), the guest reads the host's counter: writes of
+    /// at each run, and may step by some microseconds. Where KVM keeps no offset at all (`trial`), the guest reads the host's counter: writes of
     /// IA32_TSC have no effect, and the counter goes on while the machine stands still.
     fn set_time(&mut self) -> Result<(), KvmError> {
         let own = self.interp.cpu().s.msr.tsc_offset;
@@ -360,7 +360,8 @@ impl KvmVcpu {
 
     fn set_counter(&self, value: u64) -> Result<(), KvmError> {
         let entry = kvm_bindings::kvm_msr_entry { index: msr::TSC, data: value, ..Default::default() };
-        let list = kvm_bindings::Msrs::from_entries(&[entry]).map_err(|_| KvmError::Lacks("room for an MSR"))?;
+        let list =
+            kvm_bindings::Msrs::from_entries(&[entry]).map_err(|_| KvmError::Lacks("room for an MSR"))?;
         self.fd.set_msrs(&list).map_err(KvmError::refused("the time-stamp counter"))?;
         Ok(())
     }
@@ -403,7 +404,9 @@ impl KvmVcpu {
             Exit::Shutdown => self.set_activity(Activity::Shutdown),
             Exit::Window | Exit::TaskPriority | Exit::Again => {}
             Exit::Debug { pc, dr6, .. } => return self.debug_exit(pc, dr6),
-            Exit::Failure(Failure::Emulation { bytes, len }) if self.fallback.enabled => self.interpret(&bytes[..len])?,
+            Exit::Failure(Failure::Emulation { bytes, len }) if self.fallback.enabled => {
+                self.interpret(&bytes[..len])?
+            }
             Exit::Failure(failure) => return self.fail(&failure).map(Some),
         }
         Ok(None)
@@ -473,7 +476,10 @@ impl KvmVcpu {
             bytes
         };
         if let Some(name) = self.fallback.count(bytes, failure::code_bits(&state)) {
-            tracing::warn!("KVM cannot emulate {name} at RIP {:#x}; such instructions are interpreted (--stats counts them)", state.rip);
+            tracing::warn!(
+                "KVM cannot emulate {name} at RIP {:#x}; such instructions are interpreted (--stats counts them)",
+                state.rip
+            );
         }
         self.interp.cpu().holder.enter();
         self.interp.cpu().serve_invalidations();
@@ -577,7 +583,10 @@ impl Vcpu for KvmVcpu {
 
     fn set_debug(&mut self, debug: &engine::Debug) {
         self.debug = Armed::new(debug);
-        let result = self.fd.set_guest_debug(&self.debug.request()).map_err(KvmError::refused("the debugger's wishes"));
+        let result = self
+            .fd
+            .set_guest_debug(&self.debug.request())
+            .map_err(KvmError::refused("the debugger's wishes"));
         self.guarded(result);
     }
 

@@ -10,13 +10,13 @@ use std::sync::Arc;
 
 use guestmem::{Gpa, GuestMemory};
 use kvm_bindings::{
-    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_SREGS2, KVM_CAP_X86_MSR_FILTER, KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_VALID_MASK, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_SREGS2, KVM_CAP_X86_MSR_FILTER, KVM_CAP_X86_USER_SPACE_MSR,
+    KVM_MSR_EXIT_REASON_VALID_MASK, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, MsrFilterDefaultAction, VmFd};
 
 use crate::error::KvmError;
-use crate::{msr, tsc};
+use crate::{msr, trial};
 
 /// What we cannot do without, by its number and in words.
 const NEEDED: &[(u32, &str)] = &[
@@ -81,14 +81,15 @@ impl KvmVm {
         exits.args[0] = u64::from(KVM_MSR_EXIT_REASON_VALID_MASK);
         fd.enable_cap(&exits).map_err(KvmError::refused("exits for model-specific registers"))?;
         // Without it KVM turns what it cannot emulate above level 0 into #UD.
-        let mut failures = kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, ..kvm_enable_cap::default() };
+        let mut failures =
+            kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, ..kvm_enable_cap::default() };
         failures.args[0] = 1;
         if let Err(error) = fd.enable_cap(&failures) {
             tracing::debug!("KVM_CAP_EXIT_ON_EMULATION_FAILURE: {error}");
         }
         fd.set_msr_filter(MsrFilterDefaultAction::DENY, &msr::filter())
             .map_err(KvmError::refused("a filter of model-specific registers"))?;
-        let vm = Self { fd, has_tsc_offset: tsc::has_offset(&kvm)?, mem };
+        let vm = Self { fd, has_tsc_offset: trial::has_tsc_offset(&kvm)?, mem };
         vm.give_memory()?;
         Ok(Arc::new(vm))
     }

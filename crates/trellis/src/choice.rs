@@ -115,7 +115,9 @@ fn no_nested_paging(host: &KvmHost) -> String {
     match host.module().filter(|_| host.is_hardware()) {
         Some(module) => {
             let parameter = parameter(host);
-            format!("KVM keeps shadow pages here ({module} has {parameter}=N); load it with {parameter}=1, or use --mmu software")
+            format!(
+                "KVM keeps shadow pages here ({module} has {parameter}=N); load it with {parameter}=1, or use --mmu software"
+            )
         }
         None => format!("there is no nested paging: {}; use --mmu software", no_hardware(host)),
     }
@@ -123,7 +125,9 @@ fn no_nested_paging(host: &KvmHost) -> String {
 
 fn always_nested(host: &KvmHost) -> String {
     let (module, parameter) = (host.module().unwrap_or("its module"), parameter(host));
-    format!("KVM takes nested paging here; load {module} with {parameter}=0 for a software MMU, or use --engine bt, or --mmu hardware")
+    format!(
+        "KVM takes nested paging here; load {module} with {parameter}=0 for a software MMU, or use --engine bt, or --mmu hardware"
+    )
 }
 
 /// Refuses a KVM that cannot be used at all.
@@ -173,7 +177,12 @@ mod tests {
     use super::*;
     use engine_kvm::probe::Extension;
 
-    const WISH: Wish = Wish { engine: EngineChoice::Auto, mmu: MmuChoice::Auto, clock: ClockChoice::Host, translator: false };
+    const WISH: Wish = Wish {
+        engine: EngineChoice::Auto,
+        mmu: MmuChoice::Auto,
+        clock: ClockChoice::Host,
+        translator: false,
+    };
 
     fn host(device: Device, cpuid: Option<Extension>, nested_paging: Option<bool>) -> KvmHost {
         let modules = vec![cpuid.map_or("kvm_pvm", Extension::module).to_owned()];
@@ -226,7 +235,9 @@ mod tests {
         let with = |engine, mmu| Wish { engine, mmu, ..WISH };
         let shadow = host(Device::Works, Some(Extension::Svm), Some(false));
         assert_eq!(chosen(with(EngineChoice::Kvm, MmuChoice::Software), &shadow), (EngineKind::Kvm, false));
-        assert!(refused(with(EngineChoice::Kvm, MmuChoice::Hardware), &shadow).1.contains("kvm_amd has npt=N"));
+        assert!(
+            refused(with(EngineChoice::Kvm, MmuChoice::Hardware), &shadow).1.contains("kvm_amd has npt=N")
+        );
         assert!(refused(with(EngineChoice::Kvm, MmuChoice::Software), &real()).1.contains("ept=0"));
         assert_eq!(chosen(with(EngineChoice::Auto, MmuChoice::Software), &real()), (EngineKind::Bt, false));
         assert_eq!(chosen(with(EngineChoice::Auto, MmuChoice::Software), &shadow), (EngineKind::Kvm, false));

@@ -11,8 +11,8 @@ use crate::control::{self, ControlTarget};
 use crate::gdb::{self, GdbTarget, Place};
 use crate::inside::{InsideFlags, parse_range, parse_trace};
 use crate::options::{
-    CharTarget, DiskSpec, MmuChoice, StatsTarget, VirtualExec, VmFlags, parse_char_target,
-    parse_choice, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
+    CharTarget, DiskSpec, MmuChoice, StatsTarget, VirtualExec, VmFlags, parse_char_target, parse_choice,
+    parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
 };
 use crate::suggest;
 

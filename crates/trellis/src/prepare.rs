@@ -14,9 +14,7 @@ use crate::control::ControlTarget;
 use crate::gdb::GdbTarget;
 use crate::image::{self, ImageSpec, Progress};
 use crate::inside::InsideFlags;
-use crate::options::{
-    CharTarget, ClockChoice, DiskSpec, StatsTarget, VgaChoice, VmOptions,
-};
+use crate::options::{CharTarget, ClockChoice, DiskSpec, StatsTarget, VgaChoice, VmOptions};
 
 /// Why the program ends before the guest starts.
 #[derive(Debug, thiserror::Error)]
@@ -147,7 +145,12 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         translator: options.inside.needs_translator().is_some(),
     };
     let choice = choice::decide(wish, engine_kvm::probe::host())?;
-    tracing::info!("engine {}, {} MMU: {}", choice.engine.name(), if choice.hardware_mmu { "hardware" } else { "software" }, choice.why);
+    tracing::info!(
+        "engine {}, {} MMU: {}",
+        choice.engine.name(),
+        if choice.hardware_mmu { "hardware" } else { "software" },
+        choice.why
+    );
     let engine = choice.engine;
     check_memory(options.memory_bytes, host_memory_bytes())?;
     if options.serial == CharTarget::Stdio && options.debugcon == CharTarget::Stdio {

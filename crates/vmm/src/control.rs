@@ -66,8 +66,7 @@ impl Event {
 
     /// Whether it is acted on while the machine stands still; the others wait.
     const fn acts_in_pause(&self) -> bool {
-        self.is_request()
-            || matches!(self, Self::Quit | Self::Panic | Self::Failed(_) | Self::Debug(..))
+        self.is_request() || matches!(self, Self::Quit | Self::Panic | Self::Failed(_) | Self::Debug(..))
     }
 
     /// Whether it was caused by the machine, and so means nothing to its successor.

@@ -367,7 +367,12 @@ impl Machine {
     }
 
     /// An engine's vCPU.
-    fn vcpu(&self, plan: &Blueprint, parts: Parts, kvm: Option<&Arc<KvmVm>>) -> Result<Box<dyn Vcpu>, VmError> {
+    fn vcpu(
+        &self,
+        plan: &Blueprint,
+        parts: Parts,
+        kvm: Option<&Arc<KvmVm>>,
+    ) -> Result<Box<dyn Vcpu>, VmError> {
         let index = parts.index;
         Ok(match (plan.engine, kvm) {
             (_, Some(kvm)) => Box::new(KvmVcpu::new(kvm, parts)?),

@@ -16,7 +16,7 @@ use vmm::{EngineKind, Outcome, Vm, VmConfig};
 
 const KNOWN: &str = include_str!("../../../guest/known-kvm-software-differences.txt");
 /// One test may take so long; one that hangs is taken for one that ends the machine.
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Default)]
 struct Capture(Arc<Mutex<Vec<u8>>>);
@@ -92,7 +92,8 @@ fn verdicts(text: &str) -> Vec<(String, Verdict)> {
 
 /// The verdict of every test on KVM.
 fn suite_on_kvm(cpus: u32) -> BTreeMap<String, Verdict> {
-    let names: Vec<String> = verdicts(&run(EngineKind::Interp, cpus, None).0).into_iter().map(|v| v.0).collect();
+    let names: Vec<String> =
+        verdicts(&run(EngineKind::Interp, cpus, None).0).into_iter().map(|v| v.0).collect();
     assert!(names.len() > 300, "the interpreter runs the whole suite: {}", names.len());
     let mut all = BTreeMap::new();
     let mut last: Option<String> = None;
@@ -151,8 +152,11 @@ fn check(cpus: u32) {
     let known = known();
     let count = |what: fn(&Verdict) -> bool| all.values().filter(|v| what(v)).count();
     let passed = count(|v| *v == Verdict::Passed);
-    let bad = |v: &Verdict| matches!(v, Verdict::Failed(_) | Verdict::Fatal(_));
-    println!("{cpus} vCPUs: {passed} passed, {} skipped, {} differ", count(|v| *v == Verdict::Skipped), count(|v| bad_one(v)));
+    println!(
+        "{cpus} vCPUs: {passed} passed, {} skipped, {} differ",
+        count(|v| *v == Verdict::Skipped),
+        count(bad)
+    );
     for (name, (kind, reason)) in &known {
         if *kind != "race" && all.get(*name) == Some(&Verdict::Passed) && host.is_software() {
             println!("listed but passes: {name} ({reason})");
@@ -171,7 +175,7 @@ fn check(cpus: u32) {
     }
 }
 
-fn bad_one(v: &Verdict) -> bool {
+fn bad(v: &Verdict) -> bool {
     matches!(v, Verdict::Failed(_) | Verdict::Fatal(_))
 }
 

@@ -83,12 +83,17 @@ fn number(path: &str) -> Option<u64> {
 
 fn pools() -> Vec<Pool> {
     let directory = "/sys/kernel/mm/hugepages";
-    let names = fs::read_dir(directory).map(|d| d.flatten().filter_map(|e| e.file_name().into_string().ok()).collect());
+    let names = fs::read_dir(directory)
+        .map(|d| d.flatten().filter_map(|e| e.file_name().into_string().ok()).collect());
     let names: Vec<String> = names.unwrap_or_default();
     let pool = |name: &String| {
         let kib: u64 = name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
         let of = |file: &str| number(&format!("{directory}/{name}/{file}")).unwrap_or(0);
-        Some(Pool { page_bytes: kib.checked_mul(1024)?, total: of("nr_hugepages"), free: of("free_hugepages") })
+        Some(Pool {
+            page_bytes: kib.checked_mul(1024)?,
+            total: of("nr_hugepages"),
+            free: of("free_hugepages"),
+        })
     };
     let mut pools: Vec<Pool> = names.iter().filter_map(pool).collect();
     pools.sort_by_key(|pool| pool.page_bytes);
@@ -116,8 +121,12 @@ impl Facts {
         let avx = [(Feature::Avx, "avx"), (Feature::Avx2, "avx2"), (Feature::Avx512f, "avx512f")];
         let thp = ["enabled", "shmem_enabled"];
         let memory = read("/proc/meminfo").unwrap_or_default();
-        let wish =
-            Wish { engine: EngineChoice::Auto, mmu: MmuChoice::Auto, clock: ClockChoice::Host, translator: false };
+        let wish = Wish {
+            engine: EngineChoice::Auto,
+            mmu: MmuChoice::Auto,
+            clock: ClockChoice::Host,
+            translator: false,
+        };
         Self {
             processor: host.identity.brand.clone(),
             nested: kvm.module().and_then(|module| {
@@ -147,7 +156,9 @@ impl Facts {
             Device::Works => ("works", None),
         };
         let automatic = match &self.automatic {
-            Ok(choice) => json!({"engine": choice.engine.name(), "mmu": if choice.hardware_mmu { "hardware" } else { "software" }, "why": choice.why}),
+            Ok(choice) => {
+                json!({"engine": choice.engine.name(), "mmu": if choice.hardware_mmu { "hardware" } else { "software" }, "why": choice.why})
+            }
             Err(error) => json!({"error": error}),
         };
         json!({

@@ -21,7 +21,11 @@ pub fn of(facts: &Facts) -> String {
         line("guest paging", paging(&facts.kvm));
     }
     if let Some(nested) = facts.nested {
-        let words = if nested { "guests of KVM may have virtualization themselves" } else { "guests of KVM see no virtualization" };
+        let words = if nested {
+            "guests of KVM may have virtualization themselves"
+        } else {
+            "guests of KVM see no virtualization"
+        };
         line("nested", words.to_owned());
     }
     line("instructions", instructions(facts));
@@ -34,14 +38,16 @@ pub fn of(facts: &Facts) -> String {
 }
 
 fn processor(facts: &Facts) -> String {
-    let place = if facts.kvm.virtual_host { "this host is a virtual machine itself" } else { "no hypervisor below" };
+    let place =
+        if facts.kvm.virtual_host { "this host is a virtual machine itself" } else { "no hypervisor below" };
     format!("{}; {} usable; {place}", facts.processor, facts.processors)
 }
 
 fn extension(kvm: &KvmHost) -> String {
     match (kvm.cpuid, kvm.cpuinfo) {
         (None, _) if kvm.virtual_host => {
-            "none: neither VT-x nor AMD-V is shown to this host; the hypervisor below does not pass it on".to_owned()
+            "none: neither VT-x nor AMD-V is shown to this host; the hypervisor below does not pass it on"
+                .to_owned()
         }
         (None, _) => "none: the processor shows neither VT-x nor AMD-V".to_owned(),
         (Some(e), None) => format!(
@@ -55,9 +61,14 @@ fn extension(kvm: &KvmHost) -> String {
 
 fn device(device: &Device) -> String {
     match device {
-        Device::Absent => "not there: no KVM in this kernel, its module is not loaded, or a container without the device".to_owned(),
+        Device::Absent => {
+            "not there: no KVM in this kernel, its module is not loaded, or a container without the device"
+                .to_owned()
+        }
         Device::Closed { why, rights: true } => {
-            format!("there, but you may not open it ({why}): add yourself to its group (`ls -l /dev/kvm`) and log in anew")
+            format!(
+                "there, but you may not open it ({why}): add yourself to its group (`ls -l /dev/kvm`) and log in anew"
+            )
         }
         Device::Closed { why, .. } => format!("there, but it does not open ({why})"),
         Device::Barren { why } => format!("opens, but makes no VM ({why}): nothing stands behind it"),
@@ -67,8 +78,12 @@ fn device(device: &Device) -> String {
 
 fn behind(kvm: &KvmHost) -> String {
     match (kvm.why_software(), kvm.cpuid) {
-        (Some(why), _) => format!("no hardware: kernel code of guests is emulated and slow; known because {why}"),
-        (None, extension) => format!("{} by {}", extension.map_or("hardware", |e| e.name()), kvm.module().unwrap_or("KVM")),
+        (Some(why), _) => {
+            format!("no hardware: kernel code of guests is emulated and slow; known because {why}")
+        }
+        (None, extension) => {
+            format!("{} by {}", extension.map_or("hardware", |e| e.name()), kvm.module().unwrap_or("KVM"))
+        }
     }
 }
 
@@ -90,22 +105,33 @@ fn instructions(facts: &Facts) -> String {
 
 fn huge_pages(facts: &Facts) -> String {
     let setting = |s: &Option<String>| s.clone().unwrap_or_else(|| "not there".to_owned());
-    let pool = |p: &Pool| format!("{} of {} free", p.free, p.total) + &format!(" of {} MiB", p.page_bytes >> 20);
+    let pool =
+        |p: &Pool| format!("{} of {} free", p.free, p.total) + &format!(" of {} MiB", p.page_bytes >> 20);
     let used: Vec<String> = facts.pools.iter().filter(|p| p.total > 0).map(pool).collect();
-    let set_aside = if used.is_empty() { "none set aside".to_owned() } else { format!("set aside: {}", used.join(", ")) };
-    format!("transparent: {}; of shared memory: {}; {set_aside}", setting(&facts.thp[0]), setting(&facts.thp[1]))
+    let set_aside =
+        if used.is_empty() { "none set aside".to_owned() } else { format!("set aside: {}", used.join(", ")) };
+    format!(
+        "transparent: {}; of shared memory: {}; {set_aside}",
+        setting(&facts.thp[0]),
+        setting(&facts.thp[1])
+    )
 }
 
 const fn userfaultfd(u: Userfaultfd) -> &'static str {
     match u {
         Userfaultfd::Absent => "not there",
-        Userfaultfd::UserFaults => "for faults of programs; for the kernel's only with privileges or /dev/userfaultfd",
+        Userfaultfd::UserFaults => {
+            "for faults of programs; for the kernel's only with privileges or /dev/userfaultfd"
+        }
         Userfaultfd::All => "for everyone",
     }
 }
 
 fn mappings(max: Option<u64>) -> String {
-    max.map_or_else(|| "vm.max_map_count is not told".to_owned(), |n| format!("at most {n} a process (vm.max_map_count)"))
+    max.map_or_else(
+        || "vm.max_map_count is not told".to_owned(),
+        |n| format!("at most {n} a process (vm.max_map_count)"),
+    )
 }
 
 fn memory(facts: &Facts) -> String {
@@ -117,7 +143,8 @@ fn automatic(facts: &Facts) -> String {
     match &facts.automatic {
         Ok(choice) => {
             let mmu = if choice.hardware_mmu { "hardware" } else { "software" };
-            let why = if facts.kvm.is_hardware() { choice.why.clone() } else { choice::no_hardware(&facts.kvm) };
+            let why =
+                if facts.kvm.is_hardware() { choice.why.clone() } else { choice::no_hardware(&facts.kvm) };
             format!("takes the engine {} with a {mmu} MMU: {why}", choice.engine.name())
         }
         Err(error) => format!("nothing: {error}"),
@@ -140,7 +167,10 @@ mod tests {
         let hidden = of(&facts(Device::Absent, Some(Extension::Vmx), None));
         assert!(hidden.contains("the kernel hides it") && hidden.contains("not there"), "{hidden}");
         let closed = Device::Closed { why: "EACCES".to_owned(), rights: true };
-        assert!(of(&facts(closed, Some(Extension::Svm), Some(Extension::Svm))).contains("add yourself to its group"));
+        assert!(
+            of(&facts(closed, Some(Extension::Svm), Some(Extension::Svm)))
+                .contains("add yourself to its group")
+        );
         let emulated = of(&facts(Device::Works, None, None));
         assert!(emulated.contains("no hardware") && emulated.contains("neither vmx nor svm"), "{emulated}");
         assert!(emulated.contains("shadow pages"), "{emulated}");

@@ -239,7 +239,9 @@ impl CpuModel {
         let mut items = self.spec.split(',').map(str::trim);
         let level = find_base(items.next().unwrap_or_default()).ok().and_then(|base| base.level);
         let of_level = level.is_some_and(|level| level.iter().any(|part| part.contains(&feature)));
-        let named = |item: &str| parse_item(item).is_ok_and(|(add, name)| add && Feature::by_name(name) == Some(feature));
+        let named = |item: &str| {
+            parse_item(item).is_ok_and(|(add, name)| add && Feature::by_name(name) == Some(feature))
+        };
         of_level || items.any(named)
     }
 
