@@ -161,8 +161,7 @@ mod tests {
         let mut s = CpuState::reset();
         s.gpr = std::array::from_fn(|i| 0x1111_0000 + i as u64);
         (s.rip, s.rflags) = (0xffff_ffff_8100_0000, 0x246);
-        for (i, segment) in s.seg.iter_mut().enumerate() {
-            let i = i as u16;
+        for (i, segment) in (0u16..).zip(&mut s.seg) {
             *segment = Segment {
                 selector: i << 3,
                 attr: Attr(0xc093 | i << 12 & 0x1000),

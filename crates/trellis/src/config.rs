@@ -324,7 +324,7 @@ fn stats_of(base: &Path, switch: Switch) -> Result<Option<StatsTarget>, String> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::options::VgaChoice;
+    use crate::options::{EngineChoice, VgaChoice};
 
     fn parsed(text: &str) -> Result<VmFlags, String> {
         parse(text, Path::new("/vm"))

@@ -71,7 +71,11 @@ fn what_the_host_cannot_give_ends_with_1() {
     assert_error(&["boot", "contract", "--engine", "bt", "--clock", "icount"], 1, &["--engine interp"]);
     // What this host has decides the others (`choice`).
     assert_error(&["boot", "contract", "--engine", "bt", "--mmu", "hardware"], 2, &["use --mmu software"]);
-    assert_error(&["boot", "contract", "--virtual-exec", "software", "--virtual-mmu", "hardware"], 2, &["--engine kvm"]);
+    assert_error(
+        &["boot", "contract", "--virtual-exec", "software", "--virtual-mmu", "hardware"],
+        2,
+        &["--engine kvm"],
+    );
     assert_error(&["boot", "contract", "--engine", "kvm", "--clock", "icount"], 2, &["--engine interp"]);
     assert_error(&["boot", "--engine", "bt", "--virtual-exec", "software"], 2, &["--virtual-exec"]);
     if !engine_kvm::probe::host().is_hardware() {
