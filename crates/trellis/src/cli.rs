@@ -402,6 +402,8 @@ pub fn one_line(error: &clap::Error) -> String {
     use clap::error::{ContextKind, ContextValue, ErrorKind};
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.clone()),
+        // The best stands last.
+        Some(ContextValue::Strings(texts)) if kind != ContextKind::InvalidArg => texts.last().cloned(),
         Some(ContextValue::Strings(texts)) if !texts.is_empty() => Some(texts.join(", ")),
         _ => None,
     };
