@@ -35,7 +35,7 @@ fn beside_the_tests() -> PathBuf {
 fn with_software<'a>(arguments: &[&'a str]) -> Vec<&'a str> {
     let names = |a: &&str| a.starts_with("--engine") || a.starts_with("--virtual-exec");
     match arguments {
-        ["boot", rest @ ..] if !rest.iter().any(|a| names(a)) => {
+        ["boot", rest @ ..] if !rest.iter().any(names) => {
             [&["boot", "--virtual-exec", "software"], rest].concat()
         }
         _ => arguments.to_vec(),

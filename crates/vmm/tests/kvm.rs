@@ -47,7 +47,8 @@ fn run(engine: EngineKind, cpus: u32, after: Option<&str>) -> (String, String) {
     let source = BootSource {
         kernel: guest_embed::CONTRACT.to_vec(),
         kernel_name: "contract".to_owned(),
-        cmdline: after.map(|name| format!("after={name}")).unwrap_or_default(),
+        // With two vCPUs what needs two; the rest would take as long again.
+        cmdline: format!("after={} only={}", after.unwrap_or_default(), if cpus == 1 { "" } else { "smp." }),
         protocol: Some(if cpus == 1 { Protocol::Pvh } else { Protocol::Multiboot }),
         ..BootSource::default()
     };
@@ -94,7 +95,8 @@ fn verdicts(text: &str) -> Vec<(String, Verdict)> {
 fn suite_on_kvm(cpus: u32) -> BTreeMap<String, Verdict> {
     let names: Vec<String> =
         verdicts(&run(EngineKind::Interp, cpus, None).0).into_iter().map(|v| v.0).collect();
-    assert!(names.len() > 300, "the interpreter runs the whole suite: {}", names.len());
+    let least = if cpus == 1 { 300 } else { 15 };
+    assert!(names.len() > least, "the interpreter runs the whole suite: {}", names.len());
     let mut all = BTreeMap::new();
     let mut last: Option<String> = None;
     loop {
@@ -175,7 +177,7 @@ fn check(cpus: u32) {
             surprises.push(name.clone());
         }
     }
-    assert!(passed > 100, "only {passed} tests passed");
+    assert!(passed > all.len() / 3, "only {passed} tests passed");
     if host.is_software() {
         assert!(surprises.is_empty(), "differences that are not listed: {}", surprises.join(", "));
     }
