@@ -182,9 +182,10 @@ pub fn cmdline() -> &'static str {
     }
 }
 
-/// The word after `key=` on the command line.
+/// The word after `key=` on the command line, if there is one.
 pub fn option(key: &str) -> Option<&'static str> {
-    cmdline().split_ascii_whitespace().find_map(|w| w.strip_prefix(key)?.strip_prefix('='))
+    let word = |w: &'static str| w.strip_prefix(key)?.strip_prefix('=').filter(|value| !value.is_empty());
+    cmdline().split_ascii_whitespace().find_map(word)
 }
 
 /// Name of the boot protocol.

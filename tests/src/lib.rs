@@ -31,6 +31,17 @@ fn beside_the_tests() -> PathBuf {
     own.ancestors().nth(2).expect("tests lie two directories deep").join("trellis")
 }
 
+/// `arguments`, with a software engine where they name none: these tests are of ours, and the same on hosts with hardware virtualization.
+fn with_software<'a>(arguments: &[&'a str]) -> Vec<&'a str> {
+    let names = |a: &&str| a.starts_with("--engine") || a.starts_with("--virtual-exec");
+    match arguments {
+        ["boot", rest @ ..] if !rest.iter().any(names) => {
+            [&["boot", "--virtual-exec", "software"], rest].concat()
+        }
+        _ => arguments.to_vec(),
+    }
+}
+
 /// A file of a fetched image.
 ///
 /// # Panics
@@ -80,7 +91,11 @@ impl Machine {
     pub fn start_stressed(arguments: &[&str], knobs: &str) -> Self {
         let mut command = Command::new(trellis());
         command.env("TRELLIS_BT", knobs);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(with_software(arguments))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut child = command.env_remove("TRELLIS_LOG").spawn().expect("the program starts");
         let stdout = child.stdout.take().expect("a pipe");
         Self::around(child, stdout, None)
@@ -89,7 +104,7 @@ impl Machine {
     /// Starts it on a pseudo-terminal.
     #[must_use]
     pub fn start_on_terminal(arguments: &[&str]) -> Self {
-        let (child, master) = pty::spawn(&trellis(), arguments);
+        let (child, master) = pty::spawn(&trellis(), &with_software(arguments));
         let input = master.try_clone().expect("a descriptor can be duplicated");
         Self::around(child, master, Some(Box::new(input)))
     }

@@ -15,6 +15,8 @@ pub enum VcpuExit {
     TripleFault,
     /// The debugger wanted to stop here.
     Debug(DebugStop),
+    /// The engine cannot go on; [`crate::Vcpu::failure`] says why. A fault of the host, not of the guest.
+    Failed,
 }
 
 macro_rules! causes {

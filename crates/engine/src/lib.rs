@@ -38,4 +38,8 @@ pub trait Vcpu: Send {
     fn report(&self) -> Report {
         Report::default()
     }
+    /// Why the last [`Vcpu::run`] gave [`VcpuExit::Failed`], in one line.
+    fn failure(&self) -> Option<String> {
+        None
+    }
 }

@@ -12,7 +12,7 @@ use crate::gdb::{self, GdbTarget};
 use crate::image::Arch;
 use crate::inside::InsideFlags;
 use crate::options::{
-    CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VmFlags,
+    CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VirtualExec, VmFlags,
     parse_char_target, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
 };
 
@@ -206,6 +206,12 @@ pub enum Command {
         #[command(flatten)]
         bench: BenchArgs,
     },
+    /// Say what this host offers: virtualization, /dev/kvm, huge pages, … and what `automatic` takes
+    Host {
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
     /// Show what the binary translator makes of code
     #[command(after_help = DUMP_EXAMPLES)]
     Dump {
@@ -286,11 +292,14 @@ pub struct MachineArgs {
     /// CPU model: max, host, x86-64-v1 … v4, and features as in max,-avx512f; help lists them [default: max]
     #[arg(long, value_name = "MODEL[,+F,-F]", value_parser = parse_cpu, help_heading = "Machine")]
     cpu: Option<String>,
-    /// What executes guest instructions [default: auto]
-    #[arg(long, help_heading = "Machine")]
+    /// What executes guest instructions, by name: the precise way of --virtual-exec [default: auto]
+    #[arg(long, help_heading = "Machine", conflicts_with = "virtual_exec")]
     engine: Option<EngineChoice>,
-    /// What translates guest addresses [default: auto]
+    /// The technique (monitor.virtual_exec): software takes bt, hardware KVM with VT-x or AMD-V behind it [default: automatic]
     #[arg(long, help_heading = "Machine")]
+    virtual_exec: Option<VirtualExec>,
+    /// What translates guest addresses: software, or nested paging, which KVM alone has [default: auto]
+    #[arg(long, visible_alias = "virtual-mmu", help_heading = "Machine")]
     mmu: Option<MmuChoice>,
     /// Guest time: the host's, or counted instructions, which is reproducible [default: host]
     #[arg(long, help_heading = "Machine")]
@@ -351,7 +360,7 @@ impl MachineArgs {
             memory_bytes: self.memory,
             cpus: self.cpus,
             cpu: self.cpu,
-            engine: self.engine,
+            engine: self.engine.or(self.virtual_exec.map(VirtualExec::into)),
             mmu: self.mmu,
             serial: self.serial,
             vga: self.vga,
@@ -393,6 +402,8 @@ pub fn one_line(error: &clap::Error) -> String {
     use clap::error::{ContextKind, ContextValue, ErrorKind};
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.clone()),
+        // The best stands last.
+        Some(ContextValue::Strings(texts)) if kind != ContextKind::InvalidArg => texts.last().cloned(),
         Some(ContextValue::Strings(texts)) if !texts.is_empty() => Some(texts.join(", ")),
         _ => None,
     };

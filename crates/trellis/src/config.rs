@@ -11,8 +11,8 @@ use crate::control::{self, ControlTarget};
 use crate::gdb::{self, GdbTarget, Place};
 use crate::inside::{InsideFlags, parse_range, parse_trace};
 use crate::options::{
-    CharTarget, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VirtualExec, VmFlags, parse_char_target,
-    parse_choice, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
+    CharTarget, DiskSpec, MmuChoice, StatsTarget, VirtualExec, VmFlags, parse_char_target, parse_choice,
+    parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
 };
 use crate::suggest;
 
@@ -249,7 +249,7 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         memory_bytes: value(text, "memory", file.memory, |number| parse_memory(&number.text()))?,
         cpus: value(text, "cpus", file.cpus, |number| parse_cpus(&number.text()))?,
         cpu: value(text, "cpu", file.cpu, |name| parse_cpu(&name))?,
-        engine: engine.or(exec.map(engine_of)),
+        engine: engine.or(exec.map(VirtualExec::into)),
         mmu: mmu.or(virtual_mmu),
         serial: value(text, "serial", file.serial, |name| relative_target(base, &name))?,
         vga: value(text, "vga", file.vga, |name| parse_choice(&name))?,
@@ -266,16 +266,6 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         clock: value(text, "clock", file.clock, |name| parse_choice(&name))?,
         save_at_marker: false,
     })
-}
-
-/// `software` leaves the choice among the software engines to the program.
-fn engine_of(exec: VirtualExec) -> EngineChoice {
-    match exec {
-        // Without hardware there is nothing else to choose automatically.
-        VirtualExec::Software => EngineChoice::Auto,
-        VirtualExec::Hardware => EngineChoice::Kvm,
-        VirtualExec::Automatic => EngineChoice::Auto,
-    }
 }
 
 fn relative_disk(base: &Path, text: &str) -> Result<DiskSpec, String> {
@@ -334,7 +324,7 @@ fn stats_of(base: &Path, switch: Switch) -> Result<Option<StatsTarget>, String> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::options::VgaChoice;
+    use crate::options::{EngineChoice, VgaChoice};
 
     fn parsed(text: &str) -> Result<VmFlags, String> {
         parse(text, Path::new("/vm"))
@@ -356,7 +346,7 @@ mod tests {
         assert_eq!(flags.serial, Some(CharTarget::File("/vm/log".into())));
         assert_eq!(flags.vga, Some(VgaChoice::Text));
         assert_eq!(flags.timeout_seconds, Some(1.5));
-        assert_eq!((flags.engine, flags.mmu), (Some(EngineChoice::Auto), Some(MmuChoice::Auto)));
+        assert_eq!((flags.engine, flags.mmu), (Some(EngineChoice::Software), Some(MmuChoice::Auto)));
         assert_eq!(flags.stats, Some(StatsTarget::Print));
     }
 
@@ -367,7 +357,7 @@ mod tests {
             "monitor.virtual_exec = 'hardware'",
             "\"monitor.virtual_exec\" = 'hardware'",
         ] {
-            assert_eq!(parsed(text).unwrap().engine, Some(EngineChoice::Kvm), "{text}");
+            assert_eq!(parsed(text).unwrap().engine, Some(EngineChoice::Hardware), "{text}");
         }
     }
 

@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use vmm::boot::{self, BootSource, Protocol};
 use vmm::gdb::Stub;
-use vmm::{ClockMode, DiskConfig, EngineKind, Outcome, Sink, Stats, TraceWhat, Vm, VmConfig, VmHandle};
+use vmm::{ClockMode, DiskConfig, Outcome, Sink, Stats, TraceWhat, Vm, VmConfig, VmHandle};
 
 use crate::control::{Info, server};
 use crate::display::{self, Display};
@@ -187,11 +187,7 @@ fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
         memory_bytes: prepared.memory_bytes,
         cpus: prepared.cpus,
         cpu: prepared.cpu,
-        engine: if prepared.engine == crate::options::EngineChoice::Bt {
-            EngineKind::Bt
-        } else {
-            EngineKind::Interp
-        },
+        engine: prepared.engine,
         disks,
         serial: wiring.sink(prepared.serial),
         debugcon: wiring.sink(prepared.debugcon),

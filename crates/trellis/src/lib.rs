@@ -5,12 +5,14 @@
 //! [`terminal`].
 
 pub mod bench;
+pub mod choice;
 pub mod cli;
 pub mod config;
 pub mod control;
 pub mod display;
 pub mod dump;
 pub mod gdb;
+pub mod host;
 pub mod image;
 pub mod inside;
 pub mod launch;
@@ -129,6 +131,7 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
             print_out(text.as_bytes())?;
             Ok(status)
         }
+        Command::Host { json } => print_out(host::run(json).as_bytes()),
         Command::Dump { dump } => print_out(dump::run(&dump)?.as_bytes()),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -32,11 +32,17 @@ pub enum EngineChoice {
     Interp,
     /// The binary translator.
     Bt,
-    /// Hardware virtualization through /dev/kvm.
+    /// Linux's KVM (/dev/kvm), whatever stands behind it.
     Kvm,
-    /// The best that is there.
+    /// KVM where hardware virtualization stands behind it, else bt.
     #[value(alias = "automatic")]
     Auto,
+    /// `--virtual-exec software`.
+    #[value(skip)]
+    Software,
+    /// `--virtual-exec hardware`.
+    #[value(skip)]
+    Hardware,
 }
 
 /// What translates guest addresses.
@@ -56,11 +62,22 @@ pub enum MmuChoice {
 pub enum VirtualExec {
     /// Binary translation, or the interpreter where it is not there.
     Software,
-    /// Hardware virtualization.
+    /// KVM with VT-x or AMD-V behind it.
     Hardware,
-    /// The best that is there.
+    /// Hardware where there is some, else software.
     #[value(alias = "auto")]
     Automatic,
+}
+
+impl From<VirtualExec> for EngineChoice {
+    /// The technique; which engine carries it out is decided when the host is known.
+    fn from(exec: VirtualExec) -> Self {
+        match exec {
+            VirtualExec::Software => Self::Software,
+            VirtualExec::Hardware => Self::Hardware,
+            VirtualExec::Automatic => Self::Auto,
+        }
+    }
 }
 
 /// Where guest time comes from.

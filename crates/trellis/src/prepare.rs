@@ -7,13 +7,14 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _, PermissionsExt as
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use vmm::EngineKind;
+
+use crate::choice::{self, Wish};
 use crate::control::ControlTarget;
 use crate::gdb::GdbTarget;
 use crate::image::{self, ImageSpec, Progress};
 use crate::inside::InsideFlags;
-use crate::options::{
-    CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VmOptions,
-};
+use crate::options::{CharTarget, ClockChoice, DiskSpec, StatsTarget, VgaChoice, VmOptions};
 
 /// Why the program ends before the guest starts.
 #[derive(Debug, thiserror::Error)]
@@ -75,9 +76,7 @@ pub struct Prepared {
     /// CPU model and features.
     pub cpu: String,
     /// The engine, decided.
-    pub engine: EngineChoice,
-    /// The MMU, decided.
-    pub mmu: MmuChoice,
+    pub engine: EngineKind,
     /// Disks in the order given.
     pub disks: Vec<Disk>,
     /// COM1.
@@ -139,7 +138,20 @@ struct Guest {
 /// # Errors
 /// One line, with the status it stands for.
 pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
-    let (engine, mmu) = decide_engine(options.engine, options.mmu, options.clock)?;
+    let wish = Wish {
+        engine: options.engine,
+        mmu: options.mmu,
+        clock: options.clock,
+        translator: options.inside.needs_translator().is_some(),
+    };
+    let choice = choice::decide(wish, engine_kvm::probe::host())?;
+    tracing::info!(
+        "engine {}, {} MMU: {}",
+        choice.engine.name(),
+        if choice.hardware_mmu { "hardware" } else { "software" },
+        choice.why
+    );
+    let engine = choice.engine;
     check_memory(options.memory_bytes, host_memory_bytes())?;
     if options.serial == CharTarget::Stdio && options.debugcon == CharTarget::Stdio {
         tracing::info!("serial port and debug console share the terminal");
@@ -151,7 +163,7 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         None => Vec::new(),
     };
     check_fits(&guest, &modules, options.memory_bytes)?;
-    if let (Some(option), true) = (options.inside.needs_translator(), engine != EngineChoice::Bt) {
+    if let (Some(option), true) = (options.inside.needs_translator(), engine != EngineKind::Bt) {
         return Err(Usage(format!(
             "{option} is of the translator's work; give --engine bt (it has no --clock icount)"
         )));
@@ -171,7 +183,6 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         cpus: options.cpus,
         cpu: options.cpu,
         engine,
-        mmu,
         disks,
         serial: open_output(&options.serial)?,
         debugcon: open_output(&options.debugcon)?,
@@ -190,37 +201,6 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         save_at_marker: options.save_at_marker,
         is_contract: guest.is_contract,
     })
-}
-
-/// The engine and MMU that this build and this host have.
-fn decide_engine(
-    engine: EngineChoice,
-    mmu: MmuChoice,
-    clock: ClockChoice,
-) -> Result<(EngineChoice, MmuChoice), PrepareError> {
-    match engine {
-        EngineChoice::Kvm if !Path::new("/dev/kvm").exists() => {
-            return Err(Failure(
-                "the engine kvm needs /dev/kvm, which this host has not; use --engine interp".to_owned(),
-            ));
-        }
-        EngineChoice::Kvm => {
-            return Err(Failure("the engine kvm is not built yet; use --engine interp".to_owned()));
-        }
-        EngineChoice::Interp | EngineChoice::Bt | EngineChoice::Auto => {}
-    }
-    let engine = match engine {
-        // The translator does not count instructions.
-        EngineChoice::Auto if clock == ClockChoice::Icount => EngineChoice::Interp,
-        EngineChoice::Auto => EngineChoice::Bt,
-        chosen => chosen,
-    };
-    match mmu {
-        MmuChoice::Hardware => Err(Failure(
-            "the hardware MMU needs the engine kvm, which is not built yet; use --mmu software".to_owned(),
-        )),
-        MmuChoice::Software | MmuChoice::Auto => Ok((engine, MmuChoice::Software)),
-    }
 }
 
 /// Refuses guest memory that the host has not.
@@ -545,24 +525,6 @@ mod tests {
         );
         assert!(check_memory(1 << 30, Some(1 << 34)).is_ok());
         assert!(host_memory_bytes().unwrap() > 1 << 20);
-    }
-
-    #[test]
-    fn engines_not_built_are_refused_with_advice() {
-        let refused = failure(decide_engine(EngineChoice::Kvm, MmuChoice::Auto, ClockChoice::Host));
-        assert!(refused.contains("use --engine interp"));
-        assert_eq!(
-            decide_engine(EngineChoice::Bt, MmuChoice::Auto, ClockChoice::Host).unwrap().0,
-            EngineChoice::Bt
-        );
-        assert!(
-            failure(decide_engine(EngineChoice::Auto, MmuChoice::Hardware, ClockChoice::Host))
-                .contains("use --mmu software")
-        );
-        assert_eq!(
-            decide_engine(EngineChoice::Auto, MmuChoice::Auto, ClockChoice::Host).unwrap().0,
-            EngineChoice::Bt
-        );
     }
 
     #[test]

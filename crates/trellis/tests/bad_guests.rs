@@ -67,7 +67,10 @@ impl Guest {
 
     fn command(&self, options: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_trellis"));
-        command.args(["boot", "--memory", "8M", "--kernel"]).arg(&self.kernel).args(options);
+        command
+            .args(["boot", "--virtual-exec", "software", "--memory", "8M", "--kernel"])
+            .arg(&self.kernel)
+            .args(options);
         command.env_remove("TRELLIS_LOG").env("TRELLIS_RUNTIME_DIR", self.home.path());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         command
@@ -233,7 +236,7 @@ fn kernels_cut_short_are_one_line() {
     for len in lengths {
         fs::write(&kernel, &whole[..len]).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_trellis"));
-        command.args(["boot", "--control", "none", "--kernel"]).arg(&kernel);
+        command.args(["boot", "--virtual-exec", "software", "--control", "none", "--kernel"]).arg(&kernel);
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
         let (status, text) = finish(child.unwrap());
         assert_eq!((status, text.lines().count()), (Some(1), 1), "{len}: {text}");

@@ -69,8 +69,18 @@ fn usage_errors_end_with_2() {
 fn what_the_host_cannot_give_ends_with_1() {
     assert_error(&["boot", "contract", "--memory", "1024T"], 1, &["more than this host has"]);
     assert_error(&["boot", "contract", "--engine", "bt", "--clock", "icount"], 1, &["--engine interp"]);
-    assert_error(&["boot", "contract", "--engine", "kvm"], 1, &["use --engine interp"]);
-    assert_error(&["boot", "contract", "--mmu", "hardware"], 1, &["use --mmu software"]);
+    // What this host has decides the others (`choice`).
+    assert_error(&["boot", "contract", "--engine", "bt", "--mmu", "hardware"], 2, &["use --mmu software"]);
+    assert_error(
+        &["boot", "contract", "--virtual-exec", "software", "--virtual-mmu", "hardware"],
+        2,
+        &["--engine kvm"],
+    );
+    assert_error(&["boot", "contract", "--engine", "kvm", "--clock", "icount"], 2, &["--engine interp"]);
+    assert_error(&["boot", "--engine", "bt", "--virtual-exec", "software"], 2, &["--virtual-exec"]);
+    if !engine_kvm::probe::host().is_hardware() {
+        assert_error(&["boot", "contract", "--virtual-exec", "hardware"], 1, &["kvm"]);
+    }
     assert_error(&["boot", "contract", "--serial", "file:/nonexistent/x"], 1, &["/nonexistent/x"]);
     assert_error(&["boot", "contract", "--trace", "/nonexistent/x"], 1, &["/nonexistent/x"]);
     assert_error(&["boot", "contract", "--jitdump=/nonexistent"], 1, &["/nonexistent/jit-"]);

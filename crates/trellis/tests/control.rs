@@ -70,7 +70,19 @@ impl Home {
         let kernel = self.0.path().join(format!("{name}.kernel"));
         fs::write(&kernel, image(code)).unwrap();
         let kernel = kernel.to_str().unwrap();
-        let arguments = ["boot", "--kernel", kernel, "--memory", "8M", "--name", name, "--timeout", "50"];
+        let arguments = [
+            "boot",
+            "--virtual-exec",
+            "software",
+            "--kernel",
+            kernel,
+            "--memory",
+            "8M",
+            "--name",
+            name,
+            "--timeout",
+            "50",
+        ];
         let child = self.command(&arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let socket = self.0.path().join("trellis").join(format!("{name}.sock"));
         let machine = Machine { child, socket };

@@ -14,8 +14,22 @@ pub enum EngineKind {
     /// The interpreter.
     #[default]
     Interp,
-    /// The binary translator (one vCPU, host clock).
+    /// The binary translator (host clock).
     Bt,
+    /// Linux's KVM (host clock).
+    Kvm,
+}
+
+impl EngineKind {
+    /// Its name, as options have it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Interp => "interp",
+            Self::Bt => "bt",
+            Self::Kvm => "kvm",
+        }
+    }
 }
 
 /// Where time comes from.

@@ -37,6 +37,8 @@ pub(crate) enum Event {
     TripleFault(usize),
     /// No event can ever come (only with `icount`).
     Stuck,
+    /// An engine cannot go on, and says why.
+    Failed(String),
     /// A thread is panicking; joining it tells more.
     Panic,
     /// Somebody outside wants an end.
@@ -64,7 +66,7 @@ impl Event {
 
     /// Whether it is acted on while the machine stands still; the others wait.
     const fn acts_in_pause(&self) -> bool {
-        self.is_request() || matches!(self, Self::Quit | Self::Panic | Self::Debug(..))
+        self.is_request() || matches!(self, Self::Quit | Self::Panic | Self::Failed(_) | Self::Debug(..))
     }
 
     /// Whether it was caused by the machine, and so means nothing to its successor.

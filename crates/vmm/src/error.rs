@@ -23,11 +23,17 @@ pub enum VmError {
     /// `--clock icount` runs everything on one thread.
     #[error("the clock icount needs exactly one CPU, not {0}; give --cpus 1 or --clock host")]
     IcountCpus(u32),
-    /// The binary translator does not count instructions.
+    /// Only the interpreter counts instructions.
     #[error(
-        "the clock icount counts instructions, which the engine bt does not; give --engine interp or --clock host"
+        "the clock icount counts instructions, which the engine {0} does not; give --engine interp or --clock host"
     )]
-    BtIcount,
+    NoIcount(&'static str),
+    /// The host's KVM.
+    #[error(transparent)]
+    Kvm(#[from] engine_kvm::KvmError),
+    /// An engine that cannot go on.
+    #[error("{0}")]
+    Engine(String),
     /// No memory for translated code.
     #[error("cannot get memory for translated code: {0}; use --engine interp")]
     CodeMemory(#[source] std::io::Error),

@@ -53,6 +53,7 @@ use devices::virtio::{Flavor, VirtioDevice, VirtioPci};
 use engine::{Signals, Vcpu};
 use engine_bt::perf_map::Profile;
 use engine_bt::trace::Trace;
+use engine_kvm::{KvmVcpu, KvmVm};
 use guestmem::{Gpa, GuestMemory, HOLE_END, HOLE_START};
 use x86::cpuid::{CpuModel, Feature};
 use x86_interp::{Interp, Parts};
@@ -357,15 +358,26 @@ impl Machine {
             signals: Arc::clone(signals),
             model: Arc::clone(&plan.model),
         };
-        self.signals.iter().enumerate().map(parts).map(|parts| self.vcpu(plan, parts)).collect()
+        let kvm = match plan.engine {
+            EngineKind::Kvm => Some(KvmVm::new(Arc::clone(&self.mem))?),
+            EngineKind::Interp | EngineKind::Bt => None,
+        };
+        let vcpu = |parts| self.vcpu(plan, parts, kvm.as_ref());
+        self.signals.iter().enumerate().map(parts).map(vcpu).collect()
     }
 
     /// An engine's vCPU.
-    fn vcpu(&self, plan: &Blueprint, parts: Parts) -> Result<Box<dyn Vcpu>, VmError> {
+    fn vcpu(
+        &self,
+        plan: &Blueprint,
+        parts: Parts,
+        kvm: Option<&Arc<KvmVm>>,
+    ) -> Result<Box<dyn Vcpu>, VmError> {
         let index = parts.index;
-        Ok(match plan.engine {
-            EngineKind::Interp => Box::new(Interp::new(parts)),
-            EngineKind::Bt => {
+        Ok(match (plan.engine, kvm) {
+            (_, Some(kvm)) => Box::new(KvmVcpu::new(kvm, parts)?),
+            (EngineKind::Interp | EngineKind::Kvm, None) => Box::new(Interp::new(parts)),
+            (EngineKind::Bt, None) => {
                 let mut vcpu = engine_bt::BtVcpu::new(parts).map_err(|e| VmError::CodeMemory(e.into()))?;
                 vcpu.observe(plan.engine_trace(index, &self.clock), plan.profile.clone());
                 Box::new(vcpu)

@@ -80,8 +80,14 @@ impl Seat {
                 VcpuExit::Halted => self.sleep(self.vcpu.wake_mask() | Signal::KICK.0),
                 VcpuExit::TripleFault => self.control.post(Event::TripleFault(self.index)),
                 VcpuExit::Debug(stop) => self.control.post(Event::Debug(self.index, stop)),
+                VcpuExit::Failed => self.fail(),
             }
         }
+    }
+
+    fn fail(&self) {
+        let why = self.vcpu.failure().unwrap_or_else(|| "the engine gave no reason".to_owned());
+        self.control.post(Event::Failed(why));
     }
 
     fn sleep(&mut self, mask: u32) {
@@ -104,6 +110,7 @@ impl Seat {
                 VcpuExit::Halted => self.idle(icount, &mut futile),
                 VcpuExit::TripleFault => self.control.post(Event::TripleFault(self.index)),
                 VcpuExit::Debug(stop) => self.control.post(Event::Debug(self.index, stop)),
+                VcpuExit::Failed => self.fail(),
             }
         }
     }

@@ -119,13 +119,17 @@ impl Vm {
         if config.clock == ClockMode::Icount && cpus != 1 {
             return Err(VmError::IcountCpus(config.cpus));
         }
-        if config.engine == crate::EngineKind::Bt && config.clock == ClockMode::Icount {
-            return Err(VmError::BtIcount);
+        if config.engine != crate::EngineKind::Interp && config.clock == ClockMode::Icount {
+            return Err(VmError::NoIcount(config.engine.name()));
+        }
+        let mut model = CpuModel::parse(&config.cpu)?;
+        if config.engine == crate::EngineKind::Kvm {
+            engine_kvm::cpuid::limit(&mut model)?;
         }
         let plan = Blueprint {
             memory_bytes: config.memory_bytes,
             cpus,
-            model: Arc::new(CpuModel::parse(&config.cpu)?),
+            model: Arc::new(model),
             engine: config.engine,
             disks: config.disks,
             serial: config.serial.map(SharedSink::new),
@@ -354,6 +358,7 @@ impl Vm {
                 order(self);
                 return Ok(None);
             }
+            Event::Failed(why) => return Err(VmError::Engine(why)),
             // Its join has said more by now; a panicking thread cannot be gone without a trace.
             Event::Panic => {
                 return Err(VmError::Panic { thread: "a thread".to_owned(), message: "unknown".to_owned() });

@@ -353,8 +353,8 @@ impl Interp {
         Ok(Some(at))
     }
 
-    /// Forgets all decoded code.
-    pub(crate) fn forget_code(&mut self) {
+    /// Forgets all decoded code: another engine let the guest run, whose writes are not traced.
+    pub fn forget_code(&mut self) {
         self.cache.clear();
         self.crossing.clear();
         self.cpu.tlb.forget_code();

@@ -228,6 +228,7 @@ impl Walk<'_> {
             match stepped.exit {
                 VcpuExit::Budget | VcpuExit::Kicked | VcpuExit::Debug(_) => {}
                 VcpuExit::TripleFault => return Ok("ended: triple fault".to_owned()),
+                VcpuExit::Failed => return Ok("ended: the engine cannot go on".to_owned()),
                 VcpuExit::Halted => return Ok("ended: the guest waits for an interrupt".to_owned()),
             }
         }

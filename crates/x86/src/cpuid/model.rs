@@ -225,6 +225,26 @@ impl CpuModel {
         &self.features
     }
 
+    /// Takes away the announced features of which `lacks` says so, and what needs them: an engine that cannot run them is below. What is gone.
+    pub fn take_away(&mut self, lacks: impl Fn(&Info) -> bool) -> Vec<Feature> {
+        let before = self.features;
+        before.iter().filter(|f| lacks(f.info())).for_each(|f| self.features.remove(f));
+        self.features.close();
+        before.iter().filter(|f| !self.features.has(*f)).collect()
+    }
+
+    /// Whether the user asked for the feature by name, or for a model that must have it.
+    #[must_use]
+    pub fn insists_on(&self, feature: Feature) -> bool {
+        let mut items = self.spec.split(',').map(str::trim);
+        let level = find_base(items.next().unwrap_or_default()).ok().and_then(|base| base.level);
+        let of_level = level.is_some_and(|level| level.iter().any(|part| part.contains(&feature)));
+        let named = |item: &str| {
+            parse_item(item).is_ok_and(|(add, name)| add && Feature::by_name(name) == Some(feature))
+        };
+        of_level || items.any(named)
+    }
+
     /// Who the processor is and how its state is laid out.
     #[must_use]
     pub fn identity(&self) -> &Identity {

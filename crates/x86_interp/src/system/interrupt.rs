@@ -130,6 +130,12 @@ pub fn deliver_external(cpu: &mut Cpu) {
     attempt(cpu, Delivery { vector, error: None, source: Source::External }, 1);
 }
 
+/// Delivers an interrupt that was acknowledged already, by another engine that did not come to it.
+pub fn deliver_acknowledged(cpu: &mut Cpu, vector: u8) {
+    cpu.s.activity = Activity::Running;
+    attempt(cpu, Delivery { vector, error: None, source: Source::External }, 1);
+}
+
 /// INT n, INT3, INTO, INT1: RIP is the next instruction's; on a fault the caller restores it.
 pub fn software_interrupt(cpu: &mut Cpu, vector: u8, source: Source) -> Result<(), Exception> {
     cpu.stats.count(Cause::SoftwareInterrupt);

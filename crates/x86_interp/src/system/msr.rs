@@ -254,7 +254,8 @@ pub fn set_base(cpu: &mut Cpu, reg: usize, value: u64) -> Result<(), Exception> 
     Ok(())
 }
 
-fn set_tsc_offset(cpu: &mut Cpu, offset: u64) {
+/// The guest's time-stamp counter is the clock's plus `offset` from now on.
+pub fn set_tsc_offset(cpu: &mut Cpu, offset: u64) {
     cpu.s.msr.tsc_offset = offset;
     cpu.io.tsc_offset_changed(cpu.index, offset);
     super::kvmclock::update_system_time(cpu);
