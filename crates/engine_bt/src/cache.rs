@@ -309,7 +309,7 @@ impl Cache {
         let fragment = number >> WITHIN;
         let e = self.entry(fragment)?;
         let &site = e.sites.get(number as usize & ((1 << WITHIN) - 1))?;
-        let done = if site.done == 0 { 0 } else { self.code.address((e.at + site.done) as usize) };
+        let done = if site.done == 0 { 0 } else { self.code.address(e.at as usize + usize::from(site.done)) };
         let (gfn, made) = (e.key.gfn, e.made);
         Some(PlacedSite { site, page_rip: e.key.page_rip, done, gfn, fragment, made })
     }

@@ -168,7 +168,7 @@ fn check(unit: &Unit, f: &Fragment, facts: Facts) {
     }
     assert!(f.map.windows(2).all(|w| w[0].host <= w[1].host));
     for site in &f.sites {
-        assert!(site.done == 0 || is_start(site.done as usize), "a site goes on inside an instruction");
+        assert!(site.done == 0 || is_start(usize::from(site.done)), "a site goes on inside an instruction");
         assert!(usize::from(site.guest) < 4096 && usize::from(site.len) <= MAX_LEN);
     }
     for exit in &f.exits {

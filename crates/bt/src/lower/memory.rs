@@ -275,7 +275,7 @@ impl Lowering<'_, '_> {
             m.done = Some(at);
             let number = (m.site - self.site_base) as usize;
             if let Some(site) = self.sites.get_mut(number) {
-                site.done = at as u32;
+                site.done = at as u16;
                 site.flags_in_host = flags_in_host;
             }
         }
@@ -294,7 +294,7 @@ impl Lowering<'_, '_> {
     /// Where translated code goes on behind an access that the interpreter did for the second form.
     pub(super) fn complete_halves(&mut self, halves: Halves, at: usize, flags_in_host: bool) {
         if let Some(site) = self.sites.get_mut((halves.site - self.site_base) as usize) {
-            site.done = at as u32;
+            site.done = at as u16;
             site.flags_in_host = flags_in_host;
         }
     }

@@ -207,7 +207,7 @@ pub struct Site {
     pub code: Code,
     /// Offset of the host code behind the instruction ([`SiteKind::Group`]: of the exit to code without groups; [`SiteKind::Halves`]: of the
     /// second form); 0 if there is none.
-    pub done: u32,
+    pub done: u16,
     /// A page fault of this access is what the instruction does: nothing comes before it.
     pub faults_first: bool,
     /// Why.
