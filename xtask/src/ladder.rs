@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, ensure};
 
-use crate::steps::{Step, cargo, step, summary, trellis_binary};
+use crate::steps::{Step, cargo, step, summary, target_directory, trellis_binary};
 
 /// Images that the machine tests boot.
 const IMAGES: &[&str] = &["debian-cloud-amd64", "debian-memtest86+-amd64"];
@@ -22,6 +22,7 @@ pub fn run() -> anyhow::Result<()> {
             "unit and differential tests",
             cargo(&["test", "--workspace", "--exclude", "machine_tests", "--no-fail-fast"]),
         )?);
+        steps.push(model_check()?);
         for image in IMAGES {
             steps.push(fetch(image)?);
         }
@@ -33,6 +34,16 @@ pub fn run() -> anyhow::Result<()> {
 /// Builds the program as users do.
 pub fn build() -> anyhow::Result<Step> {
     step("release build", cargo(&["build", "--release", "--package", "trellis"]))
+}
+
+/// The model check of the trace protocol. Its configuration concerns every crate, so what is built for it lies apart.
+fn model_check() -> anyhow::Result<Step> {
+    let mut command = cargo(&["test", "--package", "guestmem", "--test", "model", "--profile", "model"]);
+    command
+        .env("RUSTFLAGS", "--cfg loom")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env("CARGO_TARGET_DIR", target_directory().join("loom"));
+    step("model check", command)
 }
 
 /// The machine tests, with further arguments for the test programs.

@@ -51,7 +51,7 @@ impl Signals {
         self.pending.as_ptr() as u64
     }
 
-    /// From now on `alarm` rings with every signal that was not pending. Once only.
+    /// From now on `alarm` rings with every signal. Once only.
     pub fn set_alarm(&self, alarm: Arc<dyn Alarm>) {
         let _first = self.alarm.set(alarm);
     }
@@ -62,12 +62,14 @@ impl Signals {
         self.pending.load(Ordering::Acquire) & signal.0 != 0
     }
 
-    /// Raises a signal and wakes the vCPU if it sleeps.
+    /// Raises a signal and wakes the vCPU if it sleeps. When this returns the alarm rings, or the vCPU has silenced it and looks at the signals.
     pub fn raise(&self, signal: Signal) {
-        if self.pending.fetch_or(signal.0, Ordering::SeqCst) & signal.0 == 0 {
-            if let Some(alarm) = self.alarm.get() {
-                alarm.ring();
-            }
+        let pending = self.pending.fetch_or(signal.0, Ordering::SeqCst);
+        // Also if the signal was pending: whoever raised it may not have come to ring yet.
+        if let Some(alarm) = self.alarm.get() {
+            alarm.ring();
+        }
+        if pending & signal.0 == 0 {
             let _held = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
             self.wake.notify_all();
         }

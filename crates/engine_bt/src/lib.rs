@@ -248,6 +248,10 @@ impl BtVcpu {
             self.adapt();
             let fragment = self.find();
             self.unlink_if_remapped();
+            // Tracing code serves requests, and takes with them the signal of what was told of code meanwhile (INV-SMC-2).
+            if self.interp.cpu().holder.has_written() {
+                continue;
+            }
             match fragment {
                 Some(fragment) => self.enter(fragment),
                 None => self.block(1),

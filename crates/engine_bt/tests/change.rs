@@ -35,13 +35,14 @@ fn run(
     let mem = GuestMemory::new(16 << 20).unwrap();
     mem.write(Gpa(START), code).unwrap();
     mem.write(Gpa(FUNCTION), &returning(3)).unwrap();
+    let io = io(&mem);
     let mut state = common::long_mode(&mem, START, 0x20000);
     (state.gpr[1], state.gpr[3], state.gpr[5], state.gpr[7]) = (times, 0, FUNCTION, BUFFER);
     state.gpr[8] = u64::from_le_bytes(returning(9));
     let parts = Parts {
         index: 0,
         vcpus: 1,
-        io: io(&mem),
+        io,
         mem,
         signals: Arc::new(Signals::default()),
         model: Arc::new(CpuModel::parse("max").unwrap()),
@@ -122,10 +123,21 @@ fn data_beside_code_is_written_without_rust() {
 /// l: out 0x80, eax; call rbp; add rbx, rax; dec ecx; jne l; hlt
 const BY_DEVICE: &[u8] = &[0xe7, 0x80, 0xff, 0xd5, 0x48, 0x01, 0xc3, 0xff, 0xc9, 0x75, 0xf5, 0xf4];
 
+/// What a device does to memory at its nth command.
+type Command = Box<dyn Fn(&Arc<GuestMemory>, u32) + Send + Sync>;
+
 struct Dma {
     none: common::NoDevices,
     mem: Arc<GuestMemory>,
-    value: AtomicU32,
+    commands: AtomicU32,
+    command: Command,
+}
+
+impl Dma {
+    fn device(mem: &Arc<GuestMemory>, command: Command) -> Arc<dyn CpuIo> {
+        let none = common::NoDevices::default();
+        Arc::new(Self { none, mem: Arc::clone(mem), commands: AtomicU32::new(0), command })
+    }
 }
 
 impl CpuIo for Dma {
@@ -133,8 +145,8 @@ impl CpuIo for Dma {
         self.none.port_in(vcpu, port, size)
     }
     fn port_out(&self, _: usize, _: u16, _: u8, _: u32) {
-        let value = self.value.fetch_add(1, Ordering::Relaxed) + 1;
-        self.mem.write(Gpa(FUNCTION), &returning(value)).unwrap();
+        let number = self.commands.fetch_add(1, Ordering::Relaxed) + 1;
+        (self.command)(&self.mem, number);
     }
     fn mmio_read(&self, vcpu: usize, gpa: Gpa, data: &mut [u8]) {
         self.none.mmio_read(vcpu, gpa, data);
@@ -173,11 +185,67 @@ impl CpuIo for Dma {
 fn code_written_by_a_device_is_executed() {
     for (knobs, times) in [(Knobs { warm: 0, ..Knobs::default() }, 3000), (Knobs::default(), 3000)] {
         let io = |mem: &Arc<GuestMemory>| -> Arc<dyn CpuIo> {
-            let mem = Arc::clone(mem);
-            Arc::new(Dma { none: common::NoDevices::default(), mem, value: AtomicU32::new(0) })
+            let patch = |mem: &Arc<GuestMemory>, n| mem.write(Gpa(FUNCTION), &returning(n)).unwrap();
+            Dma::device(mem, Box::new(patch))
         };
         let (sum, report) = run(BY_DEVICE, times, io, knobs);
         assert_eq!(sum, times * (times + 1) / 2);
         assert!(report.get("fragments suspended") > 0);
     }
+}
+
+/// Adds up what a function returns.
+/// mov r9d, ecx; xor esi, esi; l: call rbp; add rsi, rax; dec r9d; jne l; mov rbx, rsi; hlt
+const SERIALISED: &[u8] = &[
+    0x41, 0x89, 0xc9, 0x31, 0xf6, 0xff, 0xd5, 0x48, 0x01, 0xc6, 0x41, 0xff, 0xc9, 0x75, 0xf6, 0x48, 0x89,
+    0xf3, 0xf4,
+];
+/// A command to a device, CPUID, which serialises, and a jump to the next line but one: out 0x80, eax; xor eax, eax; cpuid; jmp
+const SERIALISING: &[u8] = &[0xe7, 0x80, 0x31, 0xc0, 0x0f, 0xa2, 0xeb, 0x78];
+/// Behind a line of NOPs, so that the function before it does not depend on it.
+const BEHIND: u64 = FUNCTION + 0xc0;
+
+/// Writes code when it is told to give up the right to write to a page with code: while somebody waits for that.
+struct Meanwhile {
+    mem: Arc<GuestMemory>,
+    armed: AtomicU32,
+}
+
+impl guestmem::Holder for Meanwhile {
+    fn invalidate(&self, _: std::ops::Range<guestmem::Gfn>, _: guestmem::Invalidation) {
+        if self.armed.swap(0, Ordering::Relaxed) != 0 {
+            self.mem.write(Gpa(BEHIND), &returning(4)).unwrap();
+        }
+    }
+    fn id(&self) -> u64 {
+        1000
+    }
+}
+
+#[test]
+fn code_written_while_other_code_is_traced_is_not_executed_as_it_was() {
+    let (times, at) = (20, 10);
+    let io = |mem: &Arc<GuestMemory>| -> Arc<dyn CpuIo> {
+        mem.write(Gpa(FUNCTION), SERIALISING).unwrap();
+        mem.write(Gpa(FUNCTION + 0x80), &[0x90; 0x40]).unwrap();
+        mem.write(Gpa(BEHIND), &returning(3)).unwrap();
+        let meanwhile = Arc::new(Meanwhile { mem: Arc::clone(mem), armed: AtomicU32::new(0) });
+        let holder: Arc<dyn guestmem::Holder> = meanwhile.clone();
+        mem.register(Arc::downgrade(&holder));
+        let command = move |mem: &Arc<GuestMemory>, n| {
+            if n == 5 || n == at {
+                // What follows is entered from the dispatcher, which compares and traces it first.
+                mem.write(Gpa(FUNCTION), SERIALISING).unwrap();
+            }
+            if n == at {
+                // That waits for everybody.
+                mem.share_page(Gpa(FUNCTION).gfn());
+                meanwhile.armed.store(1, Ordering::Relaxed);
+            }
+        };
+        Dma::device(mem, Box::new(command))
+    };
+    let (sum, report) = run(SERIALISED, times, io, Knobs { warm: 0, ..Knobs::default() });
+    assert!(report.get("fragments resumed") > 0);
+    assert_eq!(sum, 3 * u64::from(at - 1) + 4 * (times - u64::from(at) + 1));
 }

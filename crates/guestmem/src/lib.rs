@@ -20,11 +20,15 @@
 mod access;
 mod holder;
 mod map;
+pub mod protocol;
+mod requests;
 mod scalar;
+pub mod sync;
 pub mod trace;
 
 pub use access::Unbacked;
 pub use holder::{Holder, Invalidation};
 pub use map::{GuestMemory, HOLE_END, HOLE_START, Hva, MemoryError, Page};
+pub use requests::{ALL_FRAMES, Request, Requests};
 pub use scalar::Scalar;
 pub use x86::addr::{Gfn, Gpa};

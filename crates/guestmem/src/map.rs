@@ -5,11 +5,12 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock, Weak};
 
 use x86::addr::{PAGE_MASK, PAGE_SIZE};
 
+use crate::protocol::{PageTrace, Unsettled};
 use crate::{Gfn, Gpa, Holder};
 
 /// First byte of the hole for devices below 4 GiB.
@@ -55,10 +56,7 @@ pub enum MemoryError {
 pub(crate) struct Entry {
     /// Hva of the page | flags, or 0.
     map: AtomicU64,
-    pub(crate) version: AtomicU32,
-    /// Lines without code may be written after a look at the mask.
-    pub(crate) shared: AtomicU32,
-    pub(crate) code_lines: AtomicU64,
+    pub(crate) trace: PageTrace,
 }
 
 const PRESENT: u64 = 1;
@@ -72,8 +70,7 @@ pub struct GuestMemory {
     pub(crate) entries: Vec<Entry>,
     ram: Vec<std::ops::Range<u64>>,
     pub(crate) holders: RwLock<Vec<Weak<dyn Holder>>>,
-    /// Who traces lines and has not yet waited for all writers.
-    pub(crate) tracing: AtomicU32,
+    pub(crate) unsettled: Unsettled,
 }
 
 // SAFETY: `base` is only used for accesses that are single instructions on shared memory (see `scalar`); all
@@ -114,17 +111,12 @@ impl GuestMemory {
                 let hva = if gpa < HOLE_END { gpa } else { gpa - HOLE_END + low };
                 let mapped = ram.iter().any(|r| r.contains(&gpa));
                 let map = AtomicU64::new(if mapped { hva | PRESENT } else { 0 });
-                Entry {
-                    map,
-                    version: AtomicU32::new(1),
-                    shared: AtomicU32::new(0),
-                    code_lines: AtomicU64::new(0),
-                }
+                Entry { map, trace: PageTrace::default() }
             })
             .collect();
         let file = File::from(fd);
-        let (holders, tracing) = (RwLock::new(Vec::new()), AtomicU32::new(0));
-        Ok(Arc::new(Self { base, len: size, file, entries, ram, holders, tracing }))
+        let (holders, unsettled) = (RwLock::new(Vec::new()), Unsettled::default());
+        Ok(Arc::new(Self { base, len: size, file, entries, ram, holders, unsettled }))
     }
 
     /// The ranges of guest physical addresses that are RAM, ascending.

@@ -17,9 +17,9 @@
 //! next instruction boundary. Lines are cleared after every holder was told (INV-TR-3): who finds one cleared has been told, and drops his code before
 //! he writes there himself; who traces lines meanwhile waits until they are cleared, and traces them again. Writers that look at the lines first are excluded in the same manner: the next new
 //! line of a shared page ends the sharing and is followed by that wait (INV-TR-2), after which all of them have written what they looked up before.
+//! All this stands in [`crate::protocol`], where a model checker tries every order of it.
 
-use std::sync::atomic::{Ordering, fence};
-
+use crate::protocol::Everybody;
 use crate::{Gfn, Gpa, GuestMemory, Invalidation};
 
 /// Bytes in a traced line.
@@ -28,9 +28,9 @@ pub const LINE: u64 = 64;
 /// Bytes from one frame's entry of [`GuestMemory::trace_table`] to the next.
 pub const TRACE_STRIDE: usize = size_of::<crate::map::Entry>();
 /// Where in it the mask of the lines with code stands, eight bytes.
-pub const TRACE_LINES: usize = std::mem::offset_of!(crate::map::Entry, code_lines);
+pub const TRACE_LINES: usize = std::mem::offset_of!(crate::map::Entry, trace.code_lines);
 /// Where in it stands whether lines without code may be written after a look at the mask, four bytes.
-pub const TRACE_SHARED: usize = std::mem::offset_of!(crate::map::Entry, shared);
+pub const TRACE_SHARED: usize = std::mem::offset_of!(crate::map::Entry, trace.shared);
 
 /// The mask of the lines that `len_bytes` (at least 1) from `offset` touch, cut off at the end of the page.
 #[must_use]
@@ -41,77 +41,69 @@ pub const fn lines(offset: usize, len_bytes: usize) -> u64 {
     (u64::MAX << first) & (u64::MAX >> (63 - last))
 }
 
+/// Everybody, about one frame.
+struct Frame<'a> {
+    mem: &'a GuestMemory,
+    gfn: Gfn,
+    /// Who has seen to it himself.
+    me: Option<u64>,
+}
+
+impl Everybody for Frame<'_> {
+    fn write_protect(&self) {
+        self.mem.invalidate(&(self.gfn..Gfn(self.gfn.0 + 1)), Invalidation::WriteProtect, self.me);
+    }
+
+    fn code_changed(&self, lines: u64) {
+        self.mem.tell_code_changed(self.gfn, lines);
+    }
+}
+
 impl GuestMemory {
     /// The version of the page's code; changes with each write to a traced line. 0 for what is not RAM.
     #[inline(always)]
     pub fn code_version(&self, gfn: Gfn) -> u32 {
-        self.entry(gfn).map_or(0, |e| e.version.load(Ordering::Acquire))
+        self.entry(gfn).map_or(0, |e| e.trace.version())
     }
 
     /// The lines of a page that are traced.
     pub fn traced_lines(&self, gfn: Gfn) -> u64 {
-        self.entry(gfn).map_or(0, |e| e.code_lines.load(Ordering::SeqCst))
+        self.entry(gfn).map_or(0, |e| e.trace.lines())
     }
 
-    /// Whether `lines` of a page are traced, and everybody respects it.
+    /// Whether `lines` of a page are traced, and everybody respects it; who clears them after this call began tells of it. True for what is not RAM.
     pub fn is_line_traced(&self, gfn: Gfn, lines: u64) -> bool {
-        let now = self.entry(gfn).map_or(u64::MAX, |e| e.code_lines.load(Ordering::SeqCst));
-        now & lines == lines && self.tracing.load(Ordering::SeqCst) == 0
+        self.entry(gfn).is_none_or(|e| e.trace.are_traced(lines, &self.unsettled))
+    }
+
+    fn everybody(&self, gfn: Gfn, me: Option<u64>) -> Frame<'_> {
+        Frame { mem: self, gfn, me }
     }
 
     /// Traces `lines` of a page for the holder `me`. Call before reading the bytes, and outside of the guest: it waits for other vCPUs if they may
     /// write those lines the fast way, and true means that `me` must take back its own permissions too.
     pub fn trace_code(&self, gfn: Gfn, lines: u64, me: Option<u64>) -> bool {
-        let Some(entry) = self.entry(gfn) else { return false };
-        if self.is_line_traced(gfn, lines) {
-            return false;
-        }
-        let mut waited = false;
-        // Another may set the same lines and still wait for writers, or be about to clear them.
-        while !self.is_line_traced(gfn, lines) {
-            // Who sees our lines sees that we are not done, too.
-            self.tracing.fetch_add(1, Ordering::SeqCst);
-            let old = entry.code_lines.fetch_or(lines, Ordering::SeqCst);
-            if old == 0 || old & lines != lines && entry.shared.swap(0, Ordering::SeqCst) != 0 {
-                self.invalidate(&(gfn..Gfn(gfn.0 + 1)), Invalidation::WriteProtect, me);
-                waited = true;
-            }
-            self.tracing.fetch_sub(1, Ordering::SeqCst);
-            while self.tracing.load(Ordering::SeqCst) != 0 {
-                std::thread::yield_now();
-            }
-        }
-        waited
-    }
-
-    /// Tells everybody that code in `lines` of a page changed, then traces them no more.
-    fn clear_lines(&self, gfn: Gfn, entry: &crate::map::Entry, lines: u64) {
-        self.tracing.fetch_add(1, Ordering::SeqCst);
-        // The version changes before the lines are cleared: whoever finds the line untraced and gets a fast
-        // permission has already made every older decoding stale.
-        entry.version.fetch_add(1, Ordering::SeqCst);
-        self.tell_code_changed(gfn, lines);
-        entry.code_lines.fetch_and(!lines, Ordering::SeqCst);
-        self.tracing.fetch_sub(1, Ordering::SeqCst);
+        let entry = self.entry(gfn);
+        entry.is_some_and(|e| e.trace.trace(lines, &self.unsettled, &self.everybody(gfn, me)))
     }
 
     /// The page is code no more, as it seems: no line of it is traced from now on, and everybody is told that all of it changed.
     pub fn untrace(&self, gfn: Gfn) {
         if let Some(entry) = self.entry(gfn) {
-            self.clear_lines(gfn, entry, u64::MAX);
+            entry.trace.clear(u64::MAX, &self.unsettled, &self.everybody(gfn, None));
         }
     }
 
     /// From now on writes to lines of the page that are not traced need not take the slow way.
     pub fn share_page(&self, gfn: Gfn) {
         if let Some(entry) = self.entry(gfn) {
-            entry.shared.store(1, Ordering::SeqCst);
+            entry.trace.share();
         }
     }
 
     /// Whether [`GuestMemory::share_page`] was called for the page.
     pub fn is_shared(&self, gfn: Gfn) -> bool {
-        self.entry(gfn).is_some_and(|e| e.shared.load(Ordering::SeqCst) != 0)
+        self.entry(gfn).is_some_and(|e| e.trace.is_shared())
     }
 
     /// Where the traces of all frames stand, [`TRACE_STRIDE`] bytes each: for engines that look at them in code of their own. Valid as long as
@@ -123,24 +115,22 @@ impl GuestMemory {
     /// Whether writes to the page must take the slow way.
     #[inline(always)]
     pub fn is_traced(&self, gfn: Gfn) -> bool {
-        self.entry(gfn).is_some_and(|e| e.code_lines.load(Ordering::SeqCst) != 0)
+        self.entry(gfn).is_some_and(|e| e.trace.lines() != 0)
     }
 
     /// After a slow write of `len_bytes` at `gpa` (within one page). True if code was hit.
     pub fn note_write(&self, gpa: Gpa, len_bytes: usize) -> bool {
-        let Some(entry) = self.entry(gpa.gfn()) else { return false };
-        fence(Ordering::SeqCst);
+        let gfn = gpa.gfn();
+        let Some(entry) = self.entry(gfn) else { return false };
         let hit = lines(gpa.page_offset(), len_bytes.max(1));
-        if entry.code_lines.load(Ordering::SeqCst) & hit == 0 {
-            return false;
-        }
-        self.clear_lines(gpa.gfn(), entry, hit);
-        true
+        entry.trace.note_write(hit, &self.unsettled, &self.everybody(gfn, None))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
 
     #[test]
