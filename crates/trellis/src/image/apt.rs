@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use super::error::{ImageError, IoContext as _};
-use super::progress::Progress;
+use super::Progress;
 use super::spec::{Arch, Distribution, os_release, os_release_value};
 
 /// Where packages come from.

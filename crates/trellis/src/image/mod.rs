@@ -14,7 +14,6 @@ pub mod initramfs;
 pub mod list;
 pub mod modules;
 pub mod programs;
-pub mod progress;
 pub mod spec;
 pub mod tiny_init;
 
@@ -24,7 +23,7 @@ use std::path::{Path, PathBuf};
 pub use apt::Sources;
 pub use cache::{Cache, Manifest};
 pub use error::ImageError;
-pub use progress::Progress;
+pub use crate::progress::Progress;
 pub use spec::{Arch, Distribution, ImageSpec};
 
 use apt::{Apt, Package};
