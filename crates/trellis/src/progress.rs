@@ -109,7 +109,11 @@ fn time_left(elapsed: Duration, done: u64, all: u64) -> Option<String> {
         return None;
     }
     let seconds = elapsed.as_secs_f64() * (all - done) as f64 / done as f64;
-    Some(if seconds < 99.5 { format!("about {seconds:.0} s left") } else { format!("about {:.0} min left", seconds / 60.0) })
+    Some(if seconds < 99.5 {
+        format!("about {seconds:.0} s left")
+    } else {
+        format!("about {:.0} min left", seconds / 60.0)
+    })
 }
 
 #[cfg(test)]

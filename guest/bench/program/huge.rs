@@ -7,9 +7,11 @@ use crate::{Mem, sys};
 
 const HUGE: usize = 2 << 20;
 const SMAPS: &CStr = c"/proc/self/smaps";
+const ENABLED: &CStr = c"/sys/kernel/mm/transparent_hugepage/enabled";
 
 /// Zeroed memory that holds `len` bytes from the returned offset on in huge pages, all of them present.
 pub fn map(len: usize) -> Result<(Mem, usize), &'static str> {
+    switch_on();
     let needed = len.next_multiple_of(HUGE);
     let at = sys::map(needed + HUGE, sys::READ_WRITE).ok_or("not enough memory")?;
     let mem = Mem { at, len: needed + HUGE };
@@ -29,12 +31,29 @@ pub fn map(len: usize) -> Result<(Mem, usize), &'static str> {
     }
 }
 
+/// Process 1 has the machine to itself, and lets it give huge pages to who asks: Linux does not in less than 512 MiB
+/// (`hugepage_init` in `mm/huge_memory.c`). Elsewhere the owner of the machine has decided.
+fn switch_on() {
+    if sys::call3(sys::SYS_GETPID, 0, 0, 0) != 1 {
+        return;
+    }
+    let mut file = sys::open(ENABLED, sys::O_WRONLY);
+    if file < 0 {
+        sys::mount(c"sysfs", c"/sys");
+        file = sys::open(ENABLED, sys::O_WRONLY);
+    }
+    if file >= 0 {
+        sys::write_all(file, b"madvise");
+        sys::close(file);
+    }
+}
+
 /// Bytes in huge pages of the mapping with the address `at`.
 fn in_huge_pages(at: usize) -> Option<usize> {
     let mut file = sys::open(SMAPS, sys::O_RDONLY);
     if file < 0 {
         // Process 1 has a file system to itself, and may mount.
-        sys::mount_proc();
+        sys::mount(c"proc", c"/proc");
         file = sys::open(SMAPS, sys::O_RDONLY);
     }
     if file < 0 {

@@ -105,11 +105,11 @@ pub fn advise(at: *mut u8, len: usize, advice: usize) -> isize {
     call3(SYS_MADVISE, at as usize, len, advice)
 }
 
-/// Mounts proc on `/proc`; who may not does not.
-pub fn mount_proc() {
-    make_directory(c"/proc");
-    let name = c"proc".as_ptr() as usize;
-    call(SYS_MOUNT, [name, c"/proc".as_ptr() as usize, name, 0, 0, 0]);
+/// Mounts a kernel's file system of the kind `name` on a directory, which is made; who may not does not.
+pub fn mount(name: &CStr, at: &CStr) {
+    make_directory(at);
+    let name = name.as_ptr() as usize;
+    call(SYS_MOUNT, [name, at.as_ptr() as usize, name, 0, 0, 0]);
 }
 
 /// A file descriptor, or a small negative number. A file that is made is its owner's to read and write.

@@ -17,6 +17,11 @@ const SIZE_PERCENT: u32 = 100;
 const QUICK_SIZE_PERCENT: u32 = 25;
 /// The report, if no place is named.
 const DEFAULT_REPORT: &str = "trellis-bench.html";
+/// `--runs`, and under `--quick`.
+const RUNS: u32 = 5;
+const QUICK_RUNS: u32 = 3;
+/// Under `--quick` a benchmark is not run again in a mode that has been at it for so long.
+const QUICK_PATIENCE: Duration = Duration::from_millis(1500);
 /// Largest `--runs`.
 const MAX_RUNS: i64 = 1000;
 
@@ -30,10 +35,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "MODE,…", value_delimiter = ',', value_parser = parse_mode,
           default_value = mode::DEFAULT)]
     pub modes: Vec<&'static Mode>,
-    /// Measurements of each benchmark in each mode
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=MAX_RUNS))]
-    pub runs: u32,
-    /// Short measurements, and no benchmark that takes long to prepare
+    /// Measurements of each benchmark in each mode [default: 5; with --quick 3]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=MAX_RUNS))]
+    pub runs: Option<u32>,
+    /// Short measurements, fewer of what takes long, and not every benchmark
     #[arg(long)]
     pub quick: bool,
     /// Print only JSON on standard output
@@ -86,6 +91,8 @@ pub struct Plan {
     pub runs: u32,
     /// How long a measurement is to last.
     pub target: Duration,
+    /// A benchmark whose runs in a mode have taken longer than this together is not run there again.
+    pub patience: Duration,
     /// After which it is given up.
     pub timeout: Duration,
     /// Whether `--quick` was given.
@@ -158,7 +165,8 @@ impl BenchArgs {
         Plan {
             benchmarks: catalog::BENCHMARKS.iter().filter(wanted).collect(),
             modes,
-            runs: self.runs,
+            runs: self.runs.unwrap_or(if self.quick { QUICK_RUNS } else { RUNS }),
+            patience: if self.quick { QUICK_PATIENCE } else { Duration::MAX },
             target: if self.quick { QUICK_TARGET } else { TARGET },
             timeout: Duration::from_secs_f64(self.timeout),
             quick: self.quick,

@@ -196,7 +196,11 @@ pub const BENCHMARKS: &[Benchmark] = &[
     nano("nano-rdtsc", Native::Same, "RDTSC"),
     nano("nano-vmcall", Native::Absent, "VMCALL, or VMMCALL on AMD"),
     nano("nano-ipi", Native::Absent, "interrupt to another CPU that runs, until it has counted it"),
-    nano("nano-hlt-wake", Native::Absent, "interrupt to a CPU that is halted, until it answers: two that wake each other"),
+    nano(
+        "nano-hlt-wake",
+        Native::Absent,
+        "interrupt to a CPU that is halted, until it answers: two that wake each other",
+    ),
     nano("nano-mmio", Native::Absent, "load from a register of the local APIC"),
     nano("nano-invlpg", Native::Absent, "INVLPG"),
     nano("nano-cr3wr", Native::Absent, "MOV to CR3"),

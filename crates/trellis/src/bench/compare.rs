@@ -185,7 +185,8 @@ impl Old {
         let only_old = self.rows.iter().filter(|old| old.value.is_some()).count().saturating_sub(rows.len());
         let only_new = new.rows.iter().filter(|row| row.value.is_some()).count().saturating_sub(rows.len());
         if only_old + only_new > 0 {
-            notes.push(format!("{only_old} rows are in the old result only, {only_new} in the new one only."));
+            notes
+                .push(format!("{only_old} rows are in the old result only, {only_new} in the new one only."));
         }
         notes
     }
@@ -198,7 +199,9 @@ impl Comparison {
         let head = ["benchmark", "mode", "old", "new", "new/old", "old of native", "new of native", ""];
         let mut lines = vec![head.map(str::to_owned).to_vec()];
         for row in &self.rows {
-            let (before, now) = row.percent_of_native.map_or_else(Default::default, |(before, now)| (percent(before), percent(now)));
+            let (before, now) = row
+                .percent_of_native
+                .map_or_else(Default::default, |(before, now)| (percent(before), percent(now)));
             lines.push(vec![
                 row.benchmark.clone(),
                 row.mode.clone(),
@@ -254,7 +257,11 @@ mod tests {
         assert_eq!(comparison.rows.len(), 1);
         assert_eq!((comparison.rows[0].ratio, comparison.rows[0].verdict), (0.5, Verdict::Faster));
         assert_eq!(comparison.notes.iter().filter(|note| note.contains("trellis 0.0.9, form 0")).count(), 1);
-        assert!(comparison.notes.iter().any(|note| note.starts_with("2 rows are in the old result only, 2 in")), "{:?}", comparison.notes);
+        assert!(
+            comparison.notes.iter().any(|note| note.starts_with("2 rows are in the old result only, 2 in")),
+            "{:?}",
+            comparison.notes
+        );
     }
 
     #[test]
@@ -267,7 +274,10 @@ mod tests {
     #[test]
     fn what_is_no_result_is_refused() {
         for text in ["", "[]", "{\"rows\": []}", "{\"rows\": 7}"] {
-            assert!(matches!(old(text), Err(PrepareError::Usage(line)) if line.contains("no result")), "{text}");
+            assert!(
+                matches!(old(text), Err(PrepareError::Usage(line)) if line.contains("no result")),
+                "{text}"
+            );
         }
         assert!(matches!(Old::read(Path::new("/nonexistent/a")), Err(PrepareError::Usage(_))));
     }

@@ -8,11 +8,11 @@ use anyhow::Context as _;
 use tempfile::TempDir;
 
 use super::root::{ProgramRoot, Root};
+use crate::image;
 use crate::image::cpio::Archive;
 use crate::image::programs::Programs;
-use crate::image;
-use crate::progress::Progress;
 use crate::prepare::PrepareError;
+use crate::progress::Progress;
 
 /// Guest memory.
 pub const MEMORY: &str = "512M";
@@ -65,7 +65,8 @@ impl Place {
             .and_then(|()| fs::set_permissions(&program, fs::Permissions::from_mode(0o700)))
             .with_context(|| format!("cannot write {}", program.display()))?;
         let metal = directory.path().join("metal");
-        fs::write(&metal, guest_embed::CONTRACT).with_context(|| format!("cannot write {}", metal.display()))?;
+        fs::write(&metal, guest_embed::CONTRACT)
+            .with_context(|| format!("cannot write {}", metal.display()))?;
         let mut directories = Vec::new();
         let memory = TempDir::with_prefix_in("trellis-bench-", "/dev/shm").ok();
         let scratch = memory.as_ref().unwrap_or(&directory).path().to_owned();

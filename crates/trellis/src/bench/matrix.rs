@@ -31,6 +31,8 @@ pub struct Cell {
     pub samples: Vec<f64>,
     /// Guest time against host time in percent, one a run.
     pub deviations: Vec<f64>,
+    /// How long the runs took together.
+    pub spent: Duration,
     /// Digest of what was computed.
     pub check: Option<String>,
     /// Iterations a run.
@@ -125,7 +127,8 @@ impl<'a> Matrix<'a> {
         for run in 0..self.plan.runs {
             for index in in_turn(row.len(), run) {
                 let cell = &mut row[index];
-                if cell.error.is_none() && cell.skipped.is_none() {
+                let may_go_on = cell.samples.is_empty() || cell.spent <= self.plan.patience;
+                if cell.error.is_none() && cell.skipped.is_none() && may_go_on {
                     self.say(benchmark, index, "measuring");
                     match self.measure(benchmark, index, cell.count) {
                         Ok(answer) => take(cell, answer),
@@ -276,6 +279,7 @@ fn take(cell: &mut Cell, answer: Answer) {
         Answer::Skipped(reason) => cell.skipped = Some(reason),
         Answer::Done(sample) => {
             cell.samples.push(sample.host_ns / sample.ops);
+            cell.spent += Duration::try_from_secs_f64(sample.host_ns / 1e9).unwrap_or_default();
             cell.deviations.extend(sample.guest_ns.map(|guest_ns| (guest_ns / sample.host_ns - 1.0) * 100.0));
             if cell.check.as_ref().is_some_and(|check| *check != sample.check) {
                 cell.error = Some(format!(

@@ -32,8 +32,8 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 pub use args::BenchArgs;
 use args::Plan;
-use matrix::Matrix;
 use compare::Old;
+use matrix::Matrix;
 use report::Report;
 
 use crate::image;

@@ -92,7 +92,16 @@ fn native(place: &Place, root: Root) -> Result<Command, String> {
 fn trellis(engine: &str, place: &Place, root: Root) -> Result<Command, String> {
     let program = std::env::current_exe().map_err(|error| format!("cannot find this program: {error}"))?;
     let mut command = Command::new(program);
-    command.args(["boot", "--engine", engine, "--serial", "stdio", "--debugcon", "file:/dev/stderr", "--no-reboot"]);
+    command.args([
+        "boot",
+        "--engine",
+        engine,
+        "--serial",
+        "stdio",
+        "--debugcon",
+        "file:/dev/stderr",
+        "--no-reboot",
+    ]);
     if root == Root::Metal {
         command.args(["contract", "--memory", METAL_MEMORY, "--cpus", METAL_CPUS, "--append", METAL_CMDLINE]);
         return Ok(command);

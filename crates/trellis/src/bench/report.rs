@@ -3,12 +3,12 @@
 use serde::Serialize;
 
 use super::args::Plan;
+use super::catalog::{Benchmark, Native};
 use super::compare::Comparison;
 use super::guest::{MEMORY, Place};
 use super::host::Host;
 use super::matrix::{Cell, Measured, ModeResult, PRIVILEGED};
 use super::mode::{Mode, REFERENCE};
-use super::catalog::{Benchmark, Native};
 use super::stats;
 
 /// Version of the form; it grows when a reader of the old would misunderstand.
@@ -190,12 +190,7 @@ fn compare_results(modes: &[&Mode], row: &mut [Cell]) {
     }
 }
 
-fn rows_of(
-    benchmark: &'static Benchmark,
-    modes: &[&'static Mode],
-    cells: &[Cell],
-    tsc_hz: f64,
-) -> Vec<Row> {
+fn rows_of(benchmark: &'static Benchmark, modes: &[&'static Mode], cells: &[Cell], tsc_hz: f64) -> Vec<Row> {
     let (unit, scale) = if benchmark.is_nano() { (CYCLES, tsc_hz / 1e9) } else { (NANOSECONDS, 1.0) };
     let native = modes.iter().zip(cells).find(|(mode, _)| mode.name == REFERENCE);
     let native = native.and_then(|(_, cell)| cell.value()).filter(|_| benchmark.native == Native::Same);
@@ -225,7 +220,8 @@ fn rows_of(
 
 fn mode_row(mode: &'static Mode, result: ModeResult, rows: &[Row]) -> ModeRow {
     let own = || rows.iter().filter(|row| row.mode == mode.name);
-    let percents: Vec<f64> = own().filter(|row| row.is_in_mean).filter_map(|row| row.percent_of_native).collect();
+    let percents: Vec<f64> =
+        own().filter(|row| row.is_in_mean).filter_map(|row| row.percent_of_native).collect();
     let real = own().filter(|row| row.is_in_real_mean).filter_map(|row| row.percent_of_native);
     let deviations = own().filter_map(|row| row.guest_time_deviation_percent);
     ModeRow {
@@ -249,13 +245,12 @@ fn notes(modes: &[ModeRow], rows: &[Row], allowed: f64) -> Vec<String> {
         }
     }
     notes.extend(modes.iter().filter_map(|mode| incomplete_mean(mode, rows)));
+    let mut skipped: Vec<LeftOut> = Vec::new();
     for row in rows {
         if let Some(error) = &row.error {
             notes.push(format!("{} ({}) failed: {error}", row.benchmark, row.mode));
         } else if let (Some(reason), false) = (&row.skipped, is_left_out(modes, row)) {
-            notes.extend((reason != PRIVILEGED).then(|| {
-                format!("{} ({}) is left out: {reason}", row.benchmark, row.mode)
-            }));
+            left_out(&mut skipped, row, reason);
         }
         match row.guest_time_deviation_percent {
             Some(percent) if row.mode != REFERENCE && percent.abs() > allowed => {
@@ -267,7 +262,33 @@ fn notes(modes: &[ModeRow], rows: &[Row], allowed: f64) -> Vec<String> {
             _ => {}
         }
     }
+    notes.extend(skipped.iter().map(LeftOut::line));
     notes
+}
+
+/// Rows of a mode that have no value for one reason.
+struct LeftOut<'a> {
+    mode: &'a str,
+    reason: &'a str,
+    benchmarks: Vec<&'a str>,
+}
+
+impl LeftOut<'_> {
+    fn line(&self) -> String {
+        let verb = if self.benchmarks.len() == 1 { "is" } else { "are" };
+        format!("{} ({}) {verb} left out: {}", self.benchmarks.join(", "), self.mode, self.reason)
+    }
+}
+
+/// What a process never does needs no words.
+fn left_out<'a>(all: &mut Vec<LeftOut<'a>>, row: &'a Row, reason: &'a str) {
+    if reason == PRIVILEGED {
+        return;
+    }
+    match all.iter_mut().find(|known| known.mode == row.mode && known.reason == reason) {
+        Some(known) => known.benchmarks.push(row.benchmark),
+        None => all.push(LeftOut { mode: row.mode, reason, benchmarks: vec![row.benchmark] }),
+    }
 }
 
 /// A mean of real programs of which some have no value cannot be compared with one of all.
@@ -301,6 +322,7 @@ pub(super) mod tests {
             modes: MODES[..3].iter().collect(),
             runs: 2,
             target: Duration::from_millis(60),
+            patience: Duration::MAX,
             timeout: Duration::from_secs(1),
             quick: true,
             size_percent: 25,

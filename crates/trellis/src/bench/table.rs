@@ -39,7 +39,9 @@ pub fn render(report: &Report) -> String {
     lines.push(means(report, &shown, "geometric mean", |mode| mode.percent_of_native));
     let mut text = align(&lines);
     text.push('\n');
-    text.push_str(&report.comparison.as_ref().map_or_else(String::new, |comparison| comparison.render() + "\n"));
+    text.push_str(
+        &report.comparison.as_ref().map_or_else(String::new, |comparison| comparison.render() + "\n"),
+    );
     footer(report).into_iter().chain(report.notes.clone()).for_each(|line| {
         text.push_str(&line);
         text.push('\n');
@@ -219,6 +221,24 @@ mod tests {
         assert!(lines[2].contains("failed"), "{text}");
         assert!(lines[3].starts_with("geometric mean"));
         assert!(text.contains("bt is left out: not built yet"), "{text}");
+    }
+
+    #[test]
+    fn row_that_did_not_end_says_so() {
+        let mut report = example();
+        report.rows[1].timed_out = true;
+        report.rows[1].error = Some("no answer within 1 s".to_owned());
+        assert!(render(&report).lines().nth(1).unwrap().contains("timed out"));
+    }
+
+    #[test]
+    fn groups_out_of_the_mean_have_a_heading() {
+        let first = BENCHMARKS.iter().position(|benchmark| benchmark.is_nano()).unwrap();
+        let text = render(&example_of(&BENCHMARKS[first..first + 2]));
+        let at =
+            text.lines().position(|line| line.starts_with("single operations, bare metal: cycles")).unwrap();
+        assert!(text.lines().nth(at + 1).unwrap().contains(" cyc"), "{text}");
+        assert!(!render(&example()).contains("not in the means"));
     }
 
     #[test]

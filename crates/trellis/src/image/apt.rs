@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 
-use super::error::{ImageError, IoContext as _};
 use super::Progress;
+use super::error::{ImageError, IoContext as _};
 use super::spec::{Arch, Distribution, os_release, os_release_value};
 
 /// Where packages come from.

@@ -20,10 +20,10 @@ pub mod tiny_init;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+pub use crate::progress::Progress;
 pub use apt::Sources;
 pub use cache::{Cache, Manifest};
 pub use error::ImageError;
-pub use crate::progress::Progress;
 pub use spec::{Arch, Distribution, ImageSpec};
 
 use apt::{Apt, Package};

@@ -74,7 +74,13 @@ pub fn percentages(report: &Report, group: &str, form: Form, low: f64) -> Option
 
 fn percentage(svg: &mut Svg, scale: &Scale, row: &Row, y: f64) {
     let Some(share) = row.percent_of_native else {
-        let why = if row.timed_out { "timed out" } else if row.error.is_some() { "failed" } else { "not here" };
+        let why = if row.timed_out {
+            "timed out"
+        } else if row.error.is_some() {
+            "failed"
+        } else {
+            "not here"
+        };
         return svg.text("value faint", [LEFT + 3.0, y + 8.5], Anchor::Start, why);
     };
     let end = scale.place(share);
@@ -106,41 +112,52 @@ fn whisker(svg: &mut Svg, low: f64, high: f64, y: f64) {
 
 fn title(row: &Row) -> String {
     let number = row.value.map_or_else(String::new, |number| value(number, row.unit));
-    let share = row.percent_of_native.map_or_else(String::new, |share| format!(", {} of native", percent(share)));
+    let share =
+        row.percent_of_native.map_or_else(String::new, |share| format!(", {} of native", percent(share)));
     let spread = row.spread.map_or_else(String::new, |spread| format!(", spread {spread:.0} %"));
-    format!("{} ({}): {number} a {}{share}{spread}", row.benchmark, row.mode, row.operation)
+    format!("{} ({}): {number} per {}{share}{spread}", row.benchmark, row.mode, row.operation)
 }
 
-/// A group's values themselves, on a logarithmic scale.
+/// A group's values themselves on a logarithmic scale, in drawings of about equal length; `None` if there are none.
 #[must_use]
-pub fn values(report: &Report, group: &str) -> Option<String> {
-    let modes = modes_with(report, group, |row| row.value.is_some());
-    let benchmarks = benchmarks_of(report, group);
+pub fn values(report: &Report, group: &str, drawings: usize) -> Option<Vec<String>> {
     let all = || report.rows.iter().filter(|row| row.group == group).filter_map(|row| row.value);
     let (low, high) = all().fold((f64::MAX, f64::MIN), |(low, high), x| (x.min(low), x.max(high)));
-    if modes.is_empty() || low <= 0.0 {
+    if low > high || low <= 0.0 {
         return None;
     }
-    let height = HEAD + benchmarks.len() as f64 * (BAR * modes.len() as f64 + GAP);
-    let mut svg = Svg::new(WIDTH, height);
     let ticks = decades(low.min(1.0), high);
+    let benchmarks: Vec<Vec<&Row>> =
+        benchmarks_of(report, group).into_iter().map(|name| rows_with_value(report, name)).collect();
+    let each = benchmarks.len().div_ceil(drawings).max(1);
+    Some(benchmarks.chunks(each).map(|part| values_of(part, &ticks, group)).collect())
+}
+
+fn rows_with_value<'a>(report: &'a Report, benchmark: &str) -> Vec<&'a Row> {
+    let modes = report.modes.iter();
+    modes.filter_map(|mode| report.row(benchmark, mode.name)).filter(|row| row.value.is_some()).collect()
+}
+
+fn values_of(benchmarks: &[Vec<&Row>], ticks: &[f64], group: &str) -> String {
+    let bars: usize = benchmarks.iter().map(Vec::len).sum();
+    let height = HEAD + bars as f64 * BAR + benchmarks.len() as f64 * GAP;
+    let mut svg = Svg::new(WIDTH, height);
     let scale = Scale::log([ticks[0], ticks[ticks.len() - 1]], [LEFT, RIGHT]);
-    grid(&mut svg, &scale, &ticks, height, short);
+    grid(&mut svg, &scale, ticks, height, short);
     let mut y = HEAD;
-    for benchmark in benchmarks {
-        let middle = y + BAR * modes.len() as f64 / 2.0;
-        svg.text("name", [LEFT - 8.0, middle + 4.0], Anchor::End, benchmark);
-        for row in modes.iter().map(|mode| report.row(benchmark, mode)) {
-            if let Some((row, number)) = row.and_then(|row| Some((row, row.value?))) {
-                let end = scale.place(number);
-                svg.bar(class(row.mode), [LEFT, y, end - LEFT, BAR - 2.0], &title(row));
-                svg.text("value", [end + 4.0, y + 8.5], Anchor::Start, &whole(number));
-            }
+    for rows in benchmarks {
+        let middle = y + BAR * rows.len() as f64 / 2.0;
+        let name = rows.first().map_or("", |row| row.benchmark);
+        svg.text("name", [LEFT - 8.0, middle + 4.0], Anchor::End, name);
+        for (row, number) in rows.iter().filter_map(|row| Some((row, row.value?))) {
+            let end = scale.place(number);
+            svg.bar(class(row.mode), [LEFT, y, end - LEFT, BAR - 2.0], &title(row));
+            svg.text("value", [end + 4.0, y + 8.5], Anchor::Start, &rounded(number));
             y += BAR;
         }
         y += GAP;
     }
-    Some(svg.finish("plot", &format!("{group} by mode")))
+    svg.finish("plot", &format!("{group} by mode"))
 }
 
 /// The tick's number and a vertical line.
@@ -165,8 +182,14 @@ fn short(number: f64) -> String {
     }
 }
 
-fn whole(number: f64) -> String {
-    if number < 10.0 { format!("{number:.1}") } else { format!("{number:.0}") }
+/// Some three digits.
+fn rounded(number: f64) -> String {
+    match number {
+        n if n < 10.0 => format!("{n:.1}"),
+        n if n < 1e4 => format!("{n:.0}"),
+        n if n < 1e6 => format!("{:.0} k", n / 1e3),
+        n => format!("{:.1} M", n / 1e6),
+    }
 }
 
 /// The modes with a row of the group that fits, in order.

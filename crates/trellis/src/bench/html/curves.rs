@@ -33,7 +33,8 @@ struct Curve {
 }
 
 fn curves(report: &Report, pages: PageSize, what: What) -> Vec<Curve> {
-    let sets = || BENCHMARKS.iter().filter_map(|b| Some((b.name, b.chase.filter(|(_, size)| *size == pages)?.0)));
+    let sets =
+        || BENCHMARKS.iter().filter_map(|b| Some((b.name, b.chase.filter(|(_, size)| *size == pages)?.0)));
     let curve = |mode: &'static str| {
         let value = |name: &str, mode: &str| report.row(name, mode).and_then(|row| row.value);
         let point = |(name, len)| {
