@@ -9,6 +9,11 @@ pub struct Serial;
 
 const COM1: u16 = 0x3f8;
 
+impl Serial {
+    /// Its first port.
+    pub const PORT: u16 = COM1;
+}
+
 impl Write for Serial {
     fn write_str(&mut self, s: &str) -> fmt::Result {
         for b in s.bytes() {
@@ -63,7 +68,8 @@ impl Message {
         let _ = m.write_fmt(args);
         m
     }
-    fn as_str(&self) -> &str {
+    /// The text.
+    pub fn as_str(&self) -> &str {
         core::str::from_utf8(&self.text[..self.len]).unwrap_or("?")
     }
 }
@@ -178,7 +184,7 @@ pub fn baseline_efer() -> u64 {
 }
 
 /// Puts back what a test may have changed, so that tests do not depend on one another.
-fn reset_world() {
+pub fn reset_world() {
     unsafe {
         core::arch::asm!("cli", "cld");
         cpu::set_cr0(BASELINE.cr0);
@@ -233,6 +239,9 @@ pub fn main(groups: &[&[Test]]) -> ! {
         };
     }
     apic::init();
+    if let Some(what) = boot::option("nano") {
+        crate::nano::main(what);
+    }
     say!("Trellis contract suite, boot by {}", boot::protocol());
     let only = boot::option("only").unwrap_or("");
     let skip = boot::option("skip").unwrap_or("");
@@ -275,7 +284,7 @@ pub fn main(groups: &[&[Test]]) -> ! {
 }
 
 /// Ends the machine: isa-debug-exit, else ACPI power-off when all passed, else halt.
-fn exit(good: bool) -> ! {
+pub fn exit(good: bool) -> ! {
     cpu::outl(0xf4, if good { 0x10 } else { 0x11 });
     if good {
         cpu::outw(0x604, 0x2000);

@@ -24,6 +24,7 @@ mod irq;
 mod legacy;
 mod mem;
 mod modes;
+mod nano;
 mod paging;
 mod paging32;
 mod privileged;

@@ -3,6 +3,8 @@
 //! Application processors run [`ap_main`]: halted until an IPI, then the function in their mailbox. Their
 //! exceptions and interrupts go through an IDT of their own that counts by vector.
 
+pub mod partner;
+
 use crate::apic::{read, write};
 use crate::harness::{Verdict, eq, ok, wait};
 use crate::mem::{P, Page, Space, W, WIN, call, code_returning, page, put, rd, rd8, rd32, wr, wr32};

@@ -81,10 +81,12 @@ const BENCH_EXAMPLES: &str = "\
 Examples:
   trellis bench --quick                            everything, in a few minutes
   trellis bench --only sum,getppid,forkwait --modes native,interp,tcg
+  trellis bench --quick --save new.json --compare old.json
   trellis bench --json > result.json               for programs; progress goes to standard error
   trellis bench --list                             what there is
 
-Values are nanoseconds per operation, medians on the host's clock; percent of native is native time by this time.
+Values are nanoseconds per operation (cycles of single operations, nano-*), medians on the host's clock; percent of
+native is native time by this time. A report with plots is written beside; its path is printed.
 
 Exit status: 0 all was measured (a mode that this host lacks is left out with a line); 1 something failed; 2 usage.";
 

@@ -18,6 +18,7 @@ pub mod inside;
 pub mod launch;
 pub mod options;
 pub mod prepare;
+pub mod progress;
 pub mod suggest;
 pub mod terminal;
 

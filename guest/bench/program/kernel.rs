@@ -79,12 +79,12 @@ global_asm!(
     r#"
 .section .text
 .global divide_handler
-.global divide_restorer
+.global signal_restorer
 divide_handler:
     add qword ptr [rdx + 40 + 16 * 8], 2
     add qword ptr [rdx + 40 + 8 * 8], 1
     ret
-divide_restorer:
+signal_restorer:
     mov eax, 15
     syscall
 "#
@@ -92,26 +92,23 @@ divide_restorer:
 
 unsafe extern "C" {
     fn divide_handler();
-    fn divide_restorer();
+    fn signal_restorer();
 }
 
-fn divide_setup() -> Result<Ctx, &'static str> {
-    const SIGFPE: usize = 8;
+/// Makes `handler` the handler of a signal; returns whether the kernel agrees.
+pub fn handle(signal: usize, handler: usize) -> bool {
     const SA_SIGINFO: usize = 4;
     const SA_RESTORER: usize = 0x0400_0000;
-    let action = [
-        divide_handler as *const () as usize,
-        SA_SIGINFO | SA_RESTORER,
-        divide_restorer as *const () as usize,
-        0,
-    ];
-    match sys::call(sys::SYS_RT_SIGACTION, [SIGFPE, action.as_ptr() as usize, 0, 8, 0, 0]) {
-        0 => Ok(Ctx::default()),
-        _ => Err("no signal handler"),
-    }
+    let action = [handler, SA_SIGINFO | SA_RESTORER, signal_restorer as *const () as usize, 0];
+    sys::call(sys::SYS_RT_SIGACTION, [signal, action.as_ptr() as usize, 0, 8, 0, 0]) == 0
 }
 
-fn divide_by_zero(_: &mut Ctx, n: u64) -> u64 {
+pub fn divide_setup() -> Result<Ctx, &'static str> {
+    const SIGFPE: usize = 8;
+    if handle(SIGFPE, divide_handler as *const () as usize) { Ok(Ctx::default()) } else { Err("no signal handler") }
+}
+
+pub fn divide_by_zero(_: &mut Ctx, n: u64) -> u64 {
     let mut hits = 0u64;
     for _ in 0..n {
         // SAFETY: the handler adds to the saved RDI (greg 8) and skips the division; registers else are as they were.

@@ -3,10 +3,13 @@
 #![no_std]
 #![no_main]
 
+mod chase;
 mod cpu;
 mod float;
+mod huge;
 mod kernel;
 mod memory;
+mod nano;
 mod output;
 mod process;
 mod real;
@@ -38,6 +41,8 @@ pub struct Ctx {
     pub mem: Mem,
     pub fds: [i32; 4],
     pub pid: isize,
+    /// Address at which the next run goes on.
+    pub place: usize,
     /// Operations of one iteration where [`Bench::ops`] does not know.
     pub ops: u64,
     /// Digests what the work left behind, after the second mark; the digest of `run` does not count then.
@@ -109,10 +114,12 @@ const SUITES: &[&[Bench]] = &[
     kernel::BENCHES,
     process::BENCHES,
     memory::BENCHES,
+    chase::BENCHES,
     float::BENCHES,
     smc::BENCHES,
     text::BENCHES,
     real::BENCHES,
+    nano::BENCHES,
 ];
 
 fn find(name: &str) -> Option<&'static Bench> {

@@ -1,26 +1,14 @@
-//! Memory: many pages, dependent loads, copies, string instructions.
+//! Memory: many pages, copies, string instructions; dependent loads are in `chase.rs`.
 
 use core::arch::asm;
 
-use crate::{Bench, Ctx, no_teardown, with_memory};
+use crate::{Bench, Ctx, chase, no_teardown, with_memory};
 
 pub const BENCHES: &[Bench] = &[
     Bench { name: "memsweep", ops: 8192, setup: sweep_setup, run: sweep, teardown: no_teardown },
-    Bench {
-        name: "chase-64k",
-        ops: 1024,
-        setup: || chase_setup(64 << 10),
-        run: chase,
-        teardown: no_teardown,
-    },
-    Bench { name: "chase-4m", ops: 1024, setup: || chase_setup(4 << 20), run: chase, teardown: no_teardown },
-    Bench {
-        name: "chase-256m",
-        ops: 1024,
-        setup: || chase_setup(256 << 20),
-        run: chase,
-        teardown: no_teardown,
-    },
+    chase::bench("chase-64k", || chase::setup(64 << 10)),
+    chase::bench("chase-4m", || chase::setup(4 << 20)),
+    chase::bench("chase-256m", || chase::setup(256 << 20)),
     Bench { name: "memcpy", ops: 65536, setup: || copy_setup(1 << 17), run: copy, teardown: no_teardown },
     Bench {
         name: "rep-movsb",
@@ -68,32 +56,6 @@ fn sweep(ctx: &mut Ctx, n: u64) -> u64 {
         }
     }
     ctx.mem.len as u64
-}
-
-/// A ring through all cache lines in an order that no prefetcher guesses: a linear congruential sequence of full period.
-fn chase_setup(len: usize) -> Result<Ctx, &'static str> {
-    let ctx = with_memory(len)?;
-    let lines = len / 64;
-    for i in 0..lines {
-        let next = i.wrapping_mul(0x2545_f491 & !3 | 1).wrapping_add(0x9e37_79b9 | 1) & (lines - 1);
-        // SAFETY: both lines are inside the mapping.
-        unsafe { ctx.mem.at.add(i * 64).cast::<*mut u8>().write(ctx.mem.at.add(next * 64)) };
-    }
-    Ok(ctx)
-}
-
-fn chase(ctx: &mut Ctx, n: u64) -> u64 {
-    // Goes on where the last run ended, so that short runs see all lines too. The place is kept in the second word.
-    let place = ctx.mem.at.wrapping_add(8).cast::<*mut u8>();
-    // SAFETY: all pointers of the ring point into the mapping.
-    unsafe {
-        let mut at = if (*place).is_null() { ctx.mem.at } else { *place };
-        asm!("2:", "mov {p}, [{p}]", "mov {p}, [{p}]", "mov {p}, [{p}]", "mov {p}, [{p}]",
-             "mov {p}, [{p}]", "mov {p}, [{p}]", "mov {p}, [{p}]", "mov {p}, [{p}]", "dec {i}", "jnz 2b",
-             p = inout(reg) at, i = inout(reg) n.max(1) * 128 => _, options(nostack));
-        *place = at;
-        (at as usize & 63) as u64
-    }
 }
 
 fn copy_setup(len: usize) -> Result<Ctx, &'static str> {

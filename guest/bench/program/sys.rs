@@ -12,6 +12,7 @@ pub const SYS_MPROTECT: usize = 10;
 pub const SYS_MUNMAP: usize = 11;
 pub const SYS_RT_SIGACTION: usize = 13;
 pub const SYS_PIPE: usize = 22;
+pub const SYS_MADVISE: usize = 28;
 pub const SYS_DUP2: usize = 33;
 pub const SYS_ACCESS: usize = 21;
 pub const SYS_GETPID: usize = 39;
@@ -25,6 +26,7 @@ pub const SYS_UNLINK: usize = 87;
 pub const SYS_GETPPID: usize = 110;
 pub const SYS_PRCTL: usize = 157;
 pub const SYS_CHROOT: usize = 161;
+pub const SYS_MOUNT: usize = 165;
 pub const SYS_IOPERM: usize = 173;
 pub const SYS_REBOOT: usize = 169;
 pub const SYS_SCHED_SETAFFINITY: usize = 203;
@@ -93,6 +95,21 @@ pub fn map(len: usize, protection: usize) -> Option<*mut u8> {
 
 pub fn unmap(at: *mut u8, len: usize) {
     call3(SYS_MUNMAP, at as usize, len, 0);
+}
+
+pub const MADV_HUGEPAGE: usize = 14;
+pub const MADV_NOHUGEPAGE: usize = 15;
+
+/// `madvise`; 0 if the kernel knows the advice.
+pub fn advise(at: *mut u8, len: usize, advice: usize) -> isize {
+    call3(SYS_MADVISE, at as usize, len, advice)
+}
+
+/// Mounts a kernel's file system of the kind `name` on a directory, which is made; who may not does not.
+pub fn mount(name: &CStr, at: &CStr) {
+    make_directory(at);
+    let name = name.as_ptr() as usize;
+    call(SYS_MOUNT, [name, at.as_ptr() as usize, name, 0, 0, 0]);
 }
 
 /// A file descriptor, or a small negative number. A file that is made is its owner's to read and write.

@@ -11,7 +11,8 @@
 //! | `run NAME N [SIZE]` | setup, [`MARK_START`], N iterations, [`MARK_END`], `DONE NAME ops NANOSECONDS check`; or `SKIP NAME reason`, `ERR reason` |
 //! | `quit` | exits, or powers the machine off |
 //!
-//! `ops` is how many of the benchmark's operations the iterations were, the nanoseconds are by the program's own clock, and
+//! `ops` is how many of the benchmark's operations the iterations were, the nanoseconds are by the program's own clock (`-`
+//! if it has none: the bare-metal guest of `guest/src/nano.rs` speaks the same protocol), and
 //! `check` is a digest of what was computed, the same wherever the program runs right. SIZE, a percentage, says how much
 //! real programs are given to do; the others do not look at it.
 //!

@@ -5,22 +5,50 @@ use std::fmt::Write as _;
 use super::mode;
 
 /// A benchmark.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Benchmark {
     /// Its name, on the command line and in the program.
     pub name: &'static str,
-    /// What one operation is: values are nanoseconds per operation.
+    /// What one operation is.
     pub operation: &'static str,
     /// What it does, in a line.
     pub about: &'static str,
-    /// The group it belongs to: [`REAL_PROGRAMS`] or one of the others.
+    /// The group it belongs to: [`REAL_PROGRAMS`], [`CHASE`], [`NANO`] or one of the others.
     pub group: &'static str,
-    /// Takes long to prepare: not under `--quick`.
+    /// Not under `--quick`.
     pub is_slow: bool,
+    /// What a process of the host can do of it.
+    pub native: Native,
+    /// Bytes that a pointer chase goes round in, and the size of its pages.
+    pub chase: Option<(u64, PageSize)>,
+}
+
+/// What a process of the host can do of a benchmark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Native {
+    /// The same.
+    Same,
+    /// The nearest thing, through the host's kernel: a number to look at and no measure of the other modes.
+    ByItsKernel,
+    /// Nothing: it needs privilege.
+    Absent,
+}
+
+/// The pages of a pointer chase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageSize {
+    /// 4 KiB.
+    Small,
+    /// 2 MiB.
+    Huge,
 }
 
 /// The group of the programs that people run, which have a root and a mean of their own.
 pub const REAL_PROGRAMS: &str = "real programs";
+/// The group of the curve over working sets; three points of it are in the group `memory`.
+pub const CHASE: &str = "pointer chase";
+/// The group of single operations, in a guest without an operating system.
+pub const NANO: &str = "single operations, bare metal";
 /// The one of the group that is not in its mean: it is the cost of starting a program alone, over and over.
 const OUT_OF_THE_MEAN: &str = "exec-pie";
 
@@ -31,10 +59,26 @@ impl Benchmark {
         self.group == REAL_PROGRAMS
     }
 
+    /// Whether it runs in the guest without an operating system; its values are cycles of the host's counter.
+    #[must_use]
+    pub fn is_nano(&self) -> bool {
+        self.group == NANO
+    }
+
+    /// Whether it counts in the mean of all: curves and single operations do not, for they would be half of it.
+    #[must_use]
+    pub fn is_in_mean(&self) -> bool {
+        self.group != CHASE && !self.is_nano()
+    }
+
     /// Whether it counts in the mean of the real programs.
     #[must_use]
     pub fn is_in_real_mean(&self) -> bool {
         self.is_real() && self.name != OUT_OF_THE_MEAN
+    }
+
+    const fn slow(self) -> Self {
+        Self { is_slow: true, ..self }
     }
 }
 
@@ -43,8 +87,18 @@ struct Group(&'static str);
 
 impl Group {
     const fn benchmark(&self, name: &'static str, operation: &'static str, about: &'static str) -> Benchmark {
-        Benchmark { name, operation, about, group: self.0, is_slow: false }
+        let native = Native::Same;
+        Benchmark { name, operation, about, group: self.0, is_slow: false, native, chase: None }
     }
+
+    const fn chase(&self, name: &'static str, len: u64, pages: PageSize, about: &'static str) -> Benchmark {
+        Benchmark { chase: Some((len, pages)), ..self.benchmark(name, "load", about) }
+    }
+}
+
+/// A single operation of the bare-metal guest.
+const fn nano(name: &'static str, native: Native, about: &'static str) -> Benchmark {
+    Benchmark { native, ..Group(NANO).benchmark(name, "operation", about) }
 }
 
 const USER: Group = Group("user code");
@@ -52,6 +106,7 @@ const KERNEL: Group = Group("into the kernel");
 const PROCESSES: Group = Group("processes");
 const MEMORY: Group = Group("memory");
 const STRINGS: Group = Group("string instructions");
+const CURVE: Group = Group(CHASE);
 const FLOAT: Group = Group("floating point");
 const SMC: Group = Group("self-modifying code");
 const PROGRAMS: Group = Group("programs");
@@ -76,14 +131,29 @@ pub const BENCHMARKS: &[Benchmark] = &[
     PROCESSES.benchmark("shell", "command", "pipe, fork, execve, 20 writes, counted by the parent, wait"),
     PROCESSES.benchmark("files", "file", "create, write 3000 bytes, read, remove, in memory"),
     MEMORY.benchmark("memsweep", "page", "a word of every page of 32 MiB"),
-    MEMORY.benchmark("chase-64k", "load", "dependent loads over 64 KiB"),
-    MEMORY.benchmark("chase-4m", "load", "dependent loads over 4 MiB"),
-    Benchmark { is_slow: true, ..MEMORY.benchmark("chase-256m", "load", "dependent loads over 256 MiB") },
+    MEMORY.chase("chase-64k", 64 << 10, PageSize::Small, "dependent loads over 64 KiB"),
+    MEMORY.chase("chase-4m", 4 << 20, PageSize::Small, "dependent loads over 4 MiB"),
+    MEMORY.chase("chase-256m", 256 << 20, PageSize::Small, "dependent loads over 256 MiB").slow(),
     MEMORY.benchmark("memcpy", "byte", "64 KiB by SSE2"),
     STRINGS.benchmark("rep-movsb", "byte", "4 KiB by one instruction"),
     STRINGS.benchmark("rep-movsb-short", "byte", "24 bytes by one instruction"),
     STRINGS.benchmark("rep-stosb", "byte", "4 KiB by one instruction"),
     STRINGS.benchmark("repne-scasb", "byte", "4 KiB by one instruction"),
+    CURVE.chase("chase-4k", 4 << 10, PageSize::Small, "dependent loads over 4 KiB"),
+    CURVE.chase("chase-16k", 16 << 10, PageSize::Small, "dependent loads over 16 KiB").slow(),
+    CURVE.chase("chase-256k", 256 << 10, PageSize::Small, "dependent loads over 256 KiB"),
+    CURVE.chase("chase-1m", 1 << 20, PageSize::Small, "dependent loads over 1 MiB"),
+    CURVE.chase("chase-16m", 16 << 20, PageSize::Small, "dependent loads over 16 MiB"),
+    CURVE.chase("chase-64m", 64 << 20, PageSize::Small, "dependent loads over 64 MiB").slow(),
+    CURVE.chase("huge-4k", 4 << 10, PageSize::Huge, "dependent loads over 4 KiB in 2 MiB pages").slow(),
+    CURVE.chase("huge-16k", 16 << 10, PageSize::Huge, "dependent loads over 16 KiB in 2 MiB pages").slow(),
+    CURVE.chase("huge-64k", 64 << 10, PageSize::Huge, "dependent loads over 64 KiB in 2 MiB pages"),
+    CURVE.chase("huge-256k", 256 << 10, PageSize::Huge, "dependent loads over 256 KiB in 2 MiB pages").slow(),
+    CURVE.chase("huge-1m", 1 << 20, PageSize::Huge, "dependent loads over 1 MiB in 2 MiB pages"),
+    CURVE.chase("huge-4m", 4 << 20, PageSize::Huge, "dependent loads over 4 MiB in 2 MiB pages"),
+    CURVE.chase("huge-16m", 16 << 20, PageSize::Huge, "dependent loads over 16 MiB in 2 MiB pages"),
+    CURVE.chase("huge-64m", 64 << 20, PageSize::Huge, "dependent loads over 64 MiB in 2 MiB pages").slow(),
+    CURVE.chase("huge-256m", 256 << 20, PageSize::Huge, "dependent loads over 256 MiB in 2 MiB pages").slow(),
     FLOAT.benchmark("matmul-sse2", "multiply-add", "double matrices of 48 × 48"),
     FLOAT.benchmark("matmul-avx2", "multiply-add", "the same with AVX2 and FMA"),
     FLOAT.benchmark("nbody-sse2", "pair", "five bodies, double"),
@@ -115,6 +185,26 @@ pub const BENCHMARKS: &[Benchmark] = &[
         "process",
         "fork and execve of ls, dynamically linked and PIE; not in the group's mean",
     ),
+    nano("nano-syscall", Native::ByItsKernel, "SYSCALL and SYSRET; natively getppid"),
+    nano("nano-in", Native::Absent, "IN from a port of the serial line"),
+    nano("nano-cr8wr", Native::Absent, "MOV to CR8"),
+    nano("nano-callret", Native::Same, "CALL and RET"),
+    nano("nano-pgfault", Native::ByItsKernel, "page fault and back; natively a signal"),
+    nano("nano-divzero", Native::ByItsKernel, "divide error and back; natively a signal"),
+    nano("nano-ptemod", Native::Absent, "page-table entry changed, INVLPG, page read"),
+    nano("nano-cpuid", Native::Same, "CPUID"),
+    nano("nano-rdtsc", Native::Same, "RDTSC"),
+    nano("nano-vmcall", Native::Absent, "VMCALL, or VMMCALL on AMD"),
+    nano("nano-ipi", Native::Absent, "interrupt to another CPU that runs, until it has counted it"),
+    nano(
+        "nano-hlt-wake",
+        Native::Absent,
+        "interrupt to a CPU that is halted, until it answers: two that wake each other",
+    ),
+    nano("nano-mmio", Native::Absent, "load from a register of the local APIC"),
+    nano("nano-invlpg", Native::Absent, "INVLPG"),
+    nano("nano-cr3wr", Native::Absent, "MOV to CR3"),
+    nano("nano-wrmsr", Native::Absent, "WRMSR to LSTAR"),
 ];
 
 /// What `--list` prints.
@@ -122,7 +212,7 @@ pub const BENCHMARKS: &[Benchmark] = &[
 pub fn list() -> String {
     let mut text = String::from("Benchmarks (one operation in parentheses):\n");
     let mut last_group = "";
-    for Benchmark { name, operation, about, group, is_slow } in BENCHMARKS {
+    for Benchmark { name, operation, about, group, is_slow, .. } in BENCHMARKS {
         if *group != last_group {
             // Writing to a string cannot fail.
             let _ = writeln!(text, " {group}:");

@@ -8,13 +8,20 @@ use anyhow::Context as _;
 use tempfile::TempDir;
 
 use super::root::{ProgramRoot, Root};
+use crate::image;
 use crate::image::cpio::Archive;
 use crate::image::programs::Programs;
-use crate::image::{self, Progress};
 use crate::prepare::PrepareError;
+use crate::progress::Progress;
 
 /// Guest memory.
 pub const MEMORY: &str = "512M";
+/// Memory and CPUs of the guest without an operating system, and its command line.
+pub const METAL_MEMORY: &str = "64M";
+/// One interrupts the other.
+pub const METAL_CPUS: &str = "2";
+/// It waits for commands.
+pub const METAL_CMDLINE: &str = "nano=serve";
 /// The guest's command line: nothing is printed that would disturb; a panic ends the run.
 pub const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
 
@@ -27,6 +34,8 @@ pub struct Place {
     pub scratch: PathBuf,
     /// What guests boot.
     pub guest: Option<GuestFiles>,
+    /// The image of the guest without an operating system.
+    pub metal: PathBuf,
     /// The root of real programs, if any is to be run.
     pub programs: Option<ProgramRoot>,
     _directories: Vec<TempDir>,
@@ -55,13 +64,16 @@ impl Place {
         fs::write(&program, guest_bench::PROGRAM)
             .and_then(|()| fs::set_permissions(&program, fs::Permissions::from_mode(0o700)))
             .with_context(|| format!("cannot write {}", program.display()))?;
+        let metal = directory.path().join("metal");
+        fs::write(&metal, guest_embed::CONTRACT)
+            .with_context(|| format!("cannot write {}", metal.display()))?;
         let mut directories = Vec::new();
         let memory = TempDir::with_prefix_in("trellis-bench-", "/dev/shm").ok();
         let scratch = memory.as_ref().unwrap_or(&directory).path().to_owned();
         let guest = if with_guest { Some(guest_files(kernel, directory.path())?) } else { None };
         directories.extend(memory);
         directories.push(directory);
-        Ok(Self { program, scratch, guest, programs: None, _directories: directories })
+        Ok(Self { program, scratch, guest, metal, programs: None, _directories: directories })
     }
 
     /// Lays the root of real programs: as a directory if they are to run `natively`, and for guests if there are any.
@@ -79,6 +91,7 @@ impl Place {
         match root {
             Root::Bare => self.guest.as_ref().map(|guest| guest.initrd.as_path()),
             Root::Programs => self.programs.as_ref()?.initrd.as_deref(),
+            Root::Metal => None,
         }
     }
 }

@@ -1,6 +1,9 @@
 //! What the host is, for the report.
 
+use std::time::{Duration, Instant};
+
 use serde::Serialize;
+use x86_interp::host_tsc::rdtsc;
 
 /// The host.
 #[derive(Clone, Debug, Serialize)]
@@ -13,6 +16,8 @@ pub struct Host {
     pub kernel: String,
     /// Whether the host is itself a guest, by the CPU's own word.
     pub is_virtual: bool,
+    /// Frequency of the time-stamp counter: what a cycle is.
+    pub tsc_hz: f64,
     /// Processes that wanted to run in the last minute, at the end of the run: much above 1, and times are doubtful.
     pub load_average: f64,
 }
@@ -30,11 +35,20 @@ impl Host {
                 .unwrap_or_default()
                 .trim()
                 .to_owned(),
+            tsc_hz: tsc_hz(),
             is_virtual: field(&cpuinfo, "flags")
                 .is_some_and(|flags| flags.split(' ').any(|flag| flag == "hypervisor")),
             load_average: load.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(0.0),
         }
     }
+}
+
+/// Ticks of the counter by the clock, over some 20 ms.
+fn tsc_hz() -> f64 {
+    let (start, first) = (Instant::now(), rdtsc());
+    std::thread::sleep(Duration::from_millis(20));
+    let (elapsed, ticks) = (start.elapsed(), rdtsc().wrapping_sub(first));
+    ticks as f64 / elapsed.as_secs_f64()
 }
 
 /// The first value of a key in `/proc/cpuinfo`.

@@ -1,5 +1,5 @@
-//! The matrix benchmarks × modes: each cell is calibrated, then all modes of a benchmark are measured in turn
-//! (A B C A B C …), so that what else the host does meets all of them alike.
+//! The matrix benchmarks × modes: each cell is calibrated, then all modes of a benchmark are measured in turn, forth and
+//! back (A B C C B A A B C …), so that what else the host does, and what changes steadily, meets all of them alike.
 //!
 //! A mode has one session, which lives through all benchmarks of one root; one that times out or dies is started again for
 //! the next benchmark. The modes that are not measured wait in the guest for a command and cost next to nothing.
@@ -9,16 +9,18 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use super::args::Plan;
-use super::catalog::Benchmark;
+use super::catalog::{Benchmark, Native};
 use super::guest::Place;
-use super::mode::Mode;
-use super::progress::Progress;
+use super::mode::{Mode, REFERENCE};
 use super::root::Root;
 use super::session::{Answer, Sample, Session, SessionError};
 use super::{stats, table};
+use crate::progress::Progress;
 
 /// Calibration multiplies the count of iterations by at most this.
 const MAX_GROWTH: f64 = 50.0;
+/// Why a process does not do an operation.
+pub const PRIVILEGED: &str = "it is the kernel's to do";
 /// Steps of a calibration at most.
 const MAX_STEPS: u32 = 12;
 
@@ -29,6 +31,8 @@ pub struct Cell {
     pub samples: Vec<f64>,
     /// Guest time against host time in percent, one a run.
     pub deviations: Vec<f64>,
+    /// How long the runs took together.
+    pub spent: Duration,
     /// Digest of what was computed.
     pub check: Option<String>,
     /// Iterations a run.
@@ -37,6 +41,8 @@ pub struct Cell {
     pub skipped: Option<String>,
     /// It failed: why.
     pub error: Option<String>,
+    /// It failed by giving no answer in time.
+    pub timed_out: bool,
 }
 
 /// What became of a mode.
@@ -67,8 +73,8 @@ pub struct Matrix<'a> {
     interrupted: &'a Arc<AtomicBool>,
     sessions: Vec<Option<(Root, Session)>>,
     modes: Vec<ModeResult>,
-    /// By mode: why it does not start in the root of real programs, although it does in the bare one.
-    without_programs: Vec<Option<String>>,
+    /// By mode: the roots in which it does not start although it may in others, and why.
+    without: Vec<Vec<(Root, String)>>,
     notes: Vec<String>,
 }
 
@@ -83,9 +89,9 @@ impl<'a> Matrix<'a> {
     ) -> Self {
         let sessions = plan.modes.iter().map(|_| None).collect();
         let modes = vec![ModeResult::default(); plan.modes.len()];
-        let without_programs = vec![None; plan.modes.len()];
+        let without = vec![Vec::new(); plan.modes.len()];
         let notes = Vec::new();
-        Self { plan, place, progress, interrupted, sessions, modes, without_programs, notes }
+        Self { plan, place, progress, interrupted, sessions, modes, without, notes }
     }
 
     /// Measures everything.
@@ -93,12 +99,11 @@ impl<'a> Matrix<'a> {
     /// # Errors
     /// Only when the user interrupts.
     pub fn run(&mut self) -> Result<Measured, SessionError> {
-        let steps = self.plan.benchmarks.len() * self.plan.modes.len();
-        self.progress.set_total(steps as u64 * u64::from(self.plan.runs + 1));
         let mut cells = Vec::new();
         for benchmark in self.plan.benchmarks.clone() {
             let row = self.row(benchmark)?;
-            self.progress.plain_line(&table::line(benchmark, &self.plan.modes, &row));
+            let left = self.progress.time_left().map_or_else(String::new, |left| format!(" ({left})"));
+            self.progress.plain_line(&format!("{}{left}", table::line(benchmark, &self.plan.modes, &row)));
             cells.push(row);
         }
         Ok(Measured { cells, modes: std::mem::take(&mut self.modes), notes: std::mem::take(&mut self.notes) })
@@ -108,15 +113,22 @@ impl<'a> Matrix<'a> {
     fn row(&mut self, benchmark: &Benchmark) -> Result<Vec<Cell>, SessionError> {
         let mut row = vec![Cell::default(); self.plan.modes.len()];
         for (index, cell) in row.iter_mut().enumerate() {
+            if benchmark.native == Native::Absent && self.plan.modes[index].name == REFERENCE {
+                cell.skipped = Some(PRIVILEGED.to_owned());
+                self.progress.advance(1);
+                continue;
+            }
             self.say(benchmark, index, "calibrating");
             if let Err(error) = self.calibrate(benchmark, index, cell) {
                 self.fail(index, cell, error)?;
             }
             self.progress.advance(1);
         }
-        for _ in 0..self.plan.runs {
-            for (index, cell) in row.iter_mut().enumerate() {
-                if cell.error.is_none() && cell.skipped.is_none() {
+        for run in 0..self.plan.runs {
+            for index in in_turn(row.len(), run) {
+                let cell = &mut row[index];
+                let may_go_on = cell.samples.is_empty() || cell.spent <= self.plan.patience;
+                if cell.error.is_none() && cell.skipped.is_none() && may_go_on {
                     self.say(benchmark, index, "measuring");
                     match self.measure(benchmark, index, cell.count) {
                         Ok(answer) => take(cell, answer),
@@ -139,6 +151,7 @@ impl<'a> Matrix<'a> {
         if error == SessionError::Interrupted {
             return Err(error);
         }
+        cell.timed_out = matches!(error, SessionError::TimedOut(..));
         if self.modes[index].skipped.is_none() {
             cell.error = Some(error.to_string());
         } else {
@@ -171,9 +184,8 @@ impl<'a> Matrix<'a> {
     }
 
     fn measure(&mut self, benchmark: &Benchmark, index: usize, count: u64) -> Result<Answer, SessionError> {
-        let root = if benchmark.is_real() { Root::Programs } else { Root::Bare };
         let size_percent = self.plan.size_percent;
-        self.session(index, root)?.measure(benchmark.name, count, size_percent)
+        self.session(index, root_of(benchmark))?.measure(benchmark.name, count, size_percent)
     }
 
     /// The session of a mode in a root, started if need be; one in the other root is ended. A mode that does not start is
@@ -182,7 +194,7 @@ impl<'a> Matrix<'a> {
         if let Some(reason) = &self.modes[index].skipped {
             return Err(SessionError::NotStarted(reason.clone()));
         }
-        if let (Root::Programs, Some(reason)) = (root, &self.without_programs[index]) {
+        if let Some((_, reason)) = self.without[index].iter().find(|(other, _)| *other == root) {
             return Err(SessionError::NotStarted(reason.clone()));
         }
         if self.sessions[index].as_ref().is_none_or(|(other, _)| *other != root) {
@@ -216,8 +228,8 @@ impl<'a> Matrix<'a> {
         if error == SessionError::Interrupted {
             return error;
         }
-        if root == Root::Programs && !self.plan.is_all_real() {
-            self.without_programs[index] = Some(error.to_string());
+        if root != Root::Bare && self.plan.benchmarks.iter().any(|benchmark| root_of(benchmark) != root) {
+            self.without[index].push((root, error.to_string()));
         } else {
             self.progress.line(&format!("{} is left out: {error}", self.plan.modes[index].name));
             self.modes[index].skipped = Some(error.to_string());
@@ -231,10 +243,24 @@ impl<'a> Matrix<'a> {
     }
 }
 
+/// The root that a benchmark runs in.
+fn root_of(benchmark: &Benchmark) -> Root {
+    match benchmark {
+        benchmark if benchmark.is_real() => Root::Programs,
+        benchmark if benchmark.is_nano() => Root::Metal,
+        _ => Root::Bare,
+    }
+}
+
+/// Every second run goes through the modes the other way round.
+fn in_turn(modes: usize, run: u32) -> impl Iterator<Item = usize> {
+    (0..modes).map(move |n| if run % 2 == 0 { n } else { modes - 1 - n })
+}
+
 /// The count to try next; `None` if this one lasts long enough.
 fn next_count(count: u64, sample: &Sample, target: Duration) -> Option<u64> {
     // A reader that is woken late sees both marks at once; the guest's clock is good enough here.
-    let ratio = target.as_secs_f64() * 1e9 / sample.host_ns.max(sample.guest_ns).max(1.0);
+    let ratio = target.as_secs_f64() * 1e9 / sample.host_ns.max(sample.guest_ns.unwrap_or(0.0)).max(1.0);
     if ratio < 1.5 {
         return None;
     }
@@ -253,7 +279,8 @@ fn take(cell: &mut Cell, answer: Answer) {
         Answer::Skipped(reason) => cell.skipped = Some(reason),
         Answer::Done(sample) => {
             cell.samples.push(sample.host_ns / sample.ops);
-            cell.deviations.push((sample.guest_ns / sample.host_ns - 1.0) * 100.0);
+            cell.spent += Duration::try_from_secs_f64(sample.host_ns / 1e9).unwrap_or_default();
+            cell.deviations.extend(sample.guest_ns.map(|guest_ns| (guest_ns / sample.host_ns - 1.0) * 100.0));
             if cell.check.as_ref().is_some_and(|check| *check != sample.check) {
                 cell.error = Some(format!(
                     "computed {} and then {}",
@@ -279,7 +306,7 @@ mod tests {
     use super::*;
 
     fn sample(host_ns: f64, check: &str) -> Sample {
-        Sample { host_ns, guest_ns: host_ns * 0.99, ops: 10.0, check: check.to_owned() }
+        Sample { host_ns, guest_ns: Some(host_ns * 0.99), ops: 10.0, check: check.to_owned() }
     }
 
     #[test]
@@ -290,6 +317,12 @@ mod tests {
         assert_eq!(next_count(100, &sample(45e6, ""), target), None);
         assert_eq!(next_count(1, &sample(9e9, ""), target), None);
         assert_eq!(next_count(u64::MAX, &sample(1.0, ""), target), None);
+    }
+
+    #[test]
+    fn modes_are_measured_forth_and_back() {
+        let order: Vec<usize> = (0..3).flat_map(|run| in_turn(3, run)).collect();
+        assert_eq!(order, [0, 1, 2, 2, 1, 0, 0, 1, 2]);
     }
 
     #[test]

@@ -2,23 +2,27 @@
 //!
 //! The way of the data: [`args`] says what is wanted → [`catalog`] names benchmarks and [`mode`] names modes → a
 //! [`session`] is one running copy of the program (`guest_bench`), as a process or as process 1 of a guest that [`guest`]
-//! puts together, for real programs in the [`root`] that holds them → [`matrix`] calibrates and measures in turn → [`stats`] → [`report`] as JSON or, by [`table`], as text.
+//! puts together, for real programs in the [`root`] that holds them → [`matrix`] calibrates and measures in turn → [`stats`] → [`report`] as JSON or, by [`table`], as text, beside an older one by [`compare`], and as a page for a browser by
+//! [`html`].
 //!
 //! Durations are taken on the host's clock when marks arrive; the guest's own clock is only checked against it.
 
 pub mod args;
 pub mod catalog;
+pub mod compare;
 pub mod guest;
 pub mod host;
+pub mod html;
 pub mod matrix;
 pub mod mode;
-pub mod progress;
 pub mod report;
 pub mod root;
 pub mod session;
 pub mod stats;
 pub mod table;
 
+use std::fs;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -28,11 +32,13 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 pub use args::BenchArgs;
 use args::Plan;
+use compare::Old;
 use matrix::Matrix;
-use progress::Progress;
 use report::Report;
 
 use crate::image;
+use crate::progress::Progress;
+use crate::terminal::tell;
 
 /// Runs `trellis bench`; returns what is for standard output, and the exit status.
 ///
@@ -46,27 +52,50 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<(String, ExitCode)> {
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&interrupted)).context("cannot watch for signals")?;
     }
+    // Before anything is measured: it would be a pity afterwards.
+    let old = args.compare.as_deref().map(Old::read).transpose()?;
     let mut plan = args.plan();
-    let mut place =
-        guest::Place::prepare(plan.modes.iter().any(|mode| mode.needs_kernel()), args.kernel.as_deref())?;
+    let mut place = guest::Place::prepare(plan.needs_kernel(), args.kernel.as_deref())?;
     if plan.has_real() {
         add_programs(&mut plan, &mut place);
     }
-    let progress = Progress::new();
+    let progress = Progress::of_steps(plan.steps());
     let mut matrix = Matrix::new(&plan, &place, &progress, &interrupted);
     let measured = matrix.run();
     drop(matrix);
     drop(progress);
-    let report = Report::new(&plan, &place, measured?);
+    let mut report = Report::new(&plan, &place, measured?);
+    report.comparison = old.map(|old| old.compare(&report));
+    let written = write_files(args, &report);
     let text = if args.json { report.json() } else { table::render(&report) };
-    let status = if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    let status = if report.is_good() && written { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     Ok((text, status))
+}
+
+/// Writes what was asked for and says where; what cannot be written is a line, and the table is printed nevertheless.
+/// Returns whether all that was asked for is there.
+fn write_files(args: &BenchArgs, report: &Report) -> bool {
+    let mut complete = true;
+    let mut write = |file: &Path, text: String, what: &str, asked_for: bool| match fs::write(file, text) {
+        Ok(()) => tell(&format!("trellis: {what}: {}\n", file.display())),
+        Err(error) => {
+            tell(&format!("trellis: cannot write the {what} {}: {error}\n", file.display()));
+            complete &= !asked_for;
+        }
+    };
+    if let Some(file) = &args.save {
+        write(file, report.json(), "result", true);
+    }
+    if let Some((file, asked_for)) = args.report_file() {
+        write(&file, html::page(report), "report", asked_for);
+    }
+    complete
 }
 
 /// Puts the real programs into their root, or leaves them out with a line that says why.
 fn add_programs(plan: &mut Plan, place: &mut guest::Place) {
     let natively = plan.modes.iter().any(|mode| !mode.needs_kernel());
-    let added = image::programs::ensure(&image::programs::BENCH, image::Progress::new)
+    let added = image::programs::ensure(&image::programs::BENCH, Progress::new)
         .map_err(|error| anyhow::anyhow!(error.cause()))
         .and_then(|programs| place.add_programs(&programs, natively));
     if let Err(error) = added {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Command;
 
-use super::guest::{CMDLINE, MEMORY, Place};
+use super::guest::{CMDLINE, MEMORY, METAL_CMDLINE, METAL_CPUS, METAL_MEMORY, Place};
 use super::root::Root;
 
 /// What `--modes` is when it is not given.
@@ -91,26 +91,56 @@ fn native(place: &Place, root: Root) -> Result<Command, String> {
 
 fn trellis(engine: &str, place: &Place, root: Root) -> Result<Command, String> {
     let program = std::env::current_exe().map_err(|error| format!("cannot find this program: {error}"))?;
+    let mut command = Command::new(program);
+    command.args([
+        "boot",
+        "--engine",
+        engine,
+        "--serial",
+        "stdio",
+        "--debugcon",
+        "file:/dev/stderr",
+        "--no-reboot",
+    ]);
+    if root == Root::Metal {
+        command.args(["contract", "--memory", METAL_MEMORY, "--cpus", METAL_CPUS, "--append", METAL_CMDLINE]);
+        return Ok(command);
+    }
     let guest = place.guest.as_ref().ok_or(NO_KERNEL)?;
     let initrd = place.initrd(root).ok_or(NO_PROGRAMS)?;
-    let mut command = Command::new(program);
-    command.args(["boot", "--engine", engine, "--memory", MEMORY, "--cpus", "1", "--no-reboot"]);
-    command.args(["--append", CMDLINE, "--serial", "stdio", "--debugcon", "file:/dev/stderr"]);
+    command.args(["--memory", MEMORY, "--cpus", "1", "--append", CMDLINE]);
     command.arg("--kernel").arg(&guest.kernel).arg("--initrd").arg(initrd);
     Ok(command)
 }
 
 fn qemu(accelerator: &str, place: &Place, root: Root) -> Result<Command, String> {
     let program = find_in_path(QEMU).ok_or_else(|| format!("{QEMU} is not installed"))?;
+    if accelerator == "kvm" {
+        kvm_is_usable()?;
+    }
+    let mut command = Command::new(program);
+    command.args(["-accel", accelerator, "-cpu", "max", "-no-reboot", "-nodefaults", "-display", "none"]);
+    command.args(["-serial", "stdio", "-chardev", "file,id=marks,path=/dev/stderr", "-device"]);
+    command.arg("isa-debugcon,iobase=0xe9,chardev=marks");
+    if root == Root::Metal {
+        command.args(["-m", METAL_MEMORY, "-smp", METAL_CPUS, "-append", METAL_CMDLINE]);
+        command.arg("-kernel").arg(&place.metal);
+        return Ok(command);
+    }
     let guest = place.guest.as_ref().ok_or(NO_KERNEL)?;
     let initrd = place.initrd(root).ok_or(NO_PROGRAMS)?;
-    let mut command = Command::new(program);
-    command.args(["-accel", accelerator, "-cpu", "max", "-m", MEMORY, "-smp", "1", "-no-reboot"]);
-    command.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-append", CMDLINE]);
-    command.args(["-chardev", "file,id=marks,path=/dev/stderr", "-device"]);
-    command.arg("isa-debugcon,iobase=0xe9,chardev=marks");
+    command.args(["-m", MEMORY, "-smp", "1", "-append", CMDLINE]);
     command.arg("-kernel").arg(&guest.kernel).arg("-initrd").arg(initrd);
     Ok(command)
+}
+
+/// Why QEMU could not use the kernel's KVM, in words of ours.
+fn kvm_is_usable() -> Result<(), String> {
+    let opened = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+    opened.map(drop).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => "this host has no /dev/kvm".to_owned(),
+        _ => format!("/dev/kvm cannot be used: {error}"),
+    })
 }
 
 fn find_in_path(name: &str) -> Option<PathBuf> {

@@ -3,20 +3,24 @@
 use serde::Serialize;
 
 use super::args::Plan;
+use super::catalog::{Benchmark, Native};
+use super::compare::Comparison;
 use super::guest::{MEMORY, Place};
 use super::host::Host;
-use super::matrix::{Cell, Measured, ModeResult};
+use super::matrix::{Cell, Measured, ModeResult, PRIVILEGED};
 use super::mode::{Mode, REFERENCE};
-use super::{catalog::Benchmark, stats};
+use super::stats;
 
 /// Version of the form; it grows when a reader of the old would misunderstand.
-const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 1;
 /// Guest time may differ from host time by so many percent…
 const MAX_DRIFT: f64 = 2.0;
 /// …or so many milliseconds, which a busy host may need to wake the reader of the marks.
 const WAKE_UP_MS: f64 = 3.0;
-/// Every value's unit.
-const UNIT: &str = "ns/op";
+/// Unit of what runs in an operating system.
+pub const NANOSECONDS: &str = "ns/op";
+/// Unit of single operations.
+pub const CYCLES: &str = "cycles/op";
 
 /// A whole run.
 #[derive(Clone, Debug, Serialize)]
@@ -35,6 +39,9 @@ pub struct Report {
     pub rows: Vec<Row>,
     /// What a reader must know.
     pub notes: Vec<String>,
+    /// Beside an older result, if one was named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub comparison: Option<Comparison>,
 }
 
 /// How it was measured.
@@ -85,6 +92,9 @@ pub struct Row {
     /// Whether it counts in the mean of the real programs.
     #[serde(skip)]
     pub is_in_real_mean: bool,
+    /// Whether it counts in the mean of all.
+    #[serde(skip)]
+    pub is_in_mean: bool,
     /// The mode.
     pub mode: &'static str,
     /// Median of the runs.
@@ -107,6 +117,8 @@ pub struct Row {
     pub skipped: Option<String>,
     /// What failed.
     pub error: Option<String>,
+    /// What failed was an answer in time.
+    pub timed_out: bool,
 }
 
 impl Report {
@@ -115,8 +127,9 @@ impl Report {
     pub fn new(plan: &Plan, place: &Place, measured: Measured) -> Self {
         let Measured { mut cells, modes, notes: said } = measured;
         cells.iter_mut().for_each(|row| compare_results(&plan.modes, row));
-        let rows: Vec<Row> =
-            plan.benchmarks.iter().zip(&cells).flat_map(|(b, row)| rows_of(b, &plan.modes, row)).collect();
+        let host = Host::now();
+        let tables = plan.benchmarks.iter().zip(&cells);
+        let rows: Vec<Row> = tables.flat_map(|(b, row)| rows_of(b, &plan.modes, row, host.tsc_hz)).collect();
         let modes: Vec<ModeRow> =
             plan.modes.iter().zip(modes).map(|(mode, result)| mode_row(mode, result, &rows)).collect();
         let allowed = MAX_DRIFT.max(WAKE_UP_MS / (plan.target.as_secs_f64() * 1e3) * 100.0);
@@ -126,7 +139,7 @@ impl Report {
         Self {
             format: FORMAT,
             trellis: env!("CARGO_PKG_VERSION"),
-            host: Host::now(),
+            host,
             settings: Settings {
                 runs: plan.runs,
                 target_ms: u64::try_from(plan.target.as_millis()).unwrap_or(u64::MAX),
@@ -138,6 +151,7 @@ impl Report {
             modes,
             rows,
             notes,
+            comparison: None,
         }
     }
 
@@ -176,9 +190,10 @@ fn compare_results(modes: &[&Mode], row: &mut [Cell]) {
     }
 }
 
-fn rows_of(benchmark: &'static Benchmark, modes: &[&'static Mode], cells: &[Cell]) -> Vec<Row> {
+fn rows_of(benchmark: &'static Benchmark, modes: &[&'static Mode], cells: &[Cell], tsc_hz: f64) -> Vec<Row> {
+    let (unit, scale) = if benchmark.is_nano() { (CYCLES, tsc_hz / 1e9) } else { (NANOSECONDS, 1.0) };
     let native = modes.iter().zip(cells).find(|(mode, _)| mode.name == REFERENCE);
-    let native = native.and_then(|(_, cell)| cell.value());
+    let native = native.and_then(|(_, cell)| cell.value()).filter(|_| benchmark.native == Native::Same);
     let row = |(mode, cell): (&&'static Mode, &Cell)| {
         let value = cell.value();
         Row {
@@ -186,16 +201,18 @@ fn rows_of(benchmark: &'static Benchmark, modes: &[&'static Mode], cells: &[Cell
             group: benchmark.group,
             is_in_real_mean: benchmark.is_in_real_mean(),
             mode: mode.name,
-            value,
-            unit: UNIT,
+            is_in_mean: benchmark.is_in_mean(),
+            value: value.map(|value| value * scale),
+            unit,
             operation: benchmark.operation,
             percent_of_native: native.zip(value).map(|(native, value)| native / value * 100.0),
             spread: value.and_then(|_| stats::spread_percent(&cell.samples)),
-            samples: cell.samples.clone(),
+            samples: cell.samples.iter().map(|sample| sample * scale).collect(),
             iterations: cell.count,
             guest_time_deviation_percent: stats::median(&cell.deviations),
             skipped: cell.skipped.clone(),
             error: cell.error.clone(),
+            timed_out: cell.timed_out,
         }
     };
     modes.iter().zip(cells).map(row).collect()
@@ -203,7 +220,8 @@ fn rows_of(benchmark: &'static Benchmark, modes: &[&'static Mode], cells: &[Cell
 
 fn mode_row(mode: &'static Mode, result: ModeResult, rows: &[Row]) -> ModeRow {
     let own = || rows.iter().filter(|row| row.mode == mode.name);
-    let percents: Vec<f64> = own().filter_map(|row| row.percent_of_native).collect();
+    let percents: Vec<f64> =
+        own().filter(|row| row.is_in_mean).filter_map(|row| row.percent_of_native).collect();
     let real = own().filter(|row| row.is_in_real_mean).filter_map(|row| row.percent_of_native);
     let deviations = own().filter_map(|row| row.guest_time_deviation_percent);
     ModeRow {
@@ -227,11 +245,12 @@ fn notes(modes: &[ModeRow], rows: &[Row], allowed: f64) -> Vec<String> {
         }
     }
     notes.extend(modes.iter().filter_map(|mode| incomplete_mean(mode, rows)));
+    let mut skipped: Vec<LeftOut> = Vec::new();
     for row in rows {
         if let Some(error) = &row.error {
             notes.push(format!("{} ({}) failed: {error}", row.benchmark, row.mode));
         } else if let (Some(reason), false) = (&row.skipped, is_left_out(modes, row)) {
-            notes.push(format!("{} ({}) is left out: {reason}", row.benchmark, row.mode));
+            left_out(&mut skipped, row, reason);
         }
         match row.guest_time_deviation_percent {
             Some(percent) if row.mode != REFERENCE && percent.abs() > allowed => {
@@ -243,7 +262,33 @@ fn notes(modes: &[ModeRow], rows: &[Row], allowed: f64) -> Vec<String> {
             _ => {}
         }
     }
+    notes.extend(skipped.iter().map(LeftOut::line));
     notes
+}
+
+/// Rows of a mode that have no value for one reason.
+struct LeftOut<'a> {
+    mode: &'a str,
+    reason: &'a str,
+    benchmarks: Vec<&'a str>,
+}
+
+impl LeftOut<'_> {
+    fn line(&self) -> String {
+        let verb = if self.benchmarks.len() == 1 { "is" } else { "are" };
+        format!("{} ({}) {verb} left out: {}", self.benchmarks.join(", "), self.mode, self.reason)
+    }
+}
+
+/// What a process never does needs no words.
+fn left_out<'a>(all: &mut Vec<LeftOut<'a>>, row: &'a Row, reason: &'a str) {
+    if reason == PRIVILEGED {
+        return;
+    }
+    match all.iter_mut().find(|known| known.mode == row.mode && known.reason == reason) {
+        Some(known) => known.benchmarks.push(row.benchmark),
+        None => all.push(LeftOut { mode: row.mode, reason, benchmarks: vec![row.benchmark] }),
+    }
 }
 
 /// A mean of real programs of which some have no value cannot be compared with one of all.
@@ -277,6 +322,7 @@ pub(super) mod tests {
             modes: MODES[..3].iter().collect(),
             runs: 2,
             target: Duration::from_millis(60),
+            patience: Duration::MAX,
             timeout: Duration::from_secs(1),
             quick: true,
             size_percent: 25,

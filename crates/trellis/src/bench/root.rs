@@ -23,6 +23,8 @@ pub enum Root {
     Bare,
     /// Beside it the real programs.
     Programs,
+    /// No operating system: the guest of single operations. Natively the program does what a process can.
+    Metal,
 }
 
 /// The root in both forms, of which a run may need one only; removed with it.

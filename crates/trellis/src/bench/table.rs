@@ -1,9 +1,9 @@
 //! The result as text.
 
-use super::catalog::Benchmark;
+use super::catalog::{self, Benchmark};
 use super::matrix::Cell;
 use super::mode::{Mode, REFERENCE};
-use super::report::{ModeRow, Report, Row};
+use super::report::{CYCLES, ModeRow, Report, Row};
 use super::stats;
 
 /// The table, what it was measured on, and the notes.
@@ -14,8 +14,18 @@ pub fn render(report: &Report) -> String {
     let mut lines = vec![header(&shown)];
     let mut benchmarks: Vec<&str> = report.rows.iter().map(|row| row.benchmark).collect();
     benchmarks.dedup();
+    let mut last_group = "";
     for name in benchmarks {
         let rows: Vec<Option<&Row>> = shown.iter().map(|mode| report.row(name, mode)).collect();
+        let first = rows.iter().flatten().next();
+        let group = first.map_or("", |row| row.group);
+        if group != last_group && first.is_some_and(|row| !row.is_in_mean) {
+            lines.push(vec![String::new()]);
+            lines.push(vec![heading(group)]);
+        } else if last_group != group && is_apart(last_group) {
+            lines.push(vec![String::new()]);
+        }
+        last_group = group;
         let operation = rows.iter().flatten().next().map_or("", |row| row.operation);
         let mut line = vec![name.to_owned(), operation.to_owned()];
         rows.iter().zip(&shown).for_each(|(row, mode)| line.extend(row_cells(*row, *mode == REFERENCE)));
@@ -29,11 +39,27 @@ pub fn render(report: &Report) -> String {
     lines.push(means(report, &shown, "geometric mean", |mode| mode.percent_of_native));
     let mut text = align(&lines);
     text.push('\n');
+    text.push_str(
+        &report.comparison.as_ref().map_or_else(String::new, |comparison| comparison.render() + "\n"),
+    );
     footer(report).into_iter().chain(report.notes.clone()).for_each(|line| {
         text.push_str(&line);
         text.push('\n');
     });
     text
+}
+
+/// Whether a group stands apart, with a heading.
+fn is_apart(group: &str) -> bool {
+    matches!(group, catalog::CHASE | catalog::NANO)
+}
+
+/// The heading of a group that is not in the means.
+fn heading(group: &str) -> String {
+    match group {
+        catalog::NANO => format!("{group}: cycles of the host's counter; not in the means"),
+        _ => format!("{group}: not in the means"),
+    }
 }
 
 fn header(modes: &[&str]) -> Vec<String> {
@@ -51,8 +77,9 @@ fn header(modes: &[&str]) -> Vec<String> {
 /// Value, percent of native unless it is native, spread.
 fn row_cells(row: Option<&Row>, is_reference: bool) -> Vec<String> {
     let value = match row {
+        Some(row) if row.timed_out => "timed out".to_owned(),
         Some(row) if row.error.is_some() => "failed".to_owned(),
-        Some(row) => row.value.map_or_else(|| "-".to_owned(), duration),
+        Some(row) => row.value.map_or_else(|| "-".to_owned(), |number| self::value(number, row.unit)),
         None => "-".to_owned(),
     };
     let spread = row.and_then(|row| row.spread).map_or_else(String::new, |spread| format!("{spread:.0} %"));
@@ -102,7 +129,7 @@ fn footer(report: &Report) -> Vec<String> {
         lines.push(format!("{}: {} ({}){boot}{clock}.", mode.name, mode.version, mode.about));
     }
     lines.push(format!(
-        "Medians of {} runs of about {} ms, taken in turn; spread is largest minus smallest by the median.",
+        "Medians of {} runs of about {} ms, taken in turn, forth and back; spread is largest minus smallest by the median.",
         settings.runs, settings.target_ms
     ));
     lines
@@ -121,6 +148,15 @@ pub fn line(benchmark: &Benchmark, modes: &[&Mode], cells: &[Cell]) -> String {
     };
     let parts: Vec<String> = modes.iter().zip(cells).map(part).collect();
     format!("{}: {}", benchmark.name, parts.join(", "))
+}
+
+/// A number of a unit in three or four digits.
+#[must_use]
+pub fn value(number: f64, unit: &str) -> String {
+    match unit {
+        CYCLES => format!("{number:.*} cyc", usize::from(number < 100.0)),
+        _ => duration(number),
+    }
 }
 
 /// Nanoseconds in three or four digits with a fitting unit.
@@ -143,17 +179,21 @@ pub fn duration(ns: f64) -> String {
 }
 
 /// A percentage with as many digits as it is worth.
-fn percent(percent: f64) -> String {
+#[must_use]
+pub fn percent(percent: f64) -> String {
     let decimals = if percent < 1.0 { 2 } else { usize::from(percent < 10.0) };
     format!("{percent:.decimals$} %")
 }
 
 /// Columns as wide as their widest field: the first two to the left, the others to the right.
-fn align(lines: &[Vec<String>]) -> String {
+#[must_use]
+pub fn align(lines: &[Vec<String>]) -> String {
     let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
     let field = |line: &[String], column: usize| line.get(column).map_or(0, |text| text.chars().count());
+    // A heading is a line of one field, which no column waits for.
+    let rows = || lines.iter().filter(|line| line.len() > 1);
     let widths: Vec<usize> =
-        (0..columns).map(|column| lines.iter().map(|line| field(line, column)).max().unwrap_or(0)).collect();
+        (0..columns).map(|column| rows().map(|line| field(line, column)).max().unwrap_or(0)).collect();
     let mut text = String::new();
     for line in lines {
         let fields = line.iter().zip(&widths).enumerate().map(|(column, (field, &width))| match column {
@@ -181,6 +221,24 @@ mod tests {
         assert!(lines[2].contains("failed"), "{text}");
         assert!(lines[3].starts_with("geometric mean"));
         assert!(text.contains("bt is left out: not built yet"), "{text}");
+    }
+
+    #[test]
+    fn row_that_did_not_end_says_so() {
+        let mut report = example();
+        report.rows[1].timed_out = true;
+        report.rows[1].error = Some("no answer within 1 s".to_owned());
+        assert!(render(&report).lines().nth(1).unwrap().contains("timed out"));
+    }
+
+    #[test]
+    fn groups_out_of_the_mean_have_a_heading() {
+        let first = BENCHMARKS.iter().position(|benchmark| benchmark.is_nano()).unwrap();
+        let text = render(&example_of(&BENCHMARKS[first..first + 2]));
+        let at =
+            text.lines().position(|line| line.starts_with("single operations, bare metal: cycles")).unwrap();
+        assert!(text.lines().nth(at + 1).unwrap().contains(" cyc"), "{text}");
+        assert!(!render(&example()).contains("not in the means"));
     }
 
     #[test]

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 
+use super::Progress;
 use super::error::{ImageError, IoContext as _};
-use super::progress::Progress;
 use super::spec::{Arch, Distribution, os_release, os_release_value};
 
 /// Where packages come from.

@@ -14,17 +14,16 @@ pub mod initramfs;
 pub mod list;
 pub mod modules;
 pub mod programs;
-pub mod progress;
 pub mod spec;
 pub mod tiny_init;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
+pub use crate::progress::Progress;
 pub use apt::Sources;
 pub use cache::{Cache, Manifest};
 pub use error::ImageError;
-pub use progress::Progress;
 pub use spec::{Arch, Distribution, ImageSpec};
 
 use apt::{Apt, Package};
