@@ -7,9 +7,14 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::mode::REFERENCE;
 use super::report::{FORMAT, Report, Row};
+use super::stats::geometric_mean;
 use super::table::{align, percent, value};
 use crate::prepare::PrepareError;
+
+/// How far native may be off its old time, on average, for times to be compared.
+const SAME_HOST: f64 = 1.05;
 
 /// A saved result, as far as it is needed; what another version left out is not missed.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -165,7 +170,7 @@ impl Old {
         Comparison { file: self.name.clone(), notes: self.notes(new, &rows), rows }
     }
 
-    fn notes(&self, new: &Report, rows: &Vec<Compared>) -> Vec<String> {
+    fn notes(&self, new: &Report, rows: &[Compared]) -> Vec<String> {
         let mut notes = Vec::new();
         if self.format != FORMAT || self.trellis != new.trellis {
             notes.push(format!(
@@ -179,6 +184,7 @@ impl Old {
         if self.host.cpu != new.host.cpu {
             notes.push(format!("{} was measured on {}: compare percentages only.", self.name, self.host.cpu));
         }
+        notes.extend(other_mood(rows));
         if self.settings.quick != new.settings.quick {
             notes.push("One of the two was --quick, in which real programs have less to do.".to_owned());
         }
@@ -190,6 +196,15 @@ impl Old {
         }
         notes
     }
+}
+
+/// A line if the host itself was faster or slower, by its own programs, and everything with it.
+fn other_mood(rows: &[Compared]) -> Option<String> {
+    let native: Vec<f64> = rows.iter().filter(|row| row.mode == REFERENCE).map(|row| row.ratio).collect();
+    let ratio = geometric_mean(&native)?;
+    (!(1.0 / SAME_HOST..=SAME_HOST).contains(&ratio)).then(|| {
+        format!("Native itself takes {ratio:.2} of its old time: the host was in another state, so compare percentages of native.")
+    })
 }
 
 impl Comparison {
@@ -259,6 +274,18 @@ mod tests {
         assert_eq!(comparison.notes.iter().filter(|note| note.contains("trellis 0.0.9, form 0")).count(), 1);
         assert!(
             comparison.notes.iter().any(|note| note.starts_with("2 rows are in the old result only, 2 in")),
+            "{:?}",
+            comparison.notes
+        );
+    }
+
+    #[test]
+    fn host_in_another_state_is_a_line() {
+        let text =
+            r#"{"format": 1, "rows": [{"benchmark": "sum", "mode": "native", "unit": "ns/op", "value": 4}]}"#;
+        let comparison = old(text).unwrap().compare(&example());
+        assert!(
+            comparison.notes.iter().any(|note| note.starts_with("Native itself takes 0.50")),
             "{:?}",
             comparison.notes
         );

@@ -163,9 +163,10 @@ fn operations(report: &Report) -> String {
 fn comparison(report: &Report) -> String {
     let Some(comparison) = &report.comparison else { return String::new() };
     let mut text = format!(
-        "<h2>Compared with {}</h2>\n<div class=\"scroll\"><table>\n<tr><th>benchmark</th><th>mode</th><th>old</th><th>new</th>\
+        "<h2>Compared with {}</h2>\n<details><summary>{} rows</summary><div class=\"scroll\"><table>\n<tr><th>benchmark</th><th>mode</th><th>old</th><th>new</th>\
          <th>new/old</th><th></th></tr>\n",
-        escape(&comparison.file)
+        escape(&comparison.file),
+        comparison.rows.len()
     );
     for row in &comparison.rows {
         let _ = writeln!(
@@ -179,7 +180,7 @@ fn comparison(report: &Report) -> String {
             row.verdict.word()
         );
     }
-    text.push_str("</table></div>\n");
+    text.push_str("</table></div></details>\n");
     comparison.notes.iter().for_each(|note| {
         let _ = writeln!(text, "<p>{}</p>", escape(note));
     });
