@@ -166,7 +166,7 @@ impl Old {
                 verdict: Verdict::of(&old.samples, &row.samples),
             })
         };
-        let rows = new.rows.iter().filter_map(compared).collect();
+        let rows: Vec<Compared> = new.rows.iter().filter_map(compared).collect();
         Comparison { file: self.name.clone(), notes: self.notes(new, &rows), rows }
     }
 

@@ -254,7 +254,7 @@ fn root_of(benchmark: &Benchmark) -> Root {
 
 /// Every second run goes through the modes the other way round.
 fn in_turn(modes: usize, run: u32) -> impl Iterator<Item = usize> {
-    (0..modes).map(move |n| if run % 2 == 0 { n } else { modes - 1 - n })
+    (0..modes).map(move |n| if run.is_multiple_of(2) { n } else { modes - 1 - n })
 }
 
 /// The count to try next; `None` if this one lasts long enough.
