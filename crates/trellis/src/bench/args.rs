@@ -21,7 +21,7 @@ const DEFAULT_REPORT: &str = "trellis-bench.html";
 const RUNS: u32 = 5;
 const QUICK_RUNS: u32 = 3;
 /// Under `--quick` a benchmark is not run again in a mode that has been at it for so long.
-const QUICK_PATIENCE: Duration = Duration::from_millis(1500);
+const QUICK_PATIENCE: Duration = Duration::from_millis(800);
 /// Largest `--runs`.
 const MAX_RUNS: i64 = 1000;
 
