@@ -156,3 +156,34 @@ fn work(asked: &Receiver<usize>, ends: &AtomicBool) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reserved_memory_begins_at_a_huge_page() {
+        for len in [1, 4096, PAGE, 3 * PAGE + 4096] {
+            let at = reserve(len).unwrap();
+            assert_eq!(at.align_offset(PAGE), 0);
+            // SAFETY: all of what was just reserved, and no more: another mapping of the test's process would be missed.
+            unsafe { munmap(at.cast(), len.next_multiple_of(4096)).unwrap() };
+        }
+    }
+
+    #[test]
+    fn tables_are_zero_at_first_and_keep_what_is_in_them_when_they_become_busy() {
+        for busy in [false, true] {
+            let mut collapser = Collapser::default();
+            let mut table = Table::<2>::new(2 * PAGE / 16, busy).unwrap();
+            assert!(table.iter().all(|e| *e == [0, 0]));
+            for (e, n) in table.iter_mut().zip(1..) {
+                *e = [n, !n];
+            }
+            table.becomes_busy(&mut collapser);
+            // It waits for its thread, which may have refused.
+            drop(collapser);
+            assert!(table.iter().zip(1..).all(|(e, n)| *e == [n, !n]));
+        }
+    }
+}

@@ -317,8 +317,9 @@ impl Tables {
 
     fn forget_cached_jumps(&mut self, half: usize) {
         self.for_each_filled(Log::Jumps, half, |at| {
-            // The slot may hold the other half's entry by now.
-            if self::half(self.frame.get(at)) == half {
+            // The slot may hold the other half's entry by now, and memory that was never used stays so.
+            let rip = self.frame.get(at);
+            if self::half(rip) == half && rip != frame::no_target(at) {
                 self.clear_jump(at);
             }
         });

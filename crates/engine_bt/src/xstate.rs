@@ -70,27 +70,34 @@ macro_rules! each_piece {
     };
 }
 
-macro_rules! save_copy {
-    () => {
-        "mov rdi, rbp\nsub rdi, r15\njle 7f\n\
-         cmp rcx, rdi\njbe 6f\n\
-         sub rcx, rdi\nmov gs:[{temp}], rcx\nmov rcx, rdi\n\
-         mov rdi, r15\nadd rdi, gs:[{hosts}]\nrep movsb\n\
-         mov rcx, gs:[{temp}]\nmov r15, rbp\n\
-         7: mov rdi, r15\nadd rdi, gs:[{hosts} + 8]\nrep movsb\njmp 2f\n\
-         6: mov rdi, r15\nadd rdi, gs:[{hosts}]\nrep movsb\n"
-    };
-}
-
-macro_rules! restore_copy {
-    () => {
-        "mov rdi, rsi\nmov rsi, rbp\nsub rsi, r15\njle 7f\n\
-         cmp rcx, rsi\njbe 6f\n\
-         sub rcx, rsi\nmov gs:[{temp}], rcx\nmov rcx, rsi\n\
-         mov rsi, r15\nadd rsi, gs:[{hosts}]\nrep movsb\n\
-         mov rcx, gs:[{temp}]\nmov r15, rbp\n\
-         7: mov rsi, r15\nadd rsi, gs:[{hosts} + 8]\nrep movsb\njmp 2f\n\
-         6: mov rsi, r15\nadd rsi, gs:[{hosts}]\nrep movsb\n"
+/// Copies between the guest's bytes and others, where the register `$guest` (RDI or RSI) is to point at the guest's and the other one points at theirs.
+macro_rules! copy {
+    ($guest:literal) => {
+        concat!(
+            "mov ",
+            $guest,
+            ", rbp\nsub ",
+            $guest,
+            ", r15\njle 7f\ncmp rcx, ",
+            $guest,
+            "\njbe 6f\nsub rcx, ",
+            $guest,
+            "\nmov gs:[{temp}], rcx\nmov rcx, ",
+            $guest,
+            "\nmov ",
+            $guest,
+            ", r15\nadd ",
+            $guest,
+            ", gs:[{hosts}]\nrep movsb\nmov rcx, gs:[{temp}]\nmov r15, rbp\n7: mov ",
+            $guest,
+            ", r15\nadd ",
+            $guest,
+            ", gs:[{hosts} + 8]\nrep movsb\njmp 2f\n6: mov ",
+            $guest,
+            ", r15\nadd ",
+            $guest,
+            ", gs:[{hosts}]\nrep movsb\n"
+        )
     };
 }
 
@@ -118,7 +125,7 @@ global_asm!(
     // The header, which lies in one page.
     "6: lea rdi, [r14 + 512]\nmov rsi, rdi\nsub rsi, rbp\nsbb rsi, rsi\nnot rsi\nand esi, 8\nadd rdi, gs:[rsi + {hosts}]",
     "mov rsi, [rcx + 512]\nmov [rdi], rsi\nmov rsi, [rcx + 520]\nmov [rdi + 8], rsi",
-    each_piece!(save_copy!()),
+    each_piece!(copy!("rdi")),
     "inc qword ptr gs:[{count}]",
     "pop rbp\npop rdi\npop rsi\npop rbx\npop rdx\npop rcx\npop rax",
     "add qword ptr [rsp], 4\nret",
@@ -160,7 +167,7 @@ global_asm!(
     pages!("0"),
     // What is loaded.
     "mov gs:[{temp} + 8], eax\nand eax, [rdx + 512]\nmov dword ptr gs:[{place}], 4",
-    each_piece!(restore_copy!()),
+    each_piece!(concat!("mov rdi, rsi\n", copy!("rsi"))),
     // MXCSR and x87's control and status: no exception unmasked, none waiting, nothing reserved.
     "test eax, 2\nje 4f\nmov ecx, [rdx + 24]\ntest ecx, 0xffff0000\njne 9f\nand ecx, 0x1f80\ncmp ecx, 0x1f80\njne 9f",
     "4: test eax, 1\nje 4f\nmov ecx, [rdx]\ntest ecx, 0x800000\njne 9f\nand ecx, 0x3f\ncmp ecx, 0x3f\njne 9f",
@@ -214,7 +221,7 @@ const fn is_done_here(mnemonic: Mnemonic) -> bool {
 
 /// The interpreter is about to do an instruction for a fragment: if it saves state in the compacted format, the format is one that the frame knows from now on.
 pub fn learn(cpu: &Cpu, frame: &Frame, mnemonic: Mnemonic) {
-    if !matches!(mnemonic, Mnemonic::Xsavec | Mnemonic::Xsavec64 | Mnemonic::Xsaves | Mnemonic::Xsaves64) {
+    if !saves(mnemonic) {
         return;
     }
     let components = cpu.gpr[0] as u32 & frame.get32(frame::XCR0);

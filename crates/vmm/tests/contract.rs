@@ -2,34 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::io::{self, Write};
-use std::sync::{Arc, Mutex};
+mod common;
+
 use std::time::Duration;
 
-use vmm::boot::{BootSource, Protocol};
+use vmm::boot::Protocol;
 use vmm::{ClockMode, EngineKind, Outcome, Vm, VmConfig};
 
-#[derive(Clone, Default)]
-struct Capture(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Capture {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
+use common::{Capture, contract_guest};
 
 fn suite(engine: EngineKind, protocol: Protocol, cpus: u32, clock: ClockMode) -> (Outcome, String, u64) {
     let output = Capture::default();
-    let source = BootSource {
-        kernel: guest_embed::CONTRACT.to_vec(),
-        kernel_name: "contract".to_owned(),
-        protocol: Some(protocol),
-        ..BootSource::default()
-    };
+    let source = contract_guest(protocol, String::new());
     let config = VmConfig {
         engine,
         cpus,
@@ -37,12 +21,12 @@ fn suite(engine: EngineKind, protocol: Protocol, cpus: u32, clock: ClockMode) ->
         isa_debug_exit: true,
         save_at_marker: true,
         timeout: Some(Duration::from_secs(300)),
-        serial: Some(Box::new(output.clone())),
+        serial: output.sink(),
         ..VmConfig::new(source)
     };
     let mut vm = Vm::new(config).unwrap();
     let outcome = vm.run().unwrap();
-    let text = String::from_utf8_lossy(&output.0.lock().unwrap()).into_owned();
+    let text = output.text();
     (outcome, text, vm.stats().instructions())
 }
 

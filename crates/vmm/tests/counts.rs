@@ -8,15 +8,17 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vmm::boot::{BootSource, Protocol};
+use vmm::boot::Protocol;
 use vmm::{ClockMode, EngineKind, Outcome, Vm, VmConfig};
+
+use common::{Capture, contract_guest};
 
 /// How much worse a count may be: so much of the old one, and so much more. Operations are counted exactly, but a vCPU
 /// that is told something (a request, a clock) leaves the cache once more.
@@ -55,19 +57,6 @@ const COUNTERS: &[&str] = &["callouts", "TC entries", "TC misses", "jump-cache r
 /// Counts by what they count; all are better when smaller.
 type Counts = BTreeMap<String, f64>;
 
-#[derive(Clone, Default)]
-struct Capture(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for Capture {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Runs a workload and returns the totals by name.
 fn totals(
     engine: EngineKind,
@@ -76,24 +65,18 @@ fn totals(
     iterations: u64,
 ) -> BTreeMap<&'static str, u64> {
     let output = Capture::default();
-    let source = BootSource {
-        kernel: guest_embed::CONTRACT.to_vec(),
-        kernel_name: "contract".to_owned(),
-        protocol: Some(Protocol::Pvh),
-        cmdline: format!("nano={workload}:{iterations}"),
-        ..BootSource::default()
-    };
+    let source = contract_guest(Protocol::Pvh, format!("nano={workload}:{iterations}"));
     let config = VmConfig {
         engine,
         clock,
         isa_debug_exit: true,
         timeout: Some(Duration::from_secs(300)),
-        serial: Some(Box::new(output.clone())),
+        serial: output.sink(),
         ..VmConfig::new(source)
     };
     let mut vm = Vm::new(config).unwrap();
     let outcome = vm.run().unwrap();
-    let text = String::from_utf8_lossy(&output.0.lock().unwrap()).into_owned();
+    let text = output.text();
     assert_eq!(outcome, Outcome::DebugExit(0x10), "{text}");
     assert!(text.contains(&format!("PASS {workload}")), "{text}");
     let stats = vm.stats();

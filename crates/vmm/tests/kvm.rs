@@ -5,31 +5,20 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod common;
+
 use std::collections::BTreeMap;
-use std::io::{self, Write};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use engine_kvm::probe;
-use vmm::boot::{BootSource, Protocol};
+use vmm::boot::Protocol;
 use vmm::{EngineKind, Outcome, Vm, VmConfig};
+
+use common::{Capture, contract_guest};
 
 const KNOWN: &str = include_str!("../../../guest/known-kvm-software-differences.txt");
 /// One test may take so long; one that hangs is taken for one that ends the machine.
 const LIMIT: Duration = Duration::from_secs(15);
-
-#[derive(Clone, Default)]
-struct Capture(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Capture {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 /// How a test ended.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -44,14 +33,9 @@ enum Verdict {
 /// Runs the suite behind test `after`; what it printed, and how it ended.
 fn run(engine: EngineKind, cpus: u32, after: Option<&str>) -> (String, String) {
     let output = Capture::default();
-    let source = BootSource {
-        kernel: guest_embed::CONTRACT.to_vec(),
-        kernel_name: "contract".to_owned(),
-        // With two vCPUs what needs two; the rest would take as long again.
-        cmdline: format!("after={} only={}", after.unwrap_or_default(), if cpus == 1 { "" } else { "smp." }),
-        protocol: Some(if cpus == 1 { Protocol::Pvh } else { Protocol::Multiboot }),
-        ..BootSource::default()
-    };
+    // With two vCPUs what needs two; the rest would take as long again.
+    let (protocol, only) = if cpus == 1 { (Protocol::Pvh, "") } else { (Protocol::Multiboot, "smp.") };
+    let source = contract_guest(protocol, format!("after={} only={only}", after.unwrap_or_default()));
     let config = VmConfig {
         engine,
         cpus,
@@ -59,20 +43,21 @@ fn run(engine: EngineKind, cpus: u32, after: Option<&str>) -> (String, String) {
         isa_debug_exit: true,
         save_at_marker: true,
         timeout: Some(LIMIT),
-        serial: Some(Box::new(output.clone())),
+        serial: output.sink(),
         ..VmConfig::new(source)
     };
-    let text = || String::from_utf8_lossy(&output.0.lock().unwrap()).into_owned();
     let (mut vm, mut lines) = (Vm::new(config).unwrap(), 0);
     let end = loop {
         match vm.run() {
             Ok(Outcome::DebugExit(_)) => break String::new(),
-            Ok(Outcome::Timeout) if text().lines().count() > lines => lines = text().lines().count(),
+            Ok(Outcome::Timeout) if output.text().lines().count() > lines => {
+                lines = output.text().lines().count()
+            }
             Ok(outcome) => break format!("{outcome:?}"),
             Err(error) => break error.to_string(),
         }
     };
-    (text(), end)
+    (output.text(), end)
 }
 
 /// The verdicts in a run's output, in order.

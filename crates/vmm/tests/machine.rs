@@ -2,35 +2,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::io::{self, Write};
-use std::sync::{Arc, Mutex};
+mod common;
+
 use std::time::Duration;
 
 use vmm::boot::{BootSource, Protocol};
-use vmm::{ClockMode, Outcome, Sink, Snapshot, Vm, VmConfig, VmError};
+use vmm::{ClockMode, Outcome, Snapshot, Vm, VmConfig, VmError};
 
-/// Collects output.
-#[derive(Clone, Default)]
-struct Capture(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Capture {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Capture {
-    fn sink(&self) -> Option<Sink> {
-        Some(Box::new(self.clone()))
-    }
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
-    }
-}
+use common::Capture;
 
 const BASE: u32 = 0x10_0000;
 
