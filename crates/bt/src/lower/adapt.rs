@@ -12,6 +12,7 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::memory::Halves;
+use super::scratch::Scratch;
 use super::{Lowering, SiteKind, ident, vector};
 use crate::emit::{S0, S1};
 use crate::frame;
@@ -137,7 +138,7 @@ impl Lowering<'_, '_> {
             (self.number, self.code) = (p.number, i.code());
             (self.current, self.next) = (i.ip(), i.next_ip());
             (self.variant, self.in_host, self.fp_loaded) = (p.variant, false, site.fp_loaded);
-            (self.held, self.delta_in_s1) = (None, None);
+            (self.held, self.kept) = (Scratch::default(), Scratch::default());
             self.making = Making::Second;
             let first = self.misses.len();
             let done = self.lower(i, p.live_before, p.reads);

@@ -119,10 +119,8 @@ impl Lowering<'_, '_> {
 
     /// A conditional jump; the straight line goes on where it is not taken.
     pub(super) fn conditional(&mut self, i: &Instruction) {
-        if !self.in_host {
-            self.asm.restore_flags(frame::FLAGS, S0);
-            self.in_host = true;
-        }
+        self.need_flags();
+        let held = self.held;
         let target = i.near_branch_target();
         let live = self.targets.live(target);
         let code = condition(i);
@@ -131,7 +129,7 @@ impl Lowering<'_, '_> {
         if live == 0 && in_page(target) && !self.is_backward(target) {
             self.leave_entry_alone(2);
             let jump = self.asm.jcc(code);
-            self.delta_in_s1 = self.held;
+            self.kept = held;
             return self.exit(jump, target, Entry::Link);
         }
         let not_taken = self.asm.jcc(code ^ 1);
@@ -148,7 +146,7 @@ impl Lowering<'_, '_> {
         }
         self.asm.bind(not_taken);
         self.in_host = true;
-        self.delta_in_s1 = self.held;
+        (self.held, self.kept) = (held, held);
     }
 
     fn call(&mut self, i: &Instruction) {

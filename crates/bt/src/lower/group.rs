@@ -14,7 +14,8 @@
 use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
 use super::memory::Operand;
-use super::registers::{frame_slot, host_number, in_frame, is_write};
+use super::registers::{host_number, in_frame, is_write};
+use super::scratch::Scratch;
 use super::{Facts, Lowering, ident, segment, vector};
 use crate::emit::{S0, S1, SP};
 use crate::frame;
@@ -320,7 +321,7 @@ impl Lowering<'_, '_> {
             None if stack => 0,
             None => displacement(i, self.facts.legacy.is_some())?,
         };
-        let mut held = self.held == Some(group);
+        let mut held = self.held.delta == Some(group);
         let first = self.misses.len();
         if self.plan.open >> group & 1 == 0 {
             let own = super::Own {
@@ -332,7 +333,11 @@ impl Lowering<'_, '_> {
             held = true;
         }
         let operand = self.member(i, group, disp, held, stack, first)?;
-        self.delta_in_s1 = Some(group);
+        self.held.hold_delta(group);
+        if operand.base == S0 {
+            self.held.lose_s0();
+        }
+        self.kept.hold_delta(group);
         Some(operand)
     }
 
@@ -349,6 +354,7 @@ impl Lowering<'_, '_> {
         let g = self.plan.groups.get(group)?;
         let (len, write, aligned) = ((g.high - g.low) as usize, g.write, g.aligned.is_some());
         self.spill(live_before);
+        self.held = Scratch::default();
         let retry = self.asm.here();
         if stack {
             self.stack_address(low, len, write);
@@ -394,11 +400,13 @@ impl Lowering<'_, '_> {
             }
             return Some(Operand { base: S0, index: Some(S1), disp: 0, first });
         }
+        if in_frame(base) && self.held.find(base) != Some(S0) {
+            self.register_to(S0, base);
+        }
         if !held {
             self.asm.load(S1, slot);
         }
         if in_frame(base) {
-            self.asm.load(S0, frame_slot(base));
             return Some(Operand { base: S0, index: Some(S1), disp, first });
         }
         Some(Operand { base: host_number(base), index: Some(S1), disp, first })

@@ -4,9 +4,10 @@ use iced_x86::{ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, Regist
 
 use super::Lowering;
 use super::memory::Operand;
-use super::registers::{Borrowed, frame_slot, host_number, in_frame, rename};
+use super::registers::{frame_slot, host_number, in_frame, rename};
+use super::scratch::Scratch;
 use super::segment::{address_bits, displacement, names_high_byte};
-use crate::emit::{Op, S0, S1};
+use crate::emit::{S0, S1};
 use crate::frame;
 use crate::unit::{self, STATUS};
 
@@ -133,44 +134,17 @@ impl Lowering<'_, '_> {
             }
             return self.ident_memory(i, live_before, needs, touches);
         }
-        if needs && !self.in_host {
-            self.asm.restore_flags(frame::FLAGS, S0);
-            self.in_host = true;
+        if needs {
+            self.need_flags();
         }
         if i.mnemonic() == Mnemonic::Mov && self.frame_move(i) {
             return true;
         }
-        let Some((renamed, used)) = rename(i, &[S0, S1], &mut self.info) else { return false };
-        self.load_borrowed(&used);
-        if !self.asm.instruction(&renamed) {
-            return false;
-        }
-        self.store_borrowed(&used);
-        if touches {
+        let done = self.on_registers(i);
+        if done && touches {
             self.in_host = true;
         }
-        if used.len() < 2 {
-            self.delta_in_s1 = self.held;
-        }
-        true
-    }
-
-    /// MOV of 64 bits between a register and one of the frame.
-    fn frame_move(&mut self, i: &Instruction) -> bool {
-        if i.op0_kind() != OpKind::Register
-            || i.op1_kind() != OpKind::Register
-            || i.op0_register().size() != 8
-        {
-            return false;
-        }
-        let (to, from) = (i.op0_register(), i.op1_register());
-        match (in_frame(to), in_frame(from)) {
-            (true, false) => self.asm.store(frame_slot(to), host_number(from)),
-            (false, true) => self.asm.load(host_number(to), frame_slot(from)),
-            _ => return false,
-        }
-        self.delta_in_s1 = self.held;
-        true
+        done
     }
 
     fn lea(&mut self, i: &Instruction) -> bool {
@@ -228,6 +202,7 @@ impl Lowering<'_, '_> {
         aligned: bool,
     ) -> Option<Operand> {
         self.spill(live_before);
+        self.held = Scratch::default();
         let first = self.misses.len();
         let retry = self.asm.here();
         if !self.address(i, size, write) {
@@ -254,7 +229,8 @@ impl Lowering<'_, '_> {
         if operand.uses(S0) && !used.is_empty() {
             self.asm.lea(S0, operand.base, operand.index.map(|x| (x, 0)), operand.disp);
             at = Operand { base: S0, index: None, disp: 0, ..operand };
-            self.delta_in_s1 = None;
+            self.kept = Scratch::default();
+            self.held = Scratch::default();
         }
         set_memory(&mut renamed, at);
         if needs && !self.in_host {
@@ -265,6 +241,13 @@ impl Lowering<'_, '_> {
             return false;
         }
         self.store_borrowed(&used);
+        // Whoever comes back from a miss brings nothing.
+        if operand.first == self.misses.len() && !operand.uses(S0) {
+            let delta = self.kept.delta;
+            self.kept = self.held;
+            self.kept.delta = delta;
+            used.iter().for_each(|b| self.kept.hold(b.host, b.guest));
+        }
         if touches || needs {
             self.in_host = true;
         }
@@ -284,6 +267,7 @@ impl Lowering<'_, '_> {
             return false;
         }
         self.spill(live_before);
+        self.held = Scratch::default();
         let retry = self.asm.here();
         let mapped =
             if legacy { self.effective_legacy(i, displacement(i)) } else { self.address(i, size, true) };
@@ -326,27 +310,6 @@ impl Lowering<'_, '_> {
         if size == 4 {
             // movsxd r15, r15d
             self.asm.bytes(&[0x4d, 0x63, 0xff]);
-        }
-    }
-
-    pub(super) fn load_borrowed(&mut self, used: &[Borrowed]) {
-        for b in used.iter().filter(|b| b.load) {
-            self.asm.gs(Op::Mov, b.host, frame_slot(b.guest));
-        }
-    }
-
-    pub(super) fn store_borrowed(&mut self, used: &[Borrowed]) {
-        for b in used.iter().filter(|b| b.store) {
-            self.asm.store(frame_slot(b.guest), b.host);
-        }
-    }
-
-    /// A guest register's value into a host register.
-    pub(super) fn register_to(&mut self, to: u8, r: Register) {
-        if in_frame(r) {
-            self.asm.load(to, frame_slot(r));
-        } else {
-            self.asm.mov(to, host_number(r));
         }
     }
 }

@@ -7,6 +7,7 @@
 use iced_x86::{Code, Instruction, OpKind};
 
 use super::Lowering;
+use super::scratch::Scratch;
 use super::stack::{self, Value};
 use crate::emit::{Fixup, Op, S0, S1, cc};
 use crate::frame;
@@ -83,7 +84,7 @@ impl Lowering<'_, '_> {
 
     /// A jump (to be bound) that is taken if the linear address in [`S0`] does not lie in a page within CS. Uses [`S1`] and flags.
     fn outside(&mut self) -> Fixup {
-        self.held = None;
+        self.held = Scratch::default();
         self.asm.op32(Op::Mov, S1, S0);
         self.asm.gs32(Op::Sub, S1, frame::CODE_START);
         self.asm.gs(Op::Cmp, S1, frame::CODE_SIZE);

@@ -19,6 +19,7 @@ mod ident;
 mod legacy;
 mod memory;
 mod registers;
+mod scratch;
 mod segment;
 mod stack;
 mod string;
@@ -36,6 +37,7 @@ use crate::unit::{self, Reader, STATUS, Unit};
 use branch::PendingExit;
 pub use legacy::Legacy;
 use memory::Miss;
+use scratch::Scratch;
 pub use system::TRAP;
 
 /// Rights with which code accesses memory: which of the TLBs, and of the jump caches, it asks.
@@ -298,9 +300,9 @@ struct Lowering<'a, 'p> {
     plan: group::Plan,
     /// Number of the current instruction in the unit.
     number: usize,
-    /// The group whose difference is in [`S1`] before the current instruction, and behind it.
-    held: Option<usize>,
-    delta_in_s1: Option<usize>,
+    /// What the scratch registers hold before the current instruction, as far as it has not clobbered them, and behind it.
+    held: Scratch,
+    kept: Scratch,
     /// Misses of groups: they go on in code without groups.
     plain_exits: Vec<usize>,
     hints: &'a Hints,
@@ -379,8 +381,8 @@ fn translate_as(
         map: Vec::with_capacity(unit.instructions.len()),
         plan: group::Plan::default(),
         number: 0,
-        held: None,
-        delta_in_s1: None,
+        held: Scratch::default(),
+        kept: Scratch::default(),
         plain_exits: Vec::new(),
         hints: &unit.hints,
         making: adapt::Making::Plain,
@@ -549,8 +551,8 @@ impl Lowering<'_, '_> {
         self.faults_first = !i.has_op_mask() && i.flow_control() != FlowControl::IndirectCall;
         let (read, written) = unit::flag_effects(i);
         let live_before = live_after & !written | read;
+        self.held = std::mem::take(&mut self.kept);
         self.poll_after_shadow(self.current, live_before);
-        self.held = self.delta_in_s1.take();
         if i.flow_control() != FlowControl::Next {
             let direct = i.is_jcc_short_or_near() && !unit::is_narrow_branch(i);
             if direct && self.reachable(i.near_branch_target()) {
@@ -564,7 +566,7 @@ impl Lowering<'_, '_> {
         }
         // With all exceptions masked WAIT finds none.
         if is_nop(i) || i.mnemonic() == Mnemonic::Wait && self.facts.fp >= FpLevel::X87 {
-            self.delta_in_s1 = self.held;
+            self.kept = self.held;
             return true;
         }
         let reads = read != 0;
@@ -622,7 +624,7 @@ impl Lowering<'_, '_> {
         self.in_host = mark.in_host;
         self.fp_loaded = mark.fp_loaded;
         self.variant = mark.variant;
-        self.delta_in_s1 = None;
+        self.kept = Scratch::default();
     }
 
     // ---- flags --------------------------------------------------------------------------------------------------
@@ -631,8 +633,18 @@ impl Lowering<'_, '_> {
     fn spill(&mut self, live: u32) {
         if self.in_host && live != 0 {
             self.asm.spill_flags(frame::FLAGS);
+            self.held.lose_s0();
         }
         self.in_host = false;
+    }
+
+    /// Sees to it that the guest's flags are in the host's.
+    fn need_flags(&mut self) {
+        if !self.in_host {
+            self.asm.restore_flags(frame::FLAGS, S0);
+            self.held.lose_s0();
+            self.in_host = true;
+        }
     }
 
     // ---- callouts --------------------------------------------------------------------------------------------------------

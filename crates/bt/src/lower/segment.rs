@@ -12,6 +12,7 @@ use iced_x86::{Instruction, OpKind, Register};
 use super::Lowering;
 use super::memory::Operand;
 use super::registers::{host_number, rename};
+use super::scratch::Scratch;
 use crate::emit::{Op, S0, S1, cc};
 use crate::frame;
 
@@ -93,7 +94,7 @@ impl Lowering<'_, '_> {
             return true;
         }
         let Some(n) = number(segment) else { return false };
-        self.held = None;
+        self.held = Scratch::default();
         self.asm.lea(S1, S0, None, size as i32);
         self.asm.gs(Op::Cmp, S1, frame::SEGMENT_ENDS + 16 * n + if write { 8 } else { 0 });
         let beyond = self.asm.jcc(cc::A);
@@ -113,7 +114,8 @@ impl Lowering<'_, '_> {
             4 => self.asm.op32(Op::Mov, to, S0),
             _ => return false,
         }
-        self.delta_in_s1 = self.held;
+        self.kept = self.held;
+        self.kept.lose_s0();
         true
     }
 

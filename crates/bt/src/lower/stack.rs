@@ -5,6 +5,7 @@ use iced_x86::{Code, Instruction, OpKind, Register};
 use super::Lowering;
 use super::memory::Operand;
 use super::registers::{frame_slot, host_number, in_frame};
+use super::scratch::Scratch;
 use super::segment;
 use crate::emit::{Op, S0, S1, SP};
 use crate::frame;
@@ -132,7 +133,7 @@ impl Lowering<'_, '_> {
             self.asm.lea(S0, to.base, to.index.map(|x| (x, 0)), to.disp);
             to = Operand { base: S0, index: None, disp: 0, first };
             scratch = S1;
-            self.delta_in_s1 = None;
+            (self.held, self.kept) = (Scratch::default(), Scratch::default());
         }
         match immediate {
             Some(v) => self.asm.store_imm_to(size, to.place(), v),

@@ -5,7 +5,7 @@
 
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind};
 
-use super::registers::rename;
+use super::scratch::Scratch;
 use super::{FpLevel, Lowering};
 use crate::emit::{S0, S1, cc};
 use crate::frame;
@@ -127,11 +127,9 @@ impl Lowering<'_, '_> {
         let (_, written) = unit::flag_effects(i);
         let touches = i.rflags_modified() & STATUS != 0;
         let needs = reads || touches && live_before & !written != 0;
-        let loaded = self.fp_loaded;
-        if !loaded {
+        if !self.fp_loaded {
             self.spill(live_before);
             self.load_fp();
-            self.held = None;
         }
         if memory {
             return self.vector_memory(i, live_before, needs, touches);
@@ -140,21 +138,12 @@ impl Lowering<'_, '_> {
             self.zero_eight(i.mnemonic() == Mnemonic::Vzeroall);
             return true;
         }
-        if needs && !self.in_host {
-            self.asm.restore_flags(frame::FLAGS, S0);
-            self.in_host = true;
+        if needs {
+            self.need_flags();
         }
-        let Some((renamed, used)) = rename(i, &[S0, S1], &mut self.info) else { return false };
-        self.load_borrowed(&used);
-        if !self.asm.instruction(&renamed) {
-            return false;
-        }
-        self.store_borrowed(&used);
-        self.in_host |= touches;
-        if used.len() < 2 && loaded {
-            self.delta_in_s1 = self.held;
-        }
-        true
+        let done = self.on_registers(i);
+        self.in_host |= done && touches;
+        done
     }
 
     fn vector_memory(&mut self, i: &Instruction, live_before: u32, needs: bool, touches: bool) -> bool {
@@ -188,6 +177,7 @@ impl Lowering<'_, '_> {
         let loaded = self.asm.jcc(cc::NE);
         self.asm.call_gs(frame::FP_LOAD);
         self.asm.bind(loaded);
+        self.held = Scratch::default();
         self.fp_loaded = true;
     }
 
