@@ -12,6 +12,8 @@ pub const S0: u8 = 14;
 pub const S1: u8 = 15;
 /// Host register of guest RSP.
 pub const SP: u8 = 13;
+/// The host's own stack pointer.
+pub const HOST_SP: u8 = 4;
 /// RAX, RCX, RDX, RSI, RDI, as the string and system instructions name them.
 pub const RAX: u8 = 0;
 /// See [`RAX`].
@@ -259,6 +261,37 @@ impl Asm {
     /// `jmp gs:[disp]`
     pub fn jmp_gs(&mut self, disp: i32) {
         self.gs_op(false, &[0xff], 4, disp);
+    }
+    /// `call gs:[index * 8 + disp]`
+    pub fn call_index8(&mut self, index: u8, disp: i32) {
+        self.gs_index_op(false, 0xff, 2, (index, 3), disp);
+    }
+    /// `push reg`
+    pub fn push(&mut self, reg: u8) {
+        self.opcode(Self::rex(false, 0, 0, reg), &[0x50 | low3(reg)]);
+    }
+    /// `push imm`, sign-extended to 64 bits.
+    pub fn push_imm(&mut self, imm: i32) {
+        self.bytes(&[0x68]);
+        self.imm32(imm);
+    }
+    /// `cmp [rsp + 8], reg`
+    pub fn cmp_below_top(&mut self, reg: u8) {
+        self.memory_op(true, &[0x39], reg, HOST_SP, Some((HOST_SP, 0)), 8);
+    }
+    /// `lea rsp, [rsp + 8]`
+    pub fn drop_top(&mut self) {
+        self.memory_op(true, &[0x8d], HOST_SP, HOST_SP, Some((HOST_SP, 0)), 8);
+    }
+    /// `ret`
+    pub fn ret(&mut self) {
+        self.bytes(&[0xc3]);
+    }
+    /// `call rel32`, to be linked as a jump.
+    pub fn call(&mut self) -> Fixup {
+        self.bytes(&[0xe8]);
+        self.imm32(0);
+        Fixup(self.here() - 4)
     }
     /// `call gs:[disp]`
     pub fn call_gs(&mut self, disp: i32) {

@@ -210,6 +210,10 @@ pub const TRACES: i32 = 0xb00;
 pub const PASS: i32 = 0xb08;
 /// Writes to traced pages that passed: for the statistics.
 pub const COUNT_PASSED: i32 = 0xb10;
+/// Host RSP with no pair of a call on the stack but the engine's own, and the lowest where another may be pushed (`lower::pair`).
+pub const PAIRS: i32 = 0xb18;
+/// See [`PAIRS`].
+pub const PAIRS_END: i32 = 0xb20;
 /// What fragments that check themselves have read of their guest code ([`crate::unit::MAX_CHECKED_BYTES`], and up to 7 before and behind).
 pub const CODE_COPY: i32 = 0xb80;
 /// Entries of fragments that check themselves until the engine looks at them, four bytes each.

@@ -22,6 +22,9 @@ use x86_interp::tlb::SETS;
 
 use crate::huge;
 
+/// Bytes of the host's stack that pairs of calls take at most, but for the last. The host's predictor has some 32; more would not be predicted.
+const PAIRS_BYTES: usize = 4096;
+
 macro_rules! save_registers {
     () => {
         "mov gs:[0], rax\nmov gs:[8], rcx\nmov gs:[16], rdx\nmov gs:[24], rbx\nmov gs:[32], r13\nmov gs:[40], rbp\n\
@@ -42,17 +45,25 @@ global_asm!(
     ".globl trellis_bt_enter",
     "trellis_bt_enter:",
     "push rbx\npush rbp\npush r12\npush r13\npush r14\npush r15\nsub rsp, 8",
+    // INV-PAIR-2: the pair below all others (`bt::lower::pair`).
+    "push 0\nlea rax, [rip + trellis_bt_unpaired]\npush rax",
+    "mov gs:[{pairs}], rsp\nlea rax, [rsp - {pairs_bytes}]\nmov gs:[{pairs_end}], rax",
     "mov r15, rdi\nmov r14, rsi",
     load_registers!(),
     "jmp r15",
+    // The guest returned to address 0, which lies below every call.
+    "trellis_bt_unpaired:",
+    "mov gs:[{rip}], r14\njmp trellis_bt_leave_all",
     ".globl trellis_bt_take_exit",
     "trellis_bt_take_exit:",
     "pop r15\nmov r15d, [r15]\ninc r15d\nmov gs:[{exit}], r15d",
     ".globl trellis_bt_leave",
     "trellis_bt_leave:",
+    "trellis_bt_leave_all:",
+    "mov rsp, gs:[{pairs}]",
     save_registers!(),
     "trellis_bt_left:",
-    "add rsp, 8\npop r15\npop r14\npop r13\npop r12\npop rbp\npop rbx",
+    "mov rsp, gs:[{pairs}]\nadd rsp, 24\npop r15\npop r14\npop r13\npop r12\npop rbp\npop rbx",
     "ret",
     // Behind the call that came here stand a jump of five bytes, to try again, and the number of the site.
     ".globl trellis_bt_slow",
@@ -73,8 +84,8 @@ global_asm!(
     "test r15b, {flags}\nje 3f",
     "push rax\nmovzx eax, word ptr gs:[{status}]\nadd al, 0x7f\nsahf\npop rax",
     "3:\njmp gs:[{behind}]",
-    // Out of the cache, or at the outer entry of another fragment.
-    "6:\nadd rsp, 8\ntest al, {leave}\njne trellis_bt_left",
+    // Out of the cache, or at the outer entry of another fragment: something has changed (INV-PAIR-1).
+    "6:\nmov rsp, gs:[{pairs}]\ntest al, {leave}\njne trellis_bt_left",
     load_registers!(),
     "mov r14, gs:[{rip}]\njmp gs:[{behind}]",
     // Behind the call that came here stands the number of the site.
@@ -101,6 +112,9 @@ global_asm!(
     status = const frame::FLAGS,
     behind = const frame::DONE,
     rip = const frame::RIP,
+    pairs = const frame::PAIRS,
+    pairs_end = const frame::PAIRS_END,
+    pairs_bytes = const PAIRS_BYTES,
     leave = const action::LEAVE,
     elsewhere = const action::ELSEWHERE,
     done = const action::DONE,

@@ -84,9 +84,11 @@ global_asm!(
     drop_entries!("2"),
     "inc qword ptr gs:[{count}]",
     "pop rdx\npop rcx\npop rax",
-    "add qword ptr [rsp], 4\nret",
+    // INV-PAIR-1.
+    "pop r15\nadd r15, 4\nmov rsp, gs:[{pairs}]\njmp r15",
     "9:\npop rdx\npop rcx\npop rax\njmp trellis_bt_callout",
     alarm = const frame::ALARM,
+    pairs = const frame::PAIRS,
     list = const frame::INVALIDATED,
     room = const frame::INVALIDATED_ROOM,
     large = const frame::LARGE,

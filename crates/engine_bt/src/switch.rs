@@ -48,9 +48,11 @@ global_asm!(
     "5: cmp rcx, rax\njne 4b",
     "inc qword ptr gs:[{count}]",
     "pop rdx\npop rcx\npop rax",
-    "add qword ptr [rsp], 4\nret",
+    // INV-PAIR-1.
+    "pop r15\nadd r15, 4\nmov rsp, gs:[{pairs}]\njmp r15",
     "9:\npop rdx\npop rcx\npop rax\njmp trellis_bt_callout",
     alarm = const frame::ALARM,
+    pairs = const frame::PAIRS,
     reserved = const frame::CR3_RESERVED,
     kept = const frame::KEPT,
     kept_entries = const frame::KEPT_ENTRIES,

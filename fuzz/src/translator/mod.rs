@@ -4,6 +4,7 @@
 //! from its first byte to its last (`bt::listing`), and whatever the engine is told about it lies at an instruction; and the verifier
 //! ([`verify`]) proves INV-BT-3.
 
+mod pairs;
 mod verify;
 
 use bt::hints::Form;
@@ -178,7 +179,7 @@ fn check(unit: &Unit, f: &Fragment, facts: Facts) {
             let end = place + 4;
             assert!(jump > 0 && (is_start(end) || end == f.code.len()), "a link is no jump's end");
             let opcode = &f.code[starts[jump - 1]..place];
-            assert!(matches!(opcode, [0xe9] | [0x0f, 0x80..=0x8f]), "a link is no jump: {opcode:x?}");
+            assert!(matches!(opcode, [0xe8 | 0xe9] | [0x0f, 0x80..=0x8f]), "a link is no jump: {opcode:x?}");
             let known = facts.page_rip.is_some();
             assert!(
                 known || (0..4096).contains(&exit.target),
@@ -241,6 +242,48 @@ mod tests {
     fn verifier_refuses_another_displacement() {
         // mov [rbx + r15 + 8], rcx → [rbx + r15 + 9]
         check_with(&[0x4a, 0x89, 0x4c, 0x3b, 0x08], &[0x4a, 0x89, 0x4c, 0x3b, 0x09]);
+    }
+
+    /// The fragment of `call` and of `ret`, with `from` replaced by `to` in its code.
+    fn check_call(from: &[u8], to: &[u8]) {
+        for guest in [&[0xe8, 0x20, 0, 0, 0][..], &[0xc3]] {
+            let mut page = [0x90; 4096];
+            page[..guest.len()].copy_from_slice(guest);
+            let facts = facts(&mut Input::new(&[0x20, 0, 0, 1, 1]));
+            let mut reader = Reader::new(&page, facts.decoding());
+            let unit = reader.form(0, 3);
+            let mut f = translate(&unit, &mut reader, facts, 0, 0, &|_| true);
+            if let Some(at) = f.code.windows(from.len()).position(|w| w == from) {
+                f.code[at..at + to.len()].copy_from_slice(to);
+            }
+            check(&unit, &f, facts);
+        }
+    }
+
+    #[test]
+    fn verifier_takes_pairs() {
+        check_call(&[0xc3], &[0xc3]);
+    }
+
+    #[test]
+    #[should_panic(expected = "a pair without room")]
+    fn verifier_refuses_a_pair_without_room() {
+        // cmp rsp, gs:[PAIRS_END]; ja → jb
+        check_call(&[0x0f, 0x87, 9, 0, 0, 0], &[0x0f, 0x82, 9, 0, 0, 0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "half a pair")]
+    fn verifier_refuses_half_a_pair() {
+        // lea rsp, [rsp + 8] → a NOP
+        check_call(&[0x48, 0x8d, 0x64, 0x24, 8], &[0x0f, 0x1f, 0x44, 0, 0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "a return that was not compared")]
+    fn verifier_refuses_a_return_to_another_address() {
+        // cmp [rsp + 8], r14 → a NOP
+        check_call(&[0x4c, 0x39, 0x74, 0x24, 8], &[0x0f, 0x1f, 0x44, 0, 0]);
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! INV-BT-3: translated code touches guest memory only where the TLB let it, the frame, and the host's stack as we left it.
 //!
 //! Precisely, for every instruction of a fragment:
-//! - It is no privileged or system instruction, return, far branch, interrupt, or access by FS; it changes no segment or control register; it names
-//!   host RSP in PUSH RAX, POP RAX and calls of the engine only.
-//! - It calls and jumps only through engine fields and jump caches of the frame, and to instructions of the fragment.
+//! - It is no privileged or system instruction, far branch, interrupt, or access by FS; it changes no segment or control register; it names
+//!   host RSP in PUSH RAX, POP RAX, calls of the engine, and what [`pairs`] follows.
+//! - It calls and jumps only through engine fields and jump caches of the frame, and to instructions of the fragment; it returns only where a pair says so.
 //! - An access by GS is to a constant place within the frame, or is the TLB or a jump cache indexed by R15 behind the mask that bounds it.
 //! - Any other access is by a host address that was derived from the guest address by a TLB entry whose tag was compared on every way
 //!   there, for at least as many bytes in the page as the access (with its displacement) takes, and in the tag for writes if it writes.
@@ -18,6 +18,7 @@
 
 use std::collections::HashMap;
 
+use super::pairs::{self, Does, Pairs};
 use bt::Fragment;
 use bt::frame;
 use bt::listing::{Part, frame_field, text};
@@ -104,6 +105,7 @@ struct State {
     slots: HashMap<i32, Value>,
     /// RAX on the host's stack.
     pushed: Option<Value>,
+    pairs: Pairs,
 }
 
 struct Verifier<'a> {
@@ -128,7 +130,12 @@ pub fn verify(unit: &Unit, fragment: &Fragment, parts: &[Part], legacy: bool) {
         unit,
         fragment,
         parts,
-        state: State { registers: [Value::Unknown; 16], slots: HashMap::new(), pushed: None },
+        state: State {
+            registers: [Value::Unknown; 16],
+            slots: HashMap::new(),
+            pushed: None,
+            pairs: Pairs::default(),
+        },
         arriving: HashMap::new(),
         symbols: 0,
         split_size: None,
@@ -178,9 +185,7 @@ fn is_engine_code(field: i32) -> bool {
 /// The host addresses of a jump cache.
 fn is_jump_host(field: i32) -> bool {
     let at = field - frame::JUMPS;
-    (0..frame::JUMP_CLASSES * frame::JUMP_STRIDE).contains(&at)
-        && at & frame::JUMP_HOSTS != 0
-        && at % 8 == 0
+    (0..frame::JUMP_CLASSES * frame::JUMP_STRIDE).contains(&at) && at & frame::JUMP_HOSTS != 0 && at % 8 == 0
 }
 
 const fn writes(a: OpAccess) -> bool {
@@ -248,7 +253,10 @@ impl Verifier<'_> {
         let returns = |i: &Instruction| i.ip() >= seconds && i.near_branch_target() < seconds;
         let outside: Vec<u64> = instructions
             .iter()
-            .filter(|i| is_jump(i) && (i.ip() >= straight && !passes.contains(&i.ip()) || returns(i) && i.ip() < straight))
+            .filter(|i| {
+                is_jump(i)
+                    && (i.ip() >= straight && !passes.contains(&i.ip()) || returns(i) && i.ip() < straight)
+            })
             .map(Instruction::near_branch_target)
             .chain(self.fragment.sites.iter().map(|s| u64::from(s.done)).filter(|at| *at != 0))
             .collect();
@@ -284,6 +292,9 @@ impl Verifier<'_> {
                 }
                 self.state.registers[R14] = Value::Unknown;
                 self.state.registers[R15] = Value::Unknown;
+                if self.state.pairs.is_half() {
+                    self.fail(i, "half a pair where others come");
+                }
             }
             for (_, from) in backward.iter().filter(|(to, _)| *to == i.ip()) {
                 let body: Vec<Instruction> =
@@ -298,7 +309,7 @@ impl Verifier<'_> {
                 }
                 reachable = !matches!(
                     i.flow_control(),
-                    FlowControl::UnconditionalBranch | FlowControl::IndirectBranch
+                    FlowControl::UnconditionalBranch | FlowControl::IndirectBranch | FlowControl::Return
                 ) && !is_way_out(i);
             }
         }
@@ -342,7 +353,13 @@ impl Verifier<'_> {
             FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
                 is_jump(i) && starts.binary_search(&i.near_branch_target()).is_ok()
             }
-            FlowControl::IndirectCall => i.is_call_near_indirect() && memory_operand(i) && engine,
+            FlowControl::IndirectCall => {
+                i.is_call_near_indirect() && memory_operand(i) && (engine || by_cache)
+            }
+            FlowControl::Call => {
+                i.code() == Code::Call_rel32_64 && starts.binary_search(&i.near_branch_target()).is_ok()
+            }
+            FlowControl::Return => i.code() == Code::Retnq,
             FlowControl::IndirectBranch => {
                 i.is_jmp_near_indirect() && memory_operand(i) && (engine || by_cache)
             }
@@ -398,7 +415,8 @@ impl Verifier<'_> {
         let stack =
             self.info.info(i).used_registers().iter().any(|u| u.register().full_register() == Register::RSP);
         let allowed = matches!(i.code(), Code::Push_r64 | Code::Pop_r64) && i.op0_register() == Register::RAX
-            || i.is_call_near_indirect();
+            || i.is_call_near_indirect()
+            || pairs::follows(i);
         if stack && !allowed {
             self.fail(i, "the host's stack");
         }
@@ -406,10 +424,19 @@ impl Verifier<'_> {
 
     /// Behind the straight line there are calls of the engine and jumps, and what takes them there.
     fn out_of_line(&mut self, i: &Instruction) {
+        if pairs::follows(i) {
+            self.fail(i, "pairs behind the straight line");
+        }
         let there = i.memory_segment() == Register::GS && frame_field(i).is_some();
         if memory_operand(i) && i.mnemonic() != M::Lea && !there {
             self.fail(i, "an access behind the straight line");
         }
+    }
+
+    /// Whether the engine may lead a jump or call to another fragment.
+    fn is_link(&self, i: &Instruction) -> bool {
+        let place = i.next_ip().wrapping_sub(4);
+        self.fragment.exits.iter().any(|e| e.place.is_some_and(|at| u64::from(at) == place))
     }
 
     fn forget_written(&mut self, body: &[Instruction]) {
@@ -448,6 +475,9 @@ impl Verifier<'_> {
             }
         }
         self.state.slots.retain(|slot, value| other.slots.get(slot) == Some(value));
+        if let Err(why) = self.state.pairs.meet(&other.pairs) {
+            panic!("INV-BT-3: {why}");
+        }
     }
 
     fn get(&self, r: Register) -> Value {
@@ -471,6 +501,19 @@ impl Verifier<'_> {
             Value::Linear(Form { base: None, index: None, offset }) => Some(offset),
             _ => None,
         };
+        let found = self.state.pairs;
+        let link = self.is_link(i);
+        match self.state.pairs.step(i, link) {
+            Err(why) => self.fail(i, why),
+            Ok(Does::Nothing) => {}
+            Ok(_) if self.state.pushed.is_some() => self.fail(i, "a pair above a word"),
+            Ok(Does::Moves) => return,
+            Ok(Does::Calls) => {
+                // Whatever ran has come back.
+                self.state.slots.clear();
+                return (0..16).for_each(|r| self.forget(r));
+            }
+        }
         if i.code() == Code::Push_r64 {
             if self.state.pushed.is_some() {
                 self.fail(i, "two words on the host's stack");
@@ -483,7 +526,7 @@ impl Verifier<'_> {
         }
         if is_jump(i) {
             if i.near_branch_target() > i.ip() {
-                let state = self.state.clone();
+                let state = State { pairs: found.jumped(i), ..self.state.clone() };
                 self.arriving.entry(i.near_branch_target()).or_default().push(state);
             }
             return;
@@ -814,7 +857,7 @@ impl Verifier<'_> {
         if i.is_string_instruction() {
             return self.check_string(i);
         }
-        if !memory_operand(i) || matches!(i.mnemonic(), M::Lea | M::Nop) {
+        if !memory_operand(i) || matches!(i.mnemonic(), M::Lea | M::Nop) || pairs::compares_top(i) {
             return;
         }
         let size = i.memory_size();

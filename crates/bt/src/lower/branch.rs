@@ -7,6 +7,7 @@ use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind};
 
 use x86::decode::condition;
 
+use super::pair::Landing;
 use super::stack::{self, Value};
 use super::{Exit, Lowering, SiteKind};
 use crate::emit::{Asm, Fixup, Op, S0, S1, SP, cc};
@@ -88,6 +89,11 @@ impl Lowering<'_, '_> {
 
     /// Goes on at a known place of the page's address range (an offset; it may lie outside of the page).
     pub(super) fn leave_to(&mut self, offset: u64, live: u32) {
+        self.transfer(offset, live, None);
+    }
+
+    /// As [`Lowering::leave_to`]; by a host call, if there is a landing.
+    fn transfer(&mut self, offset: u64, live: u32, landing: Option<Landing>) {
         self.spill(live);
         let backward = self.is_backward(offset);
         if !in_page(offset) && !self.links_pages(offset) {
@@ -96,11 +102,20 @@ impl Lowering<'_, '_> {
             }
             self.rip_to(S0, offset);
             // Whoever goes forward only cannot come back without a jump that polls.
-            return self.leave_indirect(None, backward || self.facts.page_rip.is_some());
+            return self.look_up(None, backward || self.facts.page_rip.is_some(), landing);
         }
         if backward {
             self.poll_at(offset);
         }
+        let Some(landing) = landing else { return self.link_to(offset) };
+        self.leave_entry_alone(1);
+        let call = self.asm.call();
+        self.exit(call, offset, Entry::Link);
+        self.land(landing);
+    }
+
+    /// A jump that the engine links.
+    pub(super) fn link_to(&mut self, offset: u64) {
         self.leave_entry_alone(1);
         let jump = self.asm.jmp();
         self.exit(jump, offset, Entry::Link);
@@ -156,7 +171,8 @@ impl Lowering<'_, '_> {
             return self.call_bounded(i);
         }
         self.push_value(i, Value::Rip(i.next_ip()), 0);
-        self.leave_to(target, 0);
+        let landing = self.push_pair(i.next_ip());
+        self.transfer(target, 0, landing);
     }
 
     /// DEVIATION: if the target is not canonical, the return address was pushed (RSP is put back) before the exception, as AMD's processors
@@ -172,8 +188,9 @@ impl Lowering<'_, '_> {
         // The push needs both scratch registers.
         self.asm.store(frame::TEMP, S0);
         self.push_value(i, Value::Rip(i.next_ip()), 0);
+        let landing = self.push_pair(i.next_ip());
         self.asm.load(S0, frame::TEMP);
-        self.leave_indirect(self.facts.legacy.is_none().then_some(-8), true);
+        self.look_up(self.facts.legacy.is_none().then_some(-8), true, landing);
         true
     }
 
@@ -220,13 +237,25 @@ impl Lowering<'_, '_> {
         let top = self.stack_top(i, 0);
         self.asm.load_from(8, S0, top.place());
         self.asm.lea(SP, SP, None, 8 + more);
-        self.leave_indirect(Some(8 + more as i8), true);
+        let poll = self.poll();
+        self.return_by_pair();
+        self.inline_lookup(Some(8 + more as i8), Some(poll), None);
     }
 
     /// Goes on at the guest address in [`S0`]: inline lookup, if `polls` after a poll. `popped`: what the instruction added to RSP, if it is one
     /// that faults itself when the address is not canonical.
     pub(super) fn leave_indirect(&mut self, popped: Option<i8>, polls: bool) {
+        self.look_up(popped, polls, None);
+    }
+
+    /// As [`Lowering::leave_indirect`]; by a host call, if there is a landing.
+    fn look_up(&mut self, popped: Option<i8>, polls: bool, landing: Option<Landing>) {
         let poll = polls.then(|| self.poll());
+        self.inline_lookup(popped, poll, landing);
+    }
+
+    /// The inline lookup. `poll`: a jump to the way out of line.
+    fn inline_lookup(&mut self, popped: Option<i8>, poll: Option<Fixup>, landing: Option<Landing>) {
         let class = frame::jump_class(self.variant, self.facts.legacy.is_some());
         let rips = frame::JUMPS + class * frame::JUMP_STRIDE;
         self.asm.rotate_to(S1, S0, 10);
@@ -234,10 +263,19 @@ impl Lowering<'_, '_> {
         self.asm.and32(S1, frame::JUMP_MASK);
         self.asm.cmp_index8(S1, rips, S0);
         let other = self.asm.jcc(cc::NE);
-        self.asm.jmp_index8(S1, rips + frame::JUMP_HOSTS);
+        match landing {
+            Some(landing) => {
+                self.asm.call_index8(S1, rips + frame::JUMP_HOSTS);
+                self.land(landing);
+            }
+            None => self.asm.jmp_index8(S1, rips + frame::JUMP_HOSTS),
+        }
         self.asm.bind(other);
         if let Some(poll) = poll {
             self.asm.bind(poll);
+        }
+        if landing.is_some() {
+            self.drop_pair();
         }
         self.lookup(popped);
     }

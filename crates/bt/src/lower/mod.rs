@@ -18,6 +18,7 @@ mod group;
 mod ident;
 mod legacy;
 mod memory;
+mod pair;
 mod registers;
 mod scratch;
 mod segment;
@@ -303,6 +304,8 @@ struct Lowering<'a, 'p> {
     /// What the scratch registers hold before the current instruction, as far as it has not clobbered them, and behind it.
     held: Scratch,
     kept: Scratch,
+    /// The scratch register with the return address that was just pushed.
+    rip_in: Option<u8>,
     /// Misses of groups: they go on in code without groups.
     plain_exits: Vec<usize>,
     hints: &'a Hints,
@@ -383,6 +386,7 @@ fn translate_as(
         number: 0,
         held: Scratch::default(),
         kept: Scratch::default(),
+        rip_in: None,
         plain_exits: Vec::new(),
         hints: &unit.hints,
         making: adapt::Making::Plain,

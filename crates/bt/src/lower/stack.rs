@@ -141,7 +141,10 @@ impl Lowering<'_, '_> {
                 let from = register.unwrap_or(scratch);
                 match value {
                     Value::Frame(slot) => self.asm.load(from, slot),
-                    Value::Rip(offset) => self.pointer_to(from, offset),
+                    Value::Rip(offset) => {
+                        self.pointer_to(from, offset);
+                        self.rip_in = Some(from);
+                    }
                     Value::Host(_) | Value::Immediate(_) => {}
                 }
                 self.asm.store_to(size, to.place(), from);

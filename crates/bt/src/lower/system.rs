@@ -403,6 +403,7 @@ impl Lowering<'_, '_> {
         self.asm.test_bits32(frame::SYSFLAGS, ODD);
         let odd = self.asm.jcc(cc::NE);
         self.variant = Variant::Supervisor;
+        self.drop_pairs();
         self.leave_indirect(None, true);
         self.asm.bind(odd);
         self.asm.store(frame::RIP, S0);
@@ -429,6 +430,7 @@ impl Lowering<'_, '_> {
         self.alarm_if_pending();
         self.asm.mov(S0, RCX);
         self.variant = Variant::User;
+        self.drop_pairs();
         self.leave_indirect(None, true);
     }
 

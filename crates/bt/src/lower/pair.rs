@@ -1,0 +1,83 @@
+//! Calls and returns in pairs, so that the host's return predictor serves the guest's returns.
+//!
+//! A guest call pushes its return address on the host's stack (beside what it pushes on the guest's) and calls its target's fragment; the host's
+//! return address is the *landing* behind that call, which goes on where the guest's return address says. A guest return compares the address that it read
+//! from the guest's stack with the pair on top: the same, and the host returns to the landing; another, and every pair is dropped and
+//! the target looked up. So the guest's stack decides, and pairs only say where its address was translated.
+//!
+//! INV-PAIR-1: all pairs were pushed with the rights and in the address space that are in force, and no translation was taken back since. Whoever changes
+//! rights (SYSCALL, SYSRET, IRET), the address space or a translation (in assembly), or goes on after Rust changed anything, drops them. Calls and returns with
+//! AC set leave them alone, so one pushed without it is never popped with it.
+//!
+//! INV-PAIR-2: below the first pair lies one of the engine's: guest address 0, and code that leaves. So RSP never leaves what [`frame::PAIRS`] and
+//! [`frame::PAIRS_END`] bound, whatever the guest returns to.
+
+use super::branch::in_page;
+use super::{Lowering, Variant};
+use crate::emit::{HOST_SP, Op, S0, S1, cc};
+use crate::frame;
+
+/// The offset in the page of a call's return address.
+#[derive(Clone, Copy)]
+pub(super) struct Landing(u64);
+
+impl Lowering<'_, '_> {
+    /// Whether calls and returns here have pairs.
+    const fn has_pairs(&self) -> bool {
+        self.facts.legacy.is_none() && !matches!(self.variant, Variant::SupervisorAc)
+    }
+
+    /// The guest's half of a call's pair, if it is to have one, behind the push on the guest's stack. Clobbers flags and both scratch registers.
+    pub(super) fn push_pair(&mut self, next: u64) -> Option<Landing> {
+        let pushed = self.rip_in.take();
+        if !self.has_pairs() || !in_page(next) {
+            return None;
+        }
+        self.asm.gs(Op::Cmp, HOST_SP, frame::PAIRS_END);
+        let room = self.asm.jcc(cc::A);
+        self.drop_pairs();
+        self.asm.bind(room);
+        let known = self.facts.page_rip.and_then(|rip| i32::try_from(rip.wrapping_add(next) as i64).ok());
+        match (known, pushed) {
+            (Some(rip), _) => self.asm.push_imm(rip),
+            (None, Some(register)) => self.asm.push(register),
+            (None, None) => {
+                self.rip_to(S0, next);
+                self.asm.push(S0);
+            }
+        }
+        Some(Landing(next))
+    }
+
+    /// Behind the host's call: the guest has returned, [`S0`] is its RIP.
+    pub(super) fn land(&mut self, Landing(next): Landing) {
+        self.asm.drop_top();
+        if self.facts.page_rip.is_none() {
+            self.asm.lea(S1, S0, None, -(next as i32));
+            self.asm.store(frame::PAGE_RIP, S1);
+        }
+        self.link_to(next);
+    }
+
+    /// Takes the guest's half of a pair back, where its call is not made.
+    pub(super) fn drop_pair(&mut self) {
+        self.asm.drop_top();
+    }
+
+    /// Drops all pairs: they were pushed in another world.
+    pub(super) fn drop_pairs(&mut self) {
+        self.asm.load(HOST_SP, frame::PAIRS);
+    }
+
+    /// Returns to the guest address in [`S0`] if the pair on top is its call's; else drops all and goes on here. Clobbers flags.
+    pub(super) fn return_by_pair(&mut self) {
+        if !self.has_pairs() {
+            return;
+        }
+        self.asm.cmp_below_top(S0);
+        let other = self.asm.jcc(cc::NE);
+        self.asm.ret();
+        self.asm.bind(other);
+        self.drop_pairs();
+    }
+}
