@@ -11,6 +11,7 @@
 
 mod apic;
 mod boot;
+mod calls;
 mod cpu;
 mod crmsr;
 mod debug;
@@ -53,6 +54,7 @@ const GROUPS: &[&[harness::Test]] = &[
     crmsr::TESTS,
     syscalls::TESTS,
     returns::TESTS,
+    calls::TESTS,
     integer::TESTS,
     string::TESTS,
     smc::TESTS,

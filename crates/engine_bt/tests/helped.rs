@@ -445,6 +445,48 @@ fn switches_of_address_spaces_show_what_each_has() {
     }
 }
 
+// RSI turns: the code at 900h of the window's page calls what switches to the other address space and returns.
+guest_code!(
+    switching_in_a_call,
+    "trellis_test_call",
+    "trellis_test_call_end",
+    "lea r11, [rip + 5f]",
+    "2:",
+    "lea rax, [r10 + 0x900]",
+    "call rax",
+    "rol rbx, 5",
+    "dec rsi",
+    "jnz 2b",
+    "hlt",
+    "5:",
+    "mov cr3, r9",
+    "xchg r8, r9",
+    "ret",
+);
+
+#[test]
+fn returns_find_the_code_of_the_address_space_that_is_in_force() {
+    let lay = |mem: &GuestMemory| {
+        let state = lay_spaces(mem, 0x100);
+        for page in [0x10_0000u64, 0x10_2000] {
+            // call r11; add rbx, page; ret
+            let [a, b, c, d] = (page as u32).to_le_bytes();
+            let code = [0x41, 0xff, 0xd3, 0x48, 0x81, 0xc3, a, b, c, d, 0xc3];
+            mem.write(Gpa(page + 0x900), &code).unwrap();
+        }
+        mem.write(Gpa(START), switching_in_a_call()).unwrap();
+        state
+    };
+    for knobs in ["", "unit=1", "chain=off", "context=off"] {
+        let [a, b] = run_both(&lay, knobs);
+        assert_eq!(a.exit, VcpuExit::Halted, "{knobs}");
+        assert_same_registers(&a, &b, knobs);
+        if knobs != "context=off" {
+            assert!(done_in_cache(&b, "MOV to CR3 in the TC") > 150, "{knobs}");
+        }
+    }
+}
+
 // RSI turns: the window gets another page, and at every fourth turn so does the code behind it, at 8000h; both are then used. R12 is a page of the upper half, which a large
 // page maps, and R9 no canonical address. RDI: where the window's entry in the page table is.
 guest_code!(
