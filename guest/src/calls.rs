@@ -7,7 +7,7 @@ use crate::{code64, cpu, desc, skip, tests};
 
 tests!("calls":
     return_elsewhere, frames_skipped, recursion, two_stacks, return_to_nothing, return_without_call, address_space_changes, mapping_changes, caller_changes,
-    return_to_other_level, indirect_calls,
+    return_to_other_level, return_to_other_level_by_sysret, indirect_calls,
 );
 
 /// How often a place is executed, so that every engine has taken it to heart.
@@ -216,13 +216,19 @@ fn caller_changes() -> Verdict {
 }
 
 fn return_to_other_level() -> Verdict {
-    // A kernel's call is left by IRETQ to a user, who knows its return address.
+    // A kernel's call that has often returned is left by IRETQ to a user, who knows its return address.
     let user = code64!("push rdx", "ret").start + crate::mem::ALIAS;
     let c = code64!(
-        "mov r8, rsp",
-        "call 5f",
-        "3: ud2",
-        "5: pop rdx",
+        "mov r9d, 50",
+        "2: call 5f",
+        "test r9d, r9d",
+        "jz 9f",
+        "dec r9d",
+        "jmp 2b",
+        "5: test r9d, r9d",
+        "jz 6f",
+        "ret",
+        "6: pop rdx",
         "push rdx",
         "push rbx",
         "push rcx",
@@ -230,10 +236,38 @@ fn return_to_other_level() -> Verdict {
         "push rsi",
         "push rdi",
         "iretq",
+        "9:",
     );
     for _ in 0..WARM {
         let ctx = Ctx::kernel(c).rdi(user).rsi(u64::from(desc::UCS));
         let o = ctx.rcx(user_stack()).rbx(u64::from(desc::UDS)).run();
+        page_fault(&o, o.error | 5, o.rdx, "a user's return to a kernel's call")?;
+    }
+    Ok(())
+}
+
+fn return_to_other_level_by_sysret() -> Verdict {
+    cpu::wrmsr(0xc000_0081, 0x001b_0008 << 32);
+    let user = code64!("push rdx", "ret").start + crate::mem::ALIAS;
+    let c = code64!(
+        "mov r9d, 50",
+        "2: call 5f",
+        "test r9d, r9d",
+        "jz 9f",
+        "dec r9d",
+        "jmp 2b",
+        "5: test r9d, r9d",
+        "jz 6f",
+        "ret",
+        "6: pop rdx",
+        "mov rsp, rbx",
+        "mov rcx, rdi",
+        "mov r11d, 2",
+        "sysretq",
+        "9:",
+    );
+    for _ in 0..WARM {
+        let o = Ctx::kernel(c).rdi(user).rbx(user_stack()).run();
         page_fault(&o, o.error | 5, o.rdx, "a user's return to a kernel's call")?;
     }
     Ok(())
