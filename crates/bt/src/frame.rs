@@ -1,6 +1,6 @@
 //! The contract between translated code and the engine that runs it: where things are, relative to GS.
 //!
-//! Host RSP is the host's own stack while fragments run, so signals and calls out of the cache need no care. Guest RAX…R12
+//! Host RSP is the host's own stack while fragments run, so signals and calls out of the cache need no care; pairs of calls lie on it (`lower::pair`). Guest RAX…R12
 //! live in the host registers of the same name, but guest RSP lives in host R13; guest R13, R14 and R15 live in the frame. Host R14
 //! and R15 are scratch: dead between guest instructions. Guest x87 and vector registers live in the host's while [`FP_LOADED`] is 1,
 //! else in the area that [`FP_AREA`] points at.

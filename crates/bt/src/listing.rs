@@ -87,6 +87,8 @@ pub fn field_name(at: i32) -> String {
     const RIGHTS: [&str; 3] = ["supervisor", "ac", "user"];
     const NAMES: &[(i32, &str)] = &[
         (frame::JOIN, "JOIN"),
+        (frame::PAIRS, "PAIRS"),
+        (frame::PAIRS_END, "PAIRS_END"),
         (frame::RIP, "RIP"),
         (frame::FLAGS, "FLAGS"),
         (frame::SITE, "SITE"),
