@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::cost::{Row, add_rows};
+
 /// What a counter counts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Unit {
@@ -70,7 +72,7 @@ pub struct Breakdown {
 }
 
 /// An engine's account of its work.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct Report {
     /// What [`crate::Vcpu::instructions`] leaves out is most of them: only interpreted ones are counted.
     pub interpreted_only: bool,
@@ -80,6 +82,8 @@ pub struct Report {
     pub ratios: Vec<Ratio>,
     /// The breakdowns, in the order to show.
     pub breakdowns: Vec<Breakdown>,
+    /// What its exits cost, beside those of [`crate::ExitStats`].
+    pub costs: Vec<Row>,
 }
 
 impl Report {
@@ -135,6 +139,7 @@ impl Report {
                 None => self.breakdowns.push(theirs.clone()),
             }
         }
+        add_rows(&mut self.costs, &other.costs);
     }
 
     /// The report of a vCPU that is no more: what it had is gone, what it did stays.

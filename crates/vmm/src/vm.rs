@@ -441,10 +441,12 @@ impl Vm {
         let elapsed = started.elapsed();
         self.past.elapsed += elapsed;
         for (index, left) in joined {
-            let (vcpu, asleep) = left?;
-            frozen.push((index, vcpu));
+            let left = left?;
+            frozen.push((index, left.vcpu));
             if let Some(past) = self.past.vcpus.get_mut(index) {
-                past.busy += elapsed.saturating_sub(asleep);
+                past.busy += elapsed.saturating_sub(left.asleep);
+                past.asleep += left.asleep;
+                past.cpu += left.cpu;
             }
         }
         let mut back = frozen;
