@@ -9,6 +9,7 @@ pub mod debug;
 pub mod exits;
 pub mod host_tsc;
 pub mod io;
+pub mod profile;
 pub mod report;
 pub mod signals;
 

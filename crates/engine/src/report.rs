@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use crate::cost::{Row, add_rows};
+use crate::profile::Profile;
 
 /// What a counter counts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -84,6 +85,8 @@ pub struct Report {
     pub breakdowns: Vec<Breakdown>,
     /// What its exits cost, beside those of [`crate::ExitStats`].
     pub costs: Vec<Row>,
+    /// Where samples found it, if any were taken.
+    pub profile: Option<Box<Profile>>,
 }
 
 impl Report {
@@ -140,6 +143,9 @@ impl Report {
             }
         }
         add_rows(&mut self.costs, &other.costs);
+        if let Some(theirs) = &other.profile {
+            self.profile.get_or_insert_default().add(theirs);
+        }
     }
 
     /// The report of a vCPU that is no more: what it had is gone, what it did stays.

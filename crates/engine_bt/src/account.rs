@@ -16,6 +16,7 @@ use rustc_hash::FxHashMap;
 use crate::BtVcpu;
 use crate::adapt::Cause;
 use crate::listing::form_of;
+use crate::sample::Activity;
 use crate::switch_cost::SwitchCost;
 use crate::trace::Leave;
 
@@ -77,6 +78,7 @@ impl BtVcpu {
     /// An access that missed has come to Rust.
     pub(crate) fn begin_visit(&mut self) -> Span {
         self.account.outcome = FILL;
+        self.does(Activity::Miss);
         self.interp.cpu().stats.meter.begin(&mut self.account.visits)
     }
 
@@ -91,11 +93,13 @@ impl BtVcpu {
         let entry = &mut self.account.misses[self.account.outcome];
         entry.count += 1;
         self.interp.cpu().stats.meter.end(entry, span);
+        self.does(Activity::Fragments);
     }
 
     /// A fragment has called for an instruction.
     pub(crate) fn begin_call(&mut self, code: Code) -> Span {
         self.account.calls += 1;
+        self.does(Activity::Callout);
         self.begin_callout(code)
     }
 
@@ -103,6 +107,7 @@ impl BtVcpu {
     pub(crate) fn end_call(&mut self, code: Code, span: Span, vector: bool) {
         self.account.vector += u64::from(vector);
         self.end_callout(code, span);
+        self.does(Activity::Fragments);
     }
 
     /// The interpreter is to do an instruction.
@@ -124,6 +129,7 @@ impl BtVcpu {
     pub(crate) fn begin_dispatch(&mut self, why: usize) {
         let span = self.interp.cpu().stats.meter.begin(&mut self.account.dispatch[why]);
         self.account.dispatching = (why, span);
+        self.does(Activity::Dispatch);
     }
 
     /// It has done it.

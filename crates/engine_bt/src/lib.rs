@@ -13,6 +13,7 @@ mod adapt;
 mod cache;
 mod callout;
 mod change;
+mod classify;
 mod code_memory;
 mod content;
 mod cpuid;
@@ -29,7 +30,9 @@ mod onward;
 mod page_filter;
 pub mod perf_map;
 mod places;
+mod profile;
 mod report;
+mod sample;
 mod state;
 mod switch;
 mod switch_cost;
@@ -50,6 +53,7 @@ use exec::Frame;
 use guestmem::Gfn;
 use iced_x86::Instruction;
 pub use knobs::{Knobs, TlbKnob};
+use sample::Activity;
 use state::Host;
 use tables::Tables;
 use x86::CpuState;
@@ -165,6 +169,7 @@ pub struct BtVcpu {
     /// The next fragment is one without groups.
     next_plain: bool,
     account: account::Account,
+    profiler: Option<Box<profile::Profiler>>,
     observers: observe::Observers,
     adapt: adapt::Adaptation,
     /// Keeps the traps of our code memory; before it is unmapped, they go.
@@ -225,6 +230,7 @@ impl BtVcpu {
             counter: None,
             next_plain: false,
             account: account::Account::default(),
+            profiler: None,
             observers: observe::Observers::default(),
             bt: BtStats::default(),
         };
@@ -246,6 +252,7 @@ impl BtVcpu {
 
     /// From what waits between instructions to the next leave of the cache, or through a block of cold code. Some: the run ends.
     fn dispatch(&mut self) -> Option<VcpuExit> {
+        self.look_at_samples();
         self.frame.silence();
         let exit = self.interp.attend();
         self.absorb();
@@ -289,6 +296,7 @@ impl BtVcpu {
 
     fn block(&mut self, limit: u64) {
         let span = self.begin_cold();
+        self.does(Activity::Interpretation);
         self.interpret_block(limit);
         self.end_cold(span);
         self.end_dispatch();
@@ -399,7 +407,9 @@ impl BtVcpu {
             return None;
         }
         let span = self.begin_translation();
+        let before = self.does(Activity::Translation);
         let fragment = self.translate(key, facts);
+        self.did(before);
         self.end_translation(span);
         fragment
     }
@@ -532,6 +542,7 @@ impl BtVcpu {
         self.frame.set32(frame::EXIT, 0);
         let frame = self.frame.clone();
         self.end_dispatch();
+        self.does(Activity::Fragments);
         #[expect(unsafe_code, reason = "runs translated code")]
         // SAFETY: `code` is the entry of a fragment in our cache, which changes only while no fragment runs; `state::begin` and the
         // tables have set the frame's pointers.
@@ -639,7 +650,10 @@ impl Vcpu for BtVcpu {
         cpu.serve_invalidations();
         state::begin(cpu, self.host, &self.frame);
         self.counter = cpu.io.tsc_delta();
+        self.sample(true);
         let exit = self.run_loop();
+        self.sample(false);
+        self.look_at_samples();
         holder.leave();
         exit
     }

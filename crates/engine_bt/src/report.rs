@@ -53,6 +53,7 @@ impl BtVcpu {
             Breakdown { name: "callouts by instruction", rows: sum(callouts) },
         ];
         r.costs = self.cost_rows();
+        r.profile = self.profile_so_far();
         r
     }
 

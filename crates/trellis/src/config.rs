@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::control::{self, ControlTarget};
 use crate::gdb::{self, GdbTarget, Place};
-use crate::inside::{InsideFlags, parse_range, parse_trace};
+use crate::inside::{self, InsideFlags, parse_range, parse_trace};
 use crate::metrics;
 use crate::options::{
     CharTarget, DiskSpec, MmuChoice, StatsTarget, VirtualExec, VmFlags, parse_char_target, parse_choice,
@@ -44,6 +44,7 @@ const KEYS: &[&str] = &[
     "trace_range",
     "perf_map",
     "jitdump",
+    "profile",
     "clock",
     "monitor",
 ];
@@ -122,6 +123,7 @@ struct File {
     #[serde(default)]
     perf_map: bool,
     jitdump: Option<PathBuf>,
+    profile: Option<Number>,
     clock: Option<String>,
     #[serde(default)]
     monitor: MonitorTable,
@@ -242,6 +244,7 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         trace_range: value(text, "trace_range", file.trace_range, |range| parse_range(&range))?,
         perf_map: file.perf_map,
         jitdump: file.jitdump,
+        profile: value(text, "profile", file.profile, |hz| inside::parse_hz(&hz.text()))?,
     };
     Ok(VmFlags {
         image: file.image,

@@ -212,6 +212,7 @@ fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
         trace_what,
         perf_map: inside.perf_map,
         jitdump: inside.jitdump,
+        sampling_hz: inside.profile,
         ..VmConfig::new(source)
     })
 }

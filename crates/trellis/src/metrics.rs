@@ -181,7 +181,8 @@ impl Exporter {
 
     fn vcpus(&mut self, stats: &Stats, hz: f64, page: &mut Page) {
         let tables: Vec<_> = stats.vcpus.iter().map(|v| v.account(hz)).collect();
-        let times: [(&str, &str, fn(&vmm::VcpuStats) -> Duration); 3] = [
+        type Time = fn(&vmm::VcpuStats) -> Duration;
+        let times: [(&str, &str, Time); 3] = [
             ("trellis_vcpu_busy_seconds_total", "Time not asleep.", |v| v.busy),
             ("trellis_vcpu_asleep_seconds_total", "Time asleep in HLT or MWAIT.", |v| v.asleep),
             ("trellis_vcpu_cpu_seconds_total", "CPU time of the host.", |v| v.cpu),

@@ -243,7 +243,8 @@ impl VmFlags {
             metrics: self.metrics,
             gdb: self.gdb.or_else(|| self.gdb_wait.then(GdbTarget::default)),
             gdb_wait: self.gdb_wait,
-            stats: self.stats,
+            // Samples are of no use untold.
+            stats: self.stats.or_else(|| self.inside.profile.map(|_| StatsTarget::Print)),
             inside: self.inside,
             clock: self.clock.unwrap_or(ClockChoice::Host),
             save_at_marker: self.save_at_marker,

@@ -18,6 +18,7 @@ mod handle;
 mod input;
 mod io;
 mod machine;
+mod profile;
 mod report;
 mod sink;
 pub mod snapshot;

@@ -7,7 +7,7 @@ use engine::cost::Table;
 use engine::{ExitStats, Report, Vcpu};
 use serde_json::{Value, json};
 
-use crate::{account, clock, report};
+use crate::{account, clock, profile, report};
 
 /// One vCPU's counts, over all lives of the machine.
 #[derive(Clone, Debug, Default)]
@@ -168,6 +168,9 @@ impl Stats {
             "restores": self.restores,
             "serial_lost_bytes": self.serial_lost_bytes,
         });
+        if let (Some(all), Some(profile)) = (all.as_object_mut(), &engine.profile) {
+            all.insert("profile".to_owned(), profile::to_json(profile));
+        }
         if let (Some(all), Value::Object(counts)) = (all.as_object_mut(), self.json_of_instructions(&engine))
         {
             all.extend(counts);
@@ -206,6 +209,7 @@ impl fmt::Display for Stats {
         }
         account::table(self, clock::host_tsc_hz(), f)?;
         report::table(&engine, self.busy(), f)?;
+        engine.profile.as_ref().map_or(Ok(()), |profile| profile::table(profile, f))?;
         for (name, counters) in &self.devices {
             let used: Vec<_> =
                 counters.iter().filter(|(_, v)| *v > 0).map(|(n, v)| format!("{n} {v}")).collect();

@@ -139,6 +139,7 @@ impl Vm {
             save_at_marker: config.save_at_marker,
             tracer: config.trace.map(|sink| Arc::new(Tracer::new(sink))),
             trace_what: config.trace_what,
+            sampling_hz: config.sampling_hz,
             profile: profile(config.perf_map, config.jitdump.as_deref())?,
             control: Arc::default(),
             input: Arc::default(),
