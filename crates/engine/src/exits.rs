@@ -1,5 +1,7 @@
-//! Exits: any event that takes a vCPU out of plain guest execution. Each has a cause and a count.
+//! Exits: any event that takes a vCPU out of plain guest execution. Each has a cause, a count and a cost.
 
+use crate::account::{Entry, Meter, Span};
+use crate::cost::Row;
 use crate::debug::DebugStop;
 
 /// Why [`crate::Vcpu::run`] returned.
@@ -82,34 +84,71 @@ causes! {
     InitSipi = "init-sipi",
 }
 
-/// Counts by cause.
+/// Counts and costs by cause.
 #[derive(Clone, Debug, Default)]
 pub struct ExitStats {
-    counts: [u64; Cause::ALL.len()],
+    entries: [Entry; Cause::ALL.len()],
+    /// Times spans; an engine's own accounts use it, too.
+    pub meter: Meter,
 }
 
 impl ExitStats {
-    /// Counts one event.
+    /// A vCPU's: counts and measures.
+    #[must_use]
+    pub fn measuring() -> Self {
+        Self { meter: Meter::new(), ..Self::default() }
+    }
+
+    /// Counts one event that is not measured.
     #[inline(always)]
     pub fn count(&mut self, cause: Cause) {
-        self.counts[cause as usize] += 1;
+        self.entries[cause as usize].count += 1;
+    }
+
+    /// Counts one event that begins.
+    #[inline(always)]
+    pub fn begin(&mut self, cause: Cause) -> Span {
+        self.meter.begin(&mut self.entries[cause as usize])
+    }
+
+    /// One begins that is counted elsewhere, if it comes to that.
+    #[inline(always)]
+    pub fn watch(&mut self, cause: Cause) -> Span {
+        self.meter.watch(&mut self.entries[cause as usize])
+    }
+
+    /// It ends.
+    #[inline(always)]
+    pub fn end(&mut self, cause: Cause, span: Span) {
+        self.meter.end(&mut self.entries[cause as usize], span);
+    }
+
+    /// From now on events of these causes are only counted: who calls this measures what is around them.
+    pub fn mute(&mut self, causes: &[Cause]) {
+        causes.iter().for_each(|&c| self.entries[c as usize].mute());
     }
 
     /// How often `cause` happened.
     #[must_use]
     pub fn get(&self, cause: Cause) -> u64 {
-        self.counts[cause as usize]
+        self.entries[cause as usize].count
     }
 
     /// Adds another vCPU's counts.
     pub fn add(&mut self, other: &Self) {
-        for (mine, theirs) in self.counts.iter_mut().zip(&other.counts) {
-            *mine += theirs;
-        }
+        self.entries.iter_mut().zip(&other.entries).for_each(|(mine, theirs)| mine.add(theirs));
+        self.meter.measurements += other.meter.measurements;
     }
 
     /// Every cause with its count.
     pub fn iter(&self) -> impl Iterator<Item = (Cause, u64)> + '_ {
         Cause::ALL.iter().map(|&c| (c, self.get(c)))
+    }
+
+    /// Every cause with its cost.
+    #[must_use]
+    pub fn rows(&self) -> Vec<Row> {
+        let rows = Cause::ALL.iter().zip(&self.entries);
+        rows.map(|(cause, entry)| Row::of("exit", cause.name(), entry)).collect()
     }
 }

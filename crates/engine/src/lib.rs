@@ -3,9 +3,13 @@
 //! A vCPU thread calls [`Vcpu::run`] in a loop; the engine comes back with a [`VcpuExit`]. Everything a vCPU
 //! does to devices goes through [`CpuIo`], and everything the outside does to a vCPU goes through [`Signals`].
 
+pub mod account;
+pub mod cost;
 pub mod debug;
 pub mod exits;
+pub mod host_tsc;
 pub mod io;
+pub mod profile;
 pub mod report;
 pub mod signals;
 

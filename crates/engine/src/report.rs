@@ -5,6 +5,9 @@
 
 use std::collections::BTreeMap;
 
+use crate::cost::{Row, add_rows};
+use crate::profile::Profile;
+
 /// What a counter counts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Unit {
@@ -70,7 +73,7 @@ pub struct Breakdown {
 }
 
 /// An engine's account of its work.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct Report {
     /// What [`crate::Vcpu::instructions`] leaves out is most of them: only interpreted ones are counted.
     pub interpreted_only: bool,
@@ -80,6 +83,10 @@ pub struct Report {
     pub ratios: Vec<Ratio>,
     /// The breakdowns, in the order to show.
     pub breakdowns: Vec<Breakdown>,
+    /// What its exits cost, beside those of [`crate::ExitStats`].
+    pub costs: Vec<Row>,
+    /// Where samples found it, if any were taken.
+    pub profile: Option<Box<Profile>>,
 }
 
 impl Report {
@@ -134,6 +141,10 @@ impl Report {
                 }
                 None => self.breakdowns.push(theirs.clone()),
             }
+        }
+        add_rows(&mut self.costs, &other.costs);
+        if let Some(theirs) = &other.profile {
+            self.profile.get_or_insert_default().add(theirs);
         }
     }
 

@@ -55,7 +55,6 @@ impl BtVcpu {
     fn interpret(&mut self, placed: &PlacedSite) -> bool {
         let site = placed.site;
         self.bt.callouts += 1;
-        *self.callouts.entry(site.code).or_default() += 1;
         let linear = self.site_rip(placed);
         let rip = legacy::pointer(self.interp.cpu(), linear);
         self.interp.cpu().rip = rip;
@@ -171,6 +170,7 @@ impl BtVcpu {
     /// out (unless the TLB has one entry). If they cannot be, or the access does not cross, the interpreter does the instruction.
     fn split(&mut self, placed: &PlacedSite, size: usize, write: bool) -> u64 {
         self.bt.misses += 1;
+        self.visit_was(Cause::Crossing);
         state::read_mode(self.interp.cpu(), &self.frame);
         let la = self.frame.get(frame::ADDRESS);
         if la & 0xfff > 4096 - size as u64 {
@@ -193,7 +193,10 @@ impl BtVcpu {
             SiteKind::Group { .. } | SiteKind::Halves { .. } => 0,
             _ => placed.done,
         };
-        if !self.interpret(placed) || on == 0 {
+        let span = self.begin_callout(placed.site.code);
+        let stays = self.interpret(placed);
+        self.end_callout(placed.site.code, span);
+        if !stays || on == 0 {
             return self.go_on();
         }
         self.frame.set(frame::DONE, on);
@@ -225,22 +228,27 @@ const fn again(site: &bt::Site) -> u64 {
 
 impl Callouts for BtVcpu {
     fn slow(&mut self, site: u32) -> u64 {
-        let action = self.missed(site);
+        let Some(placed) = self.cache.site(site) else { return action::LEAVE };
+        let span = self.begin_visit();
+        let action = self.missed(placed);
         self.publish_spaces();
+        self.end_visit(span, placed.site.fp_loaded);
         action
     }
 
     fn callout(&mut self, site: u32) -> u64 {
-        let action = self.called_out(site);
+        let Some(placed) = self.cache.site(site) else { return action::LEAVE };
+        let span = self.begin_call(placed.site.code);
+        let action = self.called_out(&placed);
         self.publish_spaces();
+        self.end_call(placed.site.code, span, placed.site.fp_loaded);
         action
     }
 }
 
 impl BtVcpu {
     /// A memory access missed. The [`action`].
-    fn missed(&mut self, site: u32) -> u64 {
-        let Some(placed) = self.cache.site(site) else { return action::LEAVE };
+    fn missed(&mut self, placed: PlacedSite) -> u64 {
         let own_of = |size, write| Own { above: 0, size, write };
         let (size, write, own) = match placed.site.kind {
             SiteKind::Access { size, write } | SiteKind::Halves { size, write } => {
@@ -262,6 +270,11 @@ impl BtVcpu {
         } else {
             self.fill(la, size, write)
         };
+        match filled {
+            Fill::Done => {}
+            Fill::Unfit(cause) => self.visit_was(cause),
+            Fill::Fault(_) => self.visit_was(Cause::Fault),
+        }
         match filled {
             // Somebody's write has just made the page writable (INV-TR-3): what was made of it goes before this vCPU writes there.
             Fill::Done if write && self.interp.cpu().holder.has_written() => {
@@ -306,13 +319,12 @@ impl BtVcpu {
     }
 
     /// An instruction for the interpreter. The [`action`].
-    fn called_out(&mut self, site: u32) -> u64 {
-        let Some(placed) = self.cache.site(site) else { return action::LEAVE };
+    fn called_out(&mut self, placed: &PlacedSite) -> u64 {
         state::read(self.interp.cpu(), &self.frame);
         match placed.site.kind {
             SiteKind::Direct { size, write } => {
                 let la = self.frame.get(frame::ADDRESS);
-                self.visit_direct(&placed, |v| {
+                self.visit_direct(placed, |v| {
                     // Writes beside code pass (`exec`).
                     matches!(
                         v.fill(la, usize::from(size), write),
@@ -321,14 +333,14 @@ impl BtVcpu {
                 });
             }
             _ if matches!(placed.site.code.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) => {
-                self.blame(&placed, Cause::Division, 1);
+                self.blame(placed, Cause::Division, 1);
             }
             _ => {}
         }
         let mnemonic = placed.site.code.mnemonic();
         let leaf = cpuid::key(&self.frame);
         xstate::learn(self.interp.cpu(), &self.frame, mnemonic);
-        if !self.interpret(&placed) {
+        if !self.interpret(placed) {
             return self.go_on();
         }
         if mnemonic == Mnemonic::Cpuid {

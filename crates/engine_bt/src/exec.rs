@@ -747,3 +747,55 @@ impl Frame {
         }
     }
 }
+
+/// Where the engine's assembly is, and what it does.
+pub fn assembly() -> Vec<(u64, &'static str)> {
+    let refills: [Assembly; 12] = [
+        trellis_bt_refill_0r,
+        trellis_bt_refill_0w,
+        trellis_bt_refill_1r,
+        trellis_bt_refill_1w,
+        trellis_bt_refill_2r,
+        trellis_bt_refill_2w,
+        trellis_bt_refill_group_0r,
+        trellis_bt_refill_group_0w,
+        trellis_bt_refill_group_1r,
+        trellis_bt_refill_group_1w,
+        trellis_bt_refill_group_2r,
+        trellis_bt_refill_group_2w,
+    ];
+    let splits: [Assembly; 7] = [
+        trellis_bt_split_0r,
+        trellis_bt_split_0w,
+        trellis_bt_split_1r,
+        trellis_bt_split_1w,
+        trellis_bt_split_2r,
+        trellis_bt_split_2w,
+        trellis_bt_join,
+    ];
+    let lookups: [Assembly; 6] = [
+        trellis_bt_lookup_0,
+        trellis_bt_lookup_1,
+        trellis_bt_lookup_2,
+        trellis_bt_lookup_3,
+        trellis_bt_lookup_4,
+        trellis_bt_lookup_5,
+    ];
+    let switches: [Assembly; 3] = [trellis_bt_take_exit, trellis_bt_leave, trellis_bt_callout];
+    let named =
+        |code: &[Assembly], name| code.iter().map(|c| (*c as *const () as u64, name)).collect::<Vec<_>>();
+    let mut all = named(&refills, "TLB refills");
+    all.extend(named(&splits, "accesses on two pages"));
+    all.extend(named(&lookups, "jump-cache refills"));
+    all.extend(named(&switches, "switches"));
+    all.push((trellis_bt_enter as *const () as u64, "switches"));
+    all.push((crate::fp::load_address(), "vector registers"));
+    all.push((crate::fp::store_address(), "vector registers"));
+    all.push((crate::iret::address(), "IRET"));
+    all.push((crate::cpuid::address(), "CPUID"));
+    all.push((crate::xstate::save_address(), "XSAVEC"));
+    all.push((crate::xstate::restore_address(), "XRSTOR"));
+    all.push((crate::switch::address(), "MOV to CR3"));
+    all.push((crate::invlpg::address(), "INVLPG"));
+    all
+}

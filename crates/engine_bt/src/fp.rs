@@ -73,11 +73,17 @@ const AVX512: u32 = 3;
 
 unsafe extern "C" {
     fn trellis_bt_fp_load();
+    fn trellis_bt_fp_store();
 }
 
 /// Address of the code that loads the guest's registers.
 pub fn load_address() -> u64 {
     trellis_bt_fp_load as *const () as u64
+}
+
+/// Address of the code that stores them.
+pub fn store_address() -> u64 {
+    trellis_bt_fp_store as *const () as u64
 }
 
 /// Before fragments run: what the host has, of these components.

@@ -8,10 +8,12 @@
 //! alarm) and `guestmem::Holder`: writes to code that somebody translated are told to every vCPU, which suspends its fragments of them when it next
 //! leaves the cache; a vCPU leaves at a poll, and after every instruction that the interpreter does for it.
 
+mod account;
 mod adapt;
 mod cache;
 mod callout;
 mod change;
+mod classify;
 mod code_memory;
 mod content;
 mod cpuid;
@@ -28,9 +30,12 @@ mod onward;
 mod page_filter;
 pub mod perf_map;
 mod places;
+mod profile;
 mod report;
+mod sample;
 mod state;
 mod switch;
+mod switch_cost;
 mod tables;
 pub mod trace;
 mod trap;
@@ -48,6 +53,7 @@ use exec::Frame;
 use guestmem::Gfn;
 use iced_x86::Instruction;
 pub use knobs::{Knobs, TlbKnob};
+use sample::Activity;
 use state::Host;
 use tables::Tables;
 use x86::CpuState;
@@ -162,8 +168,8 @@ pub struct BtVcpu {
     counter: Option<u64>,
     /// The next fragment is one without groups.
     next_plain: bool,
-    /// Callouts by instruction.
-    callouts: rustc_hash::FxHashMap<iced_x86::Code, u64>,
+    account: account::Account,
+    profiler: Option<Box<profile::Profiler>>,
     observers: observe::Observers,
     adapt: adapt::Adaptation,
     /// Keeps the traps of our code memory; before it is unmapped, they go.
@@ -205,7 +211,7 @@ impl BtVcpu {
         let traps = knobs.rdtsc == bt::TimeStamp::Trap;
         let trapped = if traps { trap::Trapped::new(&cache.code_range()) } else { None };
         let rdtsc = if traps && trapped.is_none() { bt::TimeStamp::Callout } else { knobs.rdtsc };
-        let vcpu = Self {
+        let mut vcpu = Self {
             interp,
             tables: Tables::new(frame.clone(), &knobs)?,
             frame,
@@ -223,40 +229,54 @@ impl BtVcpu {
             announced: Announced(Vec::new()),
             counter: None,
             next_plain: false,
-            callouts: rustc_hash::FxHashMap::default(),
+            account: account::Account::default(),
+            profiler: None,
             observers: observe::Observers::default(),
             bt: BtStats::default(),
         };
         vcpu.begin_sampling();
+        vcpu.begin_accounting();
         Ok(vcpu)
     }
 
     fn run_loop(&mut self) -> VcpuExit {
-        loop {
-            self.frame.silence();
-            let exit = self.interp.attend();
-            self.absorb();
-            if let Some(exit) = exit {
-                return exit;
+        self.begin_dispatch(account::START);
+        let exit = loop {
+            if let Some(exit) = self.dispatch() {
+                break exit;
             }
-            state::drop_resume_flag(self.interp.cpu());
-            if !state::eligible(self.interp.cpu()) {
-                self.block(LONG_BLOCK);
-                continue;
-            }
-            self.stress();
-            self.adapt();
-            let fragment = self.find();
-            self.unlink_if_remapped();
-            // Tracing code serves requests, and takes with them the signal of what was told of code meanwhile (INV-SMC-2).
-            if self.interp.cpu().holder.has_written() {
-                continue;
-            }
-            match fragment {
-                Some(fragment) => self.enter(fragment),
-                None => self.block(1),
-            }
+        };
+        self.end_dispatch();
+        exit
+    }
+
+    /// From what waits between instructions to the next leave of the cache, or through a block of cold code. Some: the run ends.
+    fn dispatch(&mut self) -> Option<VcpuExit> {
+        self.look_at_samples();
+        self.frame.silence();
+        let exit = self.interp.attend();
+        self.absorb();
+        if exit.is_some() {
+            return exit;
         }
+        state::drop_resume_flag(self.interp.cpu());
+        if !state::eligible(self.interp.cpu()) {
+            self.block(LONG_BLOCK);
+            return None;
+        }
+        self.stress();
+        self.adapt();
+        let fragment = self.find();
+        self.unlink_if_remapped();
+        // Tracing code serves requests, and takes with them the signal of what was told of code meanwhile (INV-SMC-2).
+        if self.interp.cpu().holder.has_written() {
+            return None;
+        }
+        match fragment {
+            Some(fragment) => self.enter(fragment),
+            None => self.block(1),
+        }
+        None
     }
 
     /// Forgets what the knobs say, before an entry.
@@ -275,6 +295,15 @@ impl BtVcpu {
     }
 
     fn block(&mut self, limit: u64) {
+        let span = self.begin_cold();
+        self.does(Activity::Interpretation);
+        self.interpret_block(limit);
+        self.end_cold(span);
+        self.end_dispatch();
+        self.begin_dispatch(account::COLD);
+    }
+
+    fn interpret_block(&mut self, limit: u64) {
         if self.is_stepped() {
             return self.step_traced();
         }
@@ -377,7 +406,12 @@ impl BtVcpu {
         if !self.places.is_warm(&key, self.knobs.warm) {
             return None;
         }
-        self.translate(key, facts)
+        let span = self.begin_translation();
+        let before = self.does(Activity::Translation);
+        let fragment = self.translate(key, facts);
+        self.did(before);
+        self.end_translation(span);
+        fragment
     }
 
     /// The frame behind the page at RIP, if an instruction may reach into it.
@@ -507,13 +541,16 @@ impl BtVcpu {
         self.remember(fragment, rip, code, variant, is_legacy);
         self.frame.set32(frame::EXIT, 0);
         let frame = self.frame.clone();
+        self.end_dispatch();
+        self.does(Activity::Fragments);
         #[expect(unsafe_code, reason = "runs translated code")]
         // SAFETY: `code` is the entry of a fragment in our cache, which changes only while no fragment runs; `state::begin` and the
         // tables have set the frame's pointers.
         unsafe {
             frame.enter(code, rip, self)
         };
-        self.note_leave();
+        let why = self.note_leave();
+        self.begin_dispatch(why as usize);
         self.left();
     }
 
@@ -613,7 +650,10 @@ impl Vcpu for BtVcpu {
         cpu.serve_invalidations();
         state::begin(cpu, self.host, &self.frame);
         self.counter = cpu.io.tsc_delta();
+        self.sample(true);
         let exit = self.run_loop();
+        self.sample(false);
+        self.look_at_samples();
         holder.leave();
         exit
     }

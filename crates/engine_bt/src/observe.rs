@@ -58,7 +58,13 @@ impl BtVcpu {
 
     /// Tells of a fragment.
     pub(crate) fn note_made(&mut self, number: Option<u32>, made: &Made<'_>) {
-        let (Some(number), true) = (number, self.observers.any()) else { return };
+        let Some(number) = number else { return };
+        if self.profiler.is_some() {
+            self.profile_made(number, made.fragment);
+        }
+        if !self.observers.any() {
+            return;
+        }
         let host = self.cache.address(number);
         let rip = self.interp.cpu().rip;
         if let Some(profile) = &self.observers.profile {
@@ -76,6 +82,7 @@ impl BtVcpu {
 
     /// Tells that a fragment may have moved.
     pub(crate) fn note_moved(&mut self, fragment: u32) {
+        self.profile_moved(fragment);
         let Some(profile) = &self.observers.profile else { return };
         let level = if self.cache.is_user(fragment) { 'u' } else { 'k' };
         let rip = self.interp.cpu().rip;
@@ -88,6 +95,7 @@ impl BtVcpu {
 
     /// Tells that the fragments at these host addresses are gone.
     pub(crate) fn note_gone(&mut self, range: &std::ops::Range<u64>) {
+        self.profile_gone(range);
         if let Some(profile) = &self.observers.profile {
             profile.lock().unwrap_or_else(PoisonError::into_inner).forget(range);
         }
@@ -95,6 +103,8 @@ impl BtVcpu {
 
     /// Tells that all fragments are gone.
     pub(crate) fn note_flush(&mut self) {
+        let all = self.cache.code_range();
+        self.profile_gone(&all);
         if let Some(profile) = &self.observers.profile {
             profile.lock().unwrap_or_else(PoisonError::into_inner).forget(&self.cache.code_range());
         }

@@ -6,6 +6,7 @@ use engine::Report;
 use engine::report::{Base, Breakdown, Form, Ratio, Unit};
 
 use crate::BtVcpu;
+use crate::account::HELPED;
 use crate::adapt::Cause;
 use crate::listing::form_of;
 use crate::trace::Leave;
@@ -24,10 +25,6 @@ const RATIOS: &[Ratio] = &[
     percent("code memory in use", &["code memory used"], Base::Counters(&["code memory"])),
 ];
 
-/// What [`frame::COUNT_HELPED`] counts.
-const HELPED: [&str; 5] =
-    ["CPUID in the TC", "XSAVEC in the TC", "XRSTOR in the TC", "MOV to CR3 in the TC", "INVLPG in the TC"];
-
 const fn percent(name: &'static str, of: &'static [&'static str], by: Base) -> Ratio {
     Ratio { name, of, by, form: Form::Percent }
 }
@@ -42,7 +39,7 @@ impl BtVcpu {
         let mut r = Report { interpreted_only: true, ratios: RATIOS.to_vec(), ..Report::default() };
         self.counters(&mut r);
         self.memory(&mut r);
-        let callouts = self.callouts.iter().map(|(code, n)| (form_of(*code), *n));
+        let callouts = self.account.callouts().map(|(code, n)| (form_of(code), n));
         let leaves = Leave::ALL.iter().map(|l| (l.name().to_owned(), self.observers.leaves[*l as usize]));
         let c = &self.adapt.counts;
         let mut adapted = c.direct;
@@ -55,6 +52,8 @@ impl BtVcpu {
             Breakdown { name: "leaves of the cache", rows: sum(leaves) },
             Breakdown { name: "callouts by instruction", rows: sum(callouts) },
         ];
+        r.costs = self.cost_rows();
+        r.profile = self.profile_so_far();
         r
     }
 

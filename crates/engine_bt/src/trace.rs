@@ -221,7 +221,7 @@ impl BtVcpu {
     }
 
     /// Counts a leave of the cache, with RIP where the guest is to go on.
-    pub(crate) fn note_leave(&mut self) {
+    pub(crate) fn note_leave(&mut self) -> Leave {
         let reason = self.leave_reason();
         self.observers.leaves[reason as usize] += 1;
         if let Some(trace) = self.observers.trace.as_ref().filter(|t| t.levels.exits) {
@@ -230,6 +230,7 @@ impl BtVcpu {
                 (trace.write)(format_args!("exit {} {rip:016x}", reason.name()));
             }
         }
+        reason
     }
 
     /// RIP where the guest is to go on.

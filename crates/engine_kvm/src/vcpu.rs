@@ -6,7 +6,6 @@
 
 use std::io::ErrorKind;
 use std::sync::Arc;
-use std::time::Instant;
 
 use engine::debug::DebugStop;
 use engine::signals::Signal;
@@ -98,7 +97,7 @@ impl KvmVcpu {
             cr8: 0,
             tsc_offset: None,
             debug: Armed::default(),
-            stats: ExitStats::default(),
+            stats: ExitStats::measuring(),
             counts: Counts::default(),
             failure: None,
             fallback: Fallback::of_environment(),
@@ -192,7 +191,7 @@ impl KvmVcpu {
             self.set_time()?;
             self.enter()?;
             let exit = self.page.exit();
-            self.counts.count(exit.reason());
+            self.counts.count(exit.reason(), &mut self.stats.meter);
             if let Some(exit) = self.act(exit)? {
                 return Ok(exit);
             }
@@ -372,9 +371,10 @@ impl KvmVcpu {
         self.page.set_cr8(self.cr8);
         self.incomplete = false;
         self.counts.entries += 1;
-        let from = Instant::now();
+        self.counts.handled(&mut self.stats.meter);
+        let span = self.counts.enter(&mut self.stats.meter);
         let result = raw::run(&self.fd);
-        self.counts.inside += from.elapsed();
+        self.counts.leave(span, &mut self.stats.meter);
         let cr8 = self.page.cr8() & 15;
         if cr8 != self.cr8 {
             self.io.set_cr8(self.index, cr8);
@@ -419,12 +419,14 @@ impl KvmVcpu {
         for at in (0..count).map(|i| access.at.saturating_add(i * size)) {
             let mut word = [0; 4];
             if access.write {
-                self.stats.count(Cause::PortWrite);
                 self.page.read(at, &mut word[..size]);
+                let span = self.stats.begin(Cause::PortWrite);
                 self.io.port_out(self.index, access.port, access.size, u32::from_le_bytes(word));
+                self.stats.end(Cause::PortWrite, span);
             } else {
-                self.stats.count(Cause::PortRead);
+                let span = self.stats.begin(Cause::PortRead);
                 word = self.io.port_in(self.index, access.port, access.size).to_le_bytes();
+                self.stats.end(Cause::PortRead, span);
                 self.page.write(at, &word[..size]);
             }
         }
@@ -434,11 +436,13 @@ impl KvmVcpu {
         self.incomplete = true;
         let mut data = access.data;
         if access.write {
-            self.stats.count(Cause::MmioWrite);
+            let span = self.stats.begin(Cause::MmioWrite);
             self.io.mmio_write(self.index, Gpa(access.gpa), &data[..access.len]);
+            self.stats.end(Cause::MmioWrite, span);
         } else {
-            self.stats.count(Cause::MmioRead);
+            let span = self.stats.begin(Cause::MmioRead);
             self.io.mmio_read(self.index, Gpa(access.gpa), &mut data[..access.len]);
+            self.stats.end(Cause::MmioRead, span);
             self.page.write(exit::DEVICE_DATA, &data);
         }
     }
@@ -559,7 +563,9 @@ impl Vcpu for KvmVcpu {
             self.tsc_offset = None;
         }
         self.kick.enter();
+        self.counts.start(&mut self.stats.meter);
         let result = self.run_guest();
+        self.counts.handled(&mut self.stats.meter);
         self.kick.leave();
         result.unwrap_or_else(|error| {
             self.guarded(Err(error));

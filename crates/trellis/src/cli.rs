@@ -1,5 +1,6 @@
 //! The command line, as clap sees it, and clap's errors as one line.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::builder::styling::{AnsiColor, Styles};
@@ -11,10 +12,12 @@ use crate::dump::DumpArgs;
 use crate::gdb::{self, GdbTarget};
 use crate::image::Arch;
 use crate::inside::InsideFlags;
+use crate::metrics;
 use crate::options::{
     CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VirtualExec, VmFlags,
     parse_char_target, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
 };
+use crate::top::TopArgs;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -76,6 +79,14 @@ const TYPE_EXAMPLES: &str = "\
 Examples:
   trellis type 'root\\n'                   on the keyboard of the only machine
   trellis type web --serial 'uname -a\\n'  on the serial line of the machine 'web'";
+
+const TOP_EXAMPLES: &str = "\
+Examples:
+  trellis top                     on a terminal: q quits, the arrows choose a machine
+  trellis top --once              one frame as text, of a second's rates
+  trellis top -b -n 60 -d 5 > log six frames a minute, for five minutes
+
+LOAD is time not asleep, in percent of one CPU; IN GUEST what of it was the guest's own code, the rest being exits.";
 
 const BENCH_EXAMPLES: &str = "\
 Examples:
@@ -153,13 +164,20 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Show the counts of a running machine: instructions, exits by cause, time
+    /// Show where the time of a running machine goes: exits by cause and what they cost, by CPU
     Stat {
         /// Its name in `trellis list`; not needed when only one is running
         vm: Option<String>,
         /// As JSON, for programs
         #[arg(long)]
         json: bool,
+    },
+    /// Watch the running machines: load, exits by cause and what they cost, memory
+    #[command(after_help = TOP_EXAMPLES)]
+    Top {
+        /// How.
+        #[command(flatten)]
+        top: TopArgs,
     },
     /// Print the VGA text screen of a running machine
     Screendump {
@@ -327,6 +345,9 @@ pub struct MachineArgs {
     /// Where its control socket is: a path, or none [default: in $XDG_RUNTIME_DIR/trellis]
     #[arg(long, value_name = "PATH", value_parser = control::parse_target, help_heading = "Run")]
     control: Option<ControlTarget>,
+    /// Serve statistics to Prometheus, over HTTP at /metrics; a port alone is one of 127.0.0.1
+    #[arg(long, value_name = "ADDR:PORT", value_parser = metrics::parse_address, allow_hyphen_values = true, help_heading = "Run")]
+    metrics: Option<SocketAddr>,
     /// End after so many seconds, with status 124
     #[arg(long, value_name = "SECONDS", value_parser = parse_timeout, allow_hyphen_values = true, help_heading = "Run")]
     timeout: Option<f64>,
@@ -372,6 +393,7 @@ impl MachineArgs {
             timeout_seconds: self.timeout,
             name: self.name,
             control: self.control,
+            metrics: self.metrics,
             gdb: self.gdb,
             gdb_wait: self.gdb_wait,
             stats: self.stats,
@@ -452,6 +474,11 @@ mod tests {
             (&["boot", "--cpu", "hots"], "did you mean 'host'"),
             (&["boot", "--serial", "stido"], "did you mean 'stdio'"),
             (&["boot", "--timeout", "x"], "seconds"),
+            (&["boot", "--metrics", "x"], "127.0.0.1:9100"),
+            (&["boot", "--metrics", "1.2.3.4:99999"], "127.0.0.1:9100"),
+            (&["top", "--delay", "0"], "seconds"),
+            (&["top", "-n", "0"], "1 or more"),
+            (&["top", "-d", "-1"], "0.1 to 3600"),
             (&["boot", "debian", "contract"], "contract"),
             (&["run"], "VM.toml"),
             (&["image", "fetch", "debian", "--arch", "amd46"], "amd64"),

@@ -9,7 +9,8 @@ use serde::Deserialize;
 
 use crate::control::{self, ControlTarget};
 use crate::gdb::{self, GdbTarget, Place};
-use crate::inside::{InsideFlags, parse_range, parse_trace};
+use crate::inside::{self, InsideFlags, parse_range, parse_trace};
+use crate::metrics;
 use crate::options::{
     CharTarget, DiskSpec, MmuChoice, StatsTarget, VirtualExec, VmFlags, parse_char_target, parse_choice,
     parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
@@ -35,6 +36,7 @@ const KEYS: &[&str] = &[
     "timeout",
     "name",
     "control",
+    "metrics",
     "gdb",
     "gdb_wait",
     "stats",
@@ -42,6 +44,7 @@ const KEYS: &[&str] = &[
     "trace_range",
     "perf_map",
     "jitdump",
+    "profile",
     "clock",
     "monitor",
 ];
@@ -110,6 +113,7 @@ struct File {
     timeout: Option<Number>,
     name: Option<String>,
     control: Option<String>,
+    metrics: Option<Number>,
     gdb: Option<Switch>,
     #[serde(default)]
     gdb_wait: bool,
@@ -119,6 +123,7 @@ struct File {
     #[serde(default)]
     perf_map: bool,
     jitdump: Option<PathBuf>,
+    profile: Option<Number>,
     clock: Option<String>,
     #[serde(default)]
     monitor: MonitorTable,
@@ -239,6 +244,7 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         trace_range: value(text, "trace_range", file.trace_range, |range| parse_range(&range))?,
         perf_map: file.perf_map,
         jitdump: file.jitdump,
+        profile: value(text, "profile", file.profile, |hz| inside::parse_hz(&hz.text()))?,
     };
     Ok(VmFlags {
         image: file.image,
@@ -259,6 +265,7 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         timeout_seconds: value(text, "timeout", file.timeout, |number| parse_timeout(&number.text()))?,
         name: value(text, "name", file.name, |name| control::parse_name(&name))?,
         control: value(text, "control", file.control, |target| relative_control(base, &target))?,
+        metrics: value(text, "metrics", file.metrics, |place| metrics::parse_address(&place.text()))?,
         gdb: value(text, "gdb", file.gdb, |switch| relative_gdb(base, switch))?.flatten(),
         gdb_wait: file.gdb_wait,
         stats: value(text, "stats", file.stats, |switch| stats_of(base, switch))?.flatten(),

@@ -1,4 +1,4 @@
-//! The options that look inside a running machine: `--trace`, `--trace-range`, `--perf-map`, `--jitdump`.
+//! The options that look inside a running machine: `--trace`, `--trace-range`, `--perf-map`, `--jitdump`, `--profile`.
 
 use std::path::{Path, PathBuf};
 
@@ -37,6 +37,18 @@ pub struct InsideFlags {
     #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true, default_missing_value = ".",
           value_hint = ValueHint::DirPath, help_heading = "Run")]
     pub jitdump: Option<PathBuf>,
+    /// Sample what the translator executes, so often a second, and say with --stats where: guest addresses, and what host code is for [default: 997]
+    #[arg(long, value_name = "HZ", value_parser = parse_hz, num_args = 0..=1, require_equals = true, default_missing_value = "997", help_heading = "Run")]
+    pub profile: Option<u32>,
+}
+
+/// Parses the value of `--profile`.
+///
+/// # Errors
+/// One line with what is possible.
+pub fn parse_hz(text: &str) -> Result<u32, String> {
+    let wrong = || format!("'{}' is no rate; give 1 to 20000 samples a second", text.escape_debug());
+    text.trim().parse().ok().filter(|hz| (1..=20_000).contains(hz)).ok_or_else(wrong)
 }
 
 impl InsideFlags {
@@ -48,6 +60,7 @@ impl InsideFlags {
             trace_range: self.trace_range.or(file.trace_range),
             perf_map: self.perf_map || file.perf_map,
             jitdump: self.jitdump.or(file.jitdump),
+            profile: self.profile.or(file.profile),
         }
     }
 
@@ -61,6 +74,8 @@ impl InsideFlags {
             Some("--trace-range")
         } else if self.perf_map {
             Some("--perf-map")
+        } else if self.profile.is_some() {
+            Some("--profile")
         } else {
             self.jitdump.as_ref().map(|_| "--jitdump")
         }
@@ -188,6 +203,14 @@ mod tests {
         ] {
             let error = parse_trace(text).expect_err(text);
             assert!(error.contains(meant) && !error.contains('\n'), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn rate_is_within_what_timers_can() {
+        assert_eq!((parse_hz("997"), parse_hz("1")), (Ok(997), Ok(1)));
+        for text in ["0", "-1", "x", "20001", ""] {
+            assert!(parse_hz(text).unwrap_err().contains("1 to 20000"), "{text}");
         }
     }
 

@@ -19,6 +19,7 @@ use vmm::{ClockMode, DiskConfig, Outcome, Sink, Stats, TraceWhat, Vm, VmConfig, 
 use crate::control::{Info, server};
 use crate::display::{self, Display};
 use crate::gdb::{self, GdbTarget};
+use crate::metrics;
 use crate::options::{ClockChoice, StatsTarget, VgaChoice};
 use crate::prepare::{Module, Output, Prepared};
 use crate::terminal::{
@@ -79,8 +80,12 @@ pub fn launch(prepared: Prepared) -> anyhow::Result<ExitCode> {
     let gdb_place = gdb.bind()?;
     let socket = server::bind(prepared.name.as_deref(), &prepared.control).map_err(anyhow::Error::msg)?;
     let info = info(&prepared);
+    let metrics = prepared.metrics.map(metrics::bind).transpose().map_err(anyhow::Error::msg)?;
     let mut vm = Vm::new(config(prepared, &wiring)?)?;
     let handle = vm.handle();
+    let name = socket.as_ref().map(|socket| socket.name().to_owned());
+    let labels = Info { name: name.unwrap_or_else(|| format!("vm-{}", std::process::id())), ..info.clone() };
+    metrics.map(|bound| bound.serve(handle.clone(), labels)).transpose()?;
     let _control = socket.map(|socket| socket.serve(handle.clone(), info)).transpose()?;
     let stub = gdb_place.map(|place| gdb.serve(place, &handle)).transpose()?;
     let reason = Reason::default();
@@ -135,7 +140,8 @@ impl Gdb {
 /// What `trellis list` shows of the machine.
 fn info(prepared: &Prepared) -> Info {
     let (guest, cpus, memory_bytes) = (prepared.kernel_name.clone(), prepared.cpus, prepared.memory_bytes);
-    Info { guest, cpus, memory_bytes, ..Info::default() }
+    let engine = prepared.engine.name().to_owned();
+    Info { guest, cpus, engine, memory_bytes, ..Info::default() }
 }
 
 /// Who gets the terminal.
@@ -206,6 +212,7 @@ fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
         trace_what,
         perf_map: inside.perf_map,
         jitdump: inside.jitdump,
+        sampling_hz: inside.profile,
         ..VmConfig::new(source)
     })
 }

@@ -16,11 +16,13 @@ pub mod host;
 pub mod image;
 pub mod inside;
 pub mod launch;
+pub mod metrics;
 pub mod options;
 pub mod prepare;
 pub mod progress;
 pub mod suggest;
 pub mod terminal;
+pub mod top;
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
@@ -116,6 +118,7 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::List { json } => print_out(client::list(json).as_bytes()),
         Command::Stat { vm, json: true } => tell(client::stats_json(vm.as_deref())),
         Command::Stat { vm, json: false } => ask(vm, Request::Stats),
+        Command::Top { top } => top::run(&top),
         Command::Screendump { vm } => ask(vm, Request::Screendump),
         Command::Quit { vm } => ask(vm, Request::Quit),
         Command::Powerdown { vm } => ask(vm, Request::Powerdown),

@@ -3,6 +3,7 @@
 //!
 //! One parser a value, used by the command line and by `VM.toml` alike.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
@@ -166,6 +167,8 @@ pub struct VmFlags {
     pub name: Option<String>,
     /// Its control socket.
     pub control: Option<ControlTarget>,
+    /// Where metrics are served.
+    pub metrics: Option<SocketAddr>,
     /// Where gdb is waited for.
     pub gdb: Option<GdbTarget>,
     /// Nothing runs before gdb has attached.
@@ -205,6 +208,7 @@ impl VmFlags {
             timeout_seconds: self.timeout_seconds.or(file.timeout_seconds),
             name: self.name.or(file.name),
             control: self.control.or(file.control),
+            metrics: self.metrics.or(file.metrics),
             gdb: self.gdb.or(file.gdb),
             gdb_wait: self.gdb_wait || file.gdb_wait,
             stats: self.stats.or(file.stats),
@@ -236,9 +240,11 @@ impl VmFlags {
             timeout_seconds: self.timeout_seconds,
             name: self.name,
             control: self.control.unwrap_or_default(),
+            metrics: self.metrics,
             gdb: self.gdb.or_else(|| self.gdb_wait.then(GdbTarget::default)),
             gdb_wait: self.gdb_wait,
-            stats: self.stats,
+            // Samples are of no use untold.
+            stats: self.stats.or_else(|| self.inside.profile.map(|_| StatsTarget::Print)),
             inside: self.inside,
             clock: self.clock.unwrap_or(ClockChoice::Host),
             save_at_marker: self.save_at_marker,
@@ -268,6 +274,7 @@ pub struct VmOptions {
     pub timeout_seconds: Option<f64>,
     pub name: Option<String>,
     pub control: ControlTarget,
+    pub metrics: Option<SocketAddr>,
     pub gdb: Option<GdbTarget>,
     pub gdb_wait: bool,
     pub stats: Option<StatsTarget>,

@@ -3,6 +3,7 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, IsTerminal as _, Read as _};
+use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -95,6 +96,8 @@ pub struct Prepared {
     pub name: Option<String>,
     /// Its control socket.
     pub control: ControlTarget,
+    /// Where metrics are served.
+    pub metrics: Option<SocketAddr>,
     /// Where gdb is waited for.
     pub gdb: Option<GdbTarget>,
     /// Nothing runs before gdb has attached.
@@ -192,6 +195,7 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         timeout_seconds: options.timeout_seconds,
         name: options.name,
         control: options.control,
+        metrics: options.metrics,
         gdb: options.gdb,
         gdb_wait: options.gdb_wait,
         stats: options.stats,

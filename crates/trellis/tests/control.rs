@@ -67,6 +67,10 @@ impl Home {
 
     /// Starts a machine and waits until it can be reached.
     fn start(&self, name: &str, code: &[u8]) -> Machine {
+        self.start_with(name, code, &[])
+    }
+
+    fn start_with(&self, name: &str, code: &[u8], more: &[&str]) -> Machine {
         let kernel = self.0.path().join(format!("{name}.kernel"));
         fs::write(&kernel, image(code)).unwrap();
         let kernel = kernel.to_str().unwrap();
@@ -83,7 +87,8 @@ impl Home {
             "--timeout",
             "50",
         ];
-        let child = self.command(&arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let child =
+            self.command(&arguments).args(more).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let socket = self.0.path().join("trellis").join(format!("{name}.sock"));
         let machine = Machine { child, socket };
         let deadline = Instant::now() + PATIENCE;
@@ -252,4 +257,110 @@ fn socket_path_is_as_asked_and_names_are_checked() {
     assert!(home.error(&["boot", "contract", "--control", "/nonexistent/s"]).contains("/nonexistent/s"));
     assert_eq!(fs::read(&file).unwrap(), b"mine");
     assert!(home.error(&["stat", "/nonexistent/s"]).contains("/nonexistent/s"));
+}
+
+/// What is at a path of the metrics' port.
+fn fetch(port: u16, request: &str) -> String {
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+/// A port that is free now.
+fn free_port() -> u16 {
+    std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}
+
+#[test]
+fn statistics_say_what_exits_cost_by_cpu() {
+    let home = Home::new();
+    let _machine = home.start("web", HI);
+    let text = home.ok(&["stat"]);
+    assert!(text.contains("exits by cause") && text.contains("the guest, which is the rest"), "{text}");
+    let stats: serde_json::Value = serde_json::from_str(&home.ok(&["stat", "--json"])).unwrap();
+    let accounting = &stats["vcpus"][0]["accounting"];
+    assert!(accounting["busy_cycles"].as_u64().unwrap() > 0, "{accounting}");
+    assert!(accounting["exits"].as_array().is_some_and(|rows| !rows.is_empty()), "{accounting}");
+    assert!(accounting["overhead"]["percent"].as_f64().unwrap() < 10.0, "{accounting}");
+}
+
+#[test]
+fn top_shows_every_machine_once_and_says_when_there_is_none() {
+    let home = Home::new();
+    assert_eq!(home.ok(&["top", "--once"]), "no machine is running; start one with: trellis boot\n");
+    let mut web = home.start("web", HI);
+    let text = home.ok(&["top", "--once", "-d", "0.3"]);
+    assert!(text.contains("web ") && text.contains("web: exits by cause"), "{text}");
+    // It spins, and whatever the host lets it have of a CPU, it does not sleep.
+    let line = text.lines().find(|line| line.starts_with("web ")).unwrap();
+    let load: f64 = line.split_whitespace().nth(4).unwrap().parse().unwrap();
+    assert!(load > 50.0, "{text}");
+    let _db = home.start("db", HI);
+    let watched = home.command(&["top", "-b", "-n", "3", "-d", "1"]).stdout(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(1500));
+    web.child.kill().unwrap();
+    web.end();
+    let output = watched.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && text.contains("db: exits by cause"), "{text}");
+    assert_eq!(text.matches("NAME").count(), 3, "{text}");
+    assert!(text.contains("the machine 'web' has ended"), "{text}");
+}
+
+#[test]
+fn metrics_are_scraped_while_the_machine_runs() {
+    let home = Home::new();
+    let port = free_port();
+    let _machine = home.start_with("web", HI, &["--metrics", &format!("127.0.0.1:{port}")]);
+    let page = fetch(port, "GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n");
+    let (head, body) = page.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("text/plain; version=0.0.4"), "{head}");
+    let mut typed = std::collections::HashMap::new();
+    let mut samples = 0;
+    for line in body.lines() {
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = rest.split_once(' ').unwrap();
+            assert!(typed.insert(name, kind).is_none(), "{name} twice");
+            assert_eq!(name.ends_with("_total"), kind == "counter", "{line}");
+        } else if !line.starts_with("# HELP ") {
+            let name = line.split(['{', ' ']).next().unwrap();
+            assert!(typed.contains_key(name) && name.starts_with("trellis_"), "{line}");
+            line.rsplit(' ').next().unwrap().parse::<f64>().unwrap();
+            samples += 1;
+        }
+    }
+    assert!(samples > 20 && body.contains("trellis_vm_info{name=\"web\""), "{body}");
+    let busy = |body: &str| -> f64 {
+        let line =
+            body.lines().find(|l| l.starts_with("trellis_vcpu_busy_seconds_total{vcpu=\"0\"}")).unwrap();
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    let before = busy(body);
+    std::thread::sleep(Duration::from_millis(400));
+    assert!(busy(&fetch(port, "GET /metrics HTTP/1.0\r\n\r\n")) > before);
+    assert!(fetch(port, "GET /etc HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404"));
+    assert!(fetch(port, "nonsense\r\n\r\n").starts_with("HTTP/1.1 400"));
+    // The port is taken now.
+    let address = format!("127.0.0.1:{port}");
+    let error = home.error(&["boot", "contract", "--metrics", &address]);
+    assert!(error.contains(&address) && error.contains("choose another"), "{error}");
+}
+
+#[test]
+fn machine_that_dies_while_it_is_asked_is_told_in_a_line() {
+    let home = Home::new();
+    let mut machine = home.start("web", HI);
+    let pid = rustix::process::Pid::from_child(&machine.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    let asking = home.command(&["stat"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    machine.child.kill().unwrap();
+    machine.end();
+    let output = asking.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), text.lines().count()), (Some(1), 1), "{text}");
+    assert!(text.contains("'web' has ended") || text.contains("'web' has hung up"), "{text}");
 }

@@ -60,6 +60,16 @@ fn first_reading() -> (u64, Instant) {
     *FIRST.get_or_init(paired_reading)
 }
 
+/// Ticks of the host's TSC in a second, by all the time since the program began; waits where that is too short to tell.
+pub fn host_tsc_hz() -> f64 {
+    let (tsc, start) = first_reading();
+    std::thread::sleep(CALIBRATION.saturating_sub(start.elapsed()));
+    let (now, end) = paired_reading();
+    #[expect(clippy::cast_precision_loss, reason = "a frequency for people")]
+    let ticks = now.wrapping_sub(tsc) as f64;
+    ticks / end.duration_since(start).as_secs_f64()
+}
+
 /// Whether the host's TSC counts at a constant rate: CPUID says so (SDM 3B 18.17.1), or the host's kernel relies on it.
 fn tsc_is_constant() -> bool {
     use std::arch::x86_64::__cpuid;

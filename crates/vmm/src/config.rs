@@ -113,6 +113,8 @@ pub struct VmConfig {
     pub perf_map: bool,
     /// `jit-PID.dump` in this directory tells `perf` everything about fragments.
     pub jitdump: Option<PathBuf>,
+    /// The translator's vCPUs are sampled so often a second.
+    pub sampling_hz: Option<u32>,
 }
 
 impl VmConfig {
@@ -140,6 +142,7 @@ impl VmConfig {
             trace_what: TraceWhat::default(),
             perf_map: false,
             jitdump: None,
+            sampling_hz: None,
         }
     }
 }

@@ -5,8 +5,9 @@
 //! back with exits; `control` collects what concerns the machine as a whole; [`vm`] acts on it → [`Outcome`].
 //! Other threads hold a [`VmHandle`].
 
+mod account;
 pub mod boot;
-pub mod clock;
+mod clock;
 pub mod config;
 mod control;
 mod debug;
@@ -17,6 +18,7 @@ mod handle;
 mod input;
 mod io;
 mod machine;
+mod profile;
 mod report;
 mod sink;
 pub mod snapshot;
@@ -25,6 +27,7 @@ mod trace;
 mod vcpu;
 mod vm;
 
+pub use clock::host_tsc_hz;
 pub use config::{ClockMode, DiskConfig, EngineKind, Sink, TraceWhat, VmConfig};
 pub use control::SAVE_MARKER;
 pub use devices::chipset::i8042::Key;

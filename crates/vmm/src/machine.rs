@@ -85,6 +85,7 @@ pub(crate) struct Blueprint {
     pub tracer: Option<Arc<Tracer>>,
     pub trace_what: TraceWhat,
     pub profile: Option<Shared<Profile>>,
+    pub sampling_hz: Option<u32>,
     pub control: Arc<Control>,
     pub input: Arc<Input>,
 }
@@ -380,6 +381,9 @@ impl Machine {
             (EngineKind::Bt, None) => {
                 let mut vcpu = engine_bt::BtVcpu::new(parts).map_err(|e| VmError::CodeMemory(e.into()))?;
                 vcpu.observe(plan.engine_trace(index, &self.clock), plan.profile.clone());
+                if plan.sampling_hz.is_some_and(|hz| !vcpu.profile(hz)) {
+                    tracing::warn!("no signal handler for samples can be set; there is no profile");
+                }
                 Box::new(vcpu)
             }
         })

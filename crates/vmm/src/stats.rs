@@ -3,10 +3,11 @@
 use std::fmt;
 use std::time::Duration;
 
+use engine::cost::Table;
 use engine::{ExitStats, Report, Vcpu};
 use serde_json::{Value, json};
 
-use crate::report;
+use crate::{account, clock, profile, report};
 
 /// One vCPU's counts, over all lives of the machine.
 #[derive(Clone, Debug, Default)]
@@ -15,6 +16,10 @@ pub struct VcpuStats {
     pub instructions: u64,
     /// Time that it did not sleep in HLT.
     pub busy: Duration,
+    /// Time that it did.
+    pub asleep: Duration,
+    /// CPU time that its thread had: less than `busy` where the host had other work, or a device waited.
+    pub cpu: Duration,
     /// Exits and other events by cause.
     pub exits: ExitStats,
     /// What the engine says of its own work.
@@ -27,6 +32,14 @@ impl VcpuStats {
         self.instructions += vcpu.instructions();
         self.exits.add(vcpu.stats());
         self.engine.add(&vcpu.report());
+    }
+
+    /// Where the time went, in ticks of the host's time-stamp counter, of which there are `hz` in a second.
+    #[must_use]
+    pub fn account(&self, hz: f64) -> Table {
+        let mut rows = self.exits.rows();
+        engine::cost::add_rows(&mut rows, &self.engine.costs);
+        Table::new(self.busy.as_secs_f64() * hz, rows, self.exits.meter.measurements)
     }
 
     /// As [`VcpuStats::add`], for a vCPU whose life ends.
@@ -89,6 +102,19 @@ impl Stats {
         all
     }
 
+    /// All vCPUs as one.
+    #[must_use]
+    pub fn together(&self) -> VcpuStats {
+        VcpuStats {
+            instructions: self.instructions(),
+            busy: self.busy(),
+            asleep: self.vcpus.iter().map(|v| v.asleep).sum(),
+            cpu: self.vcpus.iter().map(|v| v.cpu).sum(),
+            exits: self.exits(),
+            engine: self.engine(),
+        }
+    }
+
     /// The engines of all vCPUs.
     #[must_use]
     pub fn engine(&self) -> Report {
@@ -113,7 +139,16 @@ impl Stats {
         let exits = |exits: &ExitStats| -> Value {
             exits.iter().map(|(c, n)| (c.name().to_owned(), json!(n))).collect()
         };
-        let vcpu = |v: &VcpuStats| json!({"instructions": v.instructions, "interpreted_only": v.engine.interpreted_only, "busy_seconds": v.busy.as_secs_f64(), "exits": exits(&v.exits)});
+        let hz = clock::host_tsc_hz();
+        let vcpu = |v: &VcpuStats| {
+            json!({
+                "instructions": v.instructions,
+                "interpreted_only": v.engine.interpreted_only,
+                "busy_seconds": v.busy.as_secs_f64(),
+                "exits": exits(&v.exits),
+                "accounting": account::to_json(v, hz),
+            })
+        };
         let device = |(name, counters): &(String, Vec<(&str, u64)>)| -> (String, Value) {
             (name.clone(), counters.iter().map(|&(n, v)| (n.to_owned(), json!(v))).collect())
         };
@@ -123,6 +158,7 @@ impl Stats {
             "busy_seconds": self.busy().as_secs_f64(),
             "guest_ns": self.guest_ns,
             "exits": exits(&self.exits()),
+            "accounting": account::to_json(&self.together(), hz),
             "engine": report::to_json(&engine, self.busy()),
             "vcpus": self.vcpus.iter().map(vcpu).collect::<Vec<_>>(),
             "devices": self.devices.iter().map(device).collect::<serde_json::Map<_, _>>(),
@@ -132,6 +168,9 @@ impl Stats {
             "restores": self.restores,
             "serial_lost_bytes": self.serial_lost_bytes,
         });
+        if let (Some(all), Some(profile)) = (all.as_object_mut(), &engine.profile) {
+            all.insert("profile".to_owned(), profile::to_json(profile));
+        }
         if let (Some(all), Value::Object(counts)) = (all.as_object_mut(), self.json_of_instructions(&engine))
         {
             all.extend(counts);
@@ -168,14 +207,9 @@ impl fmt::Display for Stats {
                 writeln!(f, "{name:<19} {count:>18}")?;
             }
         }
-        writeln!(f, "exits by cause")?;
-        let exits = self.exits();
-        let mut rows: Vec<_> = exits.iter().filter(|&(_, count)| count > 0).collect();
-        rows.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
-        for (cause, count) in rows {
-            writeln!(f, "  {:<18}{count:>18}", cause.name())?;
-        }
+        account::table(self, clock::host_tsc_hz(), f)?;
         report::table(&engine, self.busy(), f)?;
+        engine.profile.as_ref().map_or(Ok(()), |profile| profile::table(profile, f))?;
         for (name, counters) in &self.devices {
             let used: Vec<_> =
                 counters.iter().filter(|(_, v)| *v > 0).map(|(n, v)| format!("{n} {v}")).collect();

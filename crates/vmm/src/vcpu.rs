@@ -55,8 +55,20 @@ pub(crate) struct Seat {
     pub asleep: Duration,
 }
 
-/// What a thread gives back: the vCPU, and how long it slept.
-pub(crate) type Left = (Box<dyn Vcpu>, Duration);
+/// What a thread gives back.
+pub(crate) struct Left {
+    pub vcpu: Box<dyn Vcpu>,
+    /// How long it slept.
+    pub asleep: Duration,
+    /// CPU time that the thread had, as the host's kernel says.
+    pub cpu: Duration,
+}
+
+/// CPU time of this thread.
+fn cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
+}
 
 impl Seat {
     /// Starts the thread.
@@ -70,7 +82,7 @@ impl Seat {
             None => self.run_on_host_time(),
             Some(icount) => self.run_by_instructions(&icount),
         }
-        (self.vcpu, self.asleep)
+        Left { vcpu: self.vcpu, asleep: self.asleep, cpu: cpu_time() }
     }
 
     fn run_on_host_time(&mut self) {

@@ -139,6 +139,7 @@ impl Vm {
             save_at_marker: config.save_at_marker,
             tracer: config.trace.map(|sink| Arc::new(Tracer::new(sink))),
             trace_what: config.trace_what,
+            sampling_hz: config.sampling_hz,
             profile: profile(config.perf_map, config.jitdump.as_deref())?,
             control: Arc::default(),
             input: Arc::default(),
@@ -441,10 +442,12 @@ impl Vm {
         let elapsed = started.elapsed();
         self.past.elapsed += elapsed;
         for (index, left) in joined {
-            let (vcpu, asleep) = left?;
-            frozen.push((index, vcpu));
+            let left = left?;
+            frozen.push((index, left.vcpu));
             if let Some(past) = self.past.vcpus.get_mut(index) {
-                past.busy += elapsed.saturating_sub(asleep);
+                past.busy += elapsed.saturating_sub(left.asleep);
+                past.asleep += left.asleep;
+                past.cpu += left.cpu;
             }
         }
         let mut back = frozen;

@@ -13,7 +13,6 @@ pub mod debug;
 pub mod decode;
 pub mod flags;
 pub mod holder;
-pub mod host_tsc;
 pub mod intercept;
 pub mod memory;
 pub mod ops;
@@ -22,6 +21,8 @@ pub mod system;
 pub mod tlb;
 pub mod vector;
 mod vector_cpu;
+
+pub use engine::host_tsc;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -90,7 +91,7 @@ impl Interp {
             model: parts.model,
             index: parts.index,
             vcpus: parts.vcpus,
-            stats: ExitStats::default(),
+            stats: ExitStats::measuring(),
             instructions: 0,
             intercepts: intercept::Intercepts,
             ext: 0,

@@ -400,8 +400,10 @@ impl Cpu {
             let hva = Hva(la.wrapping_add(entry.addend));
             return Ok(Target::Ram(hva, Gpa((entry.gfn & !TRACED) << 12 | la & PAGE_MASK)));
         }
-        let t = self.walk(la, access)?;
-        Ok(self.remember(la, variant, access, &t))
+        let span = self.stats.watch(engine::Cause::TlbFill);
+        let walked = self.walk(la, access).map(|t| self.remember(la, variant, access, &t));
+        self.stats.end(engine::Cause::TlbFill, span);
+        walked
     }
 
     /// Whether an entry lacks the right to write only because of a trace that still stands.
@@ -491,8 +493,9 @@ impl Cpu {
         match target {
             Target::Ram(hva, _) => self.mem.read_machine(hva, data),
             Target::Device(gpa) => {
-                self.stats.count(engine::Cause::MmioRead);
+                let span = self.stats.begin(engine::Cause::MmioRead);
                 self.io.mmio_read(self.index, gpa, data);
+                self.stats.end(engine::Cause::MmioRead, span);
             }
         }
     }
@@ -504,8 +507,9 @@ impl Cpu {
                 self.code_written |= self.mem.note_write(gpa, data.len());
             }
             Target::Device(gpa) => {
-                self.stats.count(engine::Cause::MmioWrite);
+                let span = self.stats.begin(engine::Cause::MmioWrite);
                 self.io.mmio_write(self.index, gpa, data);
+                self.stats.end(engine::Cause::MmioWrite, span);
             }
         }
     }

@@ -480,7 +480,21 @@ fn decode(cpu: &Cpu, bytes: &[u8], offset: u16) -> Option<Instruction> {
 fn decode_run(cpu: &mut Cpu, cache: &mut DecodeCache, at: usize, offset: usize) -> Option<usize> {
     let key = cache.get(at)?.key;
     let hva = cpu.mem.page(key.gfn)?.hva;
-    cpu.stats.count(Cause::CodeDecode);
+    let span = cpu.stats.begin(Cause::CodeDecode);
+    let decoded = decode_run_at(cpu, cache, at, offset, key, hva);
+    cpu.stats.end(Cause::CodeDecode, span);
+    decoded
+}
+
+/// The same, of the code at `hva`.
+fn decode_run_at(
+    cpu: &mut Cpu,
+    cache: &mut DecodeCache,
+    at: usize,
+    offset: usize,
+    key: PageKey,
+    hva: guestmem::Hva,
+) -> Option<usize> {
     let first = cache.get(at)?.ops.len();
     let mut offset = offset;
     let mut count = 0;

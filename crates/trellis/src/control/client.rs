@@ -150,6 +150,27 @@ pub fn stats_json(wanted: Option<&str>) -> Result<String, String> {
     Ok(format!("{:#}\n", answer.stats.unwrap_or_default()))
 }
 
+/// A machine as [`survey`] found it: its name, what it is, its statistics; or why it did not say.
+pub type Surveyed = (String, Result<(Info, serde_json::Value), String>);
+
+/// What every running machine says of itself.
+#[must_use]
+pub fn survey() -> Vec<Surveyed> {
+    let ask = |name: &str, path: &Path| {
+        let opened = Connection::open(name, path, LIST_LIMIT);
+        let mut connection = opened.map_err(|error| error.to_string())?;
+        let info = connection.ask(&Request::Info)?.info.unwrap_or_default();
+        Ok((info, connection.ask(&Request::Stats)?.stats.unwrap_or_default()))
+    };
+    running()
+        .into_iter()
+        .map(|(name, path)| {
+            let said = ask(&name, &path);
+            (name, said)
+        })
+        .collect()
+}
+
 /// The running machines, as a table or as JSON.
 #[must_use]
 pub fn list(json: bool) -> String {

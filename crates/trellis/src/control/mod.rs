@@ -119,6 +119,9 @@ pub struct Info {
     pub guest: String,
     /// Number of CPUs.
     pub cpus: u32,
+    /// Which engine runs it.
+    #[serde(default)]
+    pub engine: String,
     /// Guest memory.
     pub memory_bytes: u64,
     /// Seconds since its start.

@@ -131,6 +131,12 @@ pub(crate) fn bind_path(path: &Path, what: &str) -> Result<UnixListener, String>
 }
 
 impl Bound {
+    /// What the machine is called.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Serves the machine behind `handle`. The rest of `info` is filled in.
     ///
     /// # Errors

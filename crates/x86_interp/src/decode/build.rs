@@ -236,11 +236,12 @@ fn system(cpu: &mut Cpu, op: &Op) -> Step {
 fn native(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.start_rip = op.rip(cpu);
     cpu.rip = op.next_rip(cpu);
-    cpu.stats.count(engine::Cause::Native);
+    let span = cpu.stats.begin(engine::Cause::Native);
     let at = usize::try_from(op.imm).unwrap_or(usize::MAX);
     let slab = std::mem::take(&mut cpu.vector_slab);
     let result = slab.get(at).map_or(Err(x86::Exception::UD), |v| vector::execute(v, cpu));
     cpu.vector_slab = slab;
+    cpu.stats.end(engine::Cause::Native, span);
     result?;
     cpu.wrote()
 }

@@ -27,10 +27,17 @@ pub fn read_cr(cpu: &mut Cpu, n: u8) -> Result<u64, Exception> {
 
 /// MOV to a control register.
 pub fn write_cr(cpu: &mut Cpu, n: u8, value: u64) -> Result<(), Exception> {
-    cpu.stats.count(Cause::ControlRegister);
     if cpu.intercepts.intercept(Event::CrWrite(n)) == Action::Exit {
+        cpu.stats.count(Cause::ControlRegister);
         return Ok(());
     }
+    let span = cpu.stats.begin(Cause::ControlRegister);
+    let result = write(cpu, n, value);
+    cpu.stats.end(Cause::ControlRegister, span);
+    result
+}
+
+fn write(cpu: &mut Cpu, n: u8, value: u64) -> Result<(), Exception> {
     match n {
         0 => write_cr0(cpu, value),
         2 => {

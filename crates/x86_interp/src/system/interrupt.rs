@@ -68,13 +68,15 @@ const fn class(vector: u8) -> Class {
 fn deliver(cpu: &mut Cpu, exception: Exception, source: Source) {
     let vector = exception.vector();
     let cause = if vector == 14 { Cause::TruePageFault } else { Cause::Exception };
-    cpu.stats.count(cause);
     if cpu.intercepts.intercept(Event::Exception(vector)) == Action::Exit {
+        cpu.stats.count(cause);
         return;
     }
+    let span = cpu.stats.begin(cause);
     let first = Delivery { vector, error: exception.error_code(), source };
     // In real mode no error code is pushed; `enter` sees to it.
     attempt(cpu, first, 1);
+    cpu.stats.end(cause, span);
 }
 
 /// Delivers; on exceptions on the way, what they combine to. `ext` is the EXT bit of their error codes.
@@ -110,11 +112,12 @@ pub fn deliver_nmi(cpu: &mut Cpu) {
     if cpu.intercepts.intercept(Event::Nmi) == Action::Exit {
         return;
     }
-    cpu.stats.count(Cause::Nmi);
+    let span = cpu.stats.begin(Cause::Nmi);
     cpu.s.activity = Activity::Running;
     cpu.s.nmi_blocked = true;
     cpu.derive_poll_mask();
     attempt(cpu, Delivery { vector: 2, error: None, source: Source::External }, 1);
+    cpu.stats.end(Cause::Nmi, span);
 }
 
 /// Acknowledges and delivers an external interrupt.
@@ -125,9 +128,10 @@ pub fn deliver_external(cpu: &mut Cpu) {
     let Some(vector) = cpu.io.acknowledge_interrupt(cpu.index) else {
         return;
     };
-    cpu.stats.count(Cause::Interrupt);
+    let span = cpu.stats.begin(Cause::Interrupt);
     cpu.s.activity = Activity::Running;
     attempt(cpu, Delivery { vector, error: None, source: Source::External }, 1);
+    cpu.stats.end(Cause::Interrupt, span);
 }
 
 /// Delivers an interrupt that was acknowledged already, by another engine that did not come to it.
@@ -138,7 +142,13 @@ pub fn deliver_acknowledged(cpu: &mut Cpu, vector: u8) {
 
 /// INT n, INT3, INTO, INT1: RIP is the next instruction's; on a fault the caller restores it.
 pub fn software_interrupt(cpu: &mut Cpu, vector: u8, source: Source) -> Result<(), Exception> {
-    cpu.stats.count(Cause::SoftwareInterrupt);
+    let span = cpu.stats.begin(Cause::SoftwareInterrupt);
+    let result = deliver_software(cpu, vector, source);
+    cpu.stats.end(Cause::SoftwareInterrupt, span);
+    result
+}
+
+fn deliver_software(cpu: &mut Cpu, vector: u8, source: Source) -> Result<(), Exception> {
     if cpu.s.v86() && source == Source::Software && super::v86::redirect(cpu, vector)? {
         return Ok(());
     }

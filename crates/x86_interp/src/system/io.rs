@@ -57,12 +57,15 @@ fn debug_io(cpu: &mut Cpu, port: u16, size: u8) {
 
 /// IN, after [`check`].
 pub fn port_in(cpu: &mut Cpu, port: u16, size: u8) -> u32 {
-    cpu.stats.count(Cause::PortRead);
-    cpu.io.port_in(cpu.index, port, size)
+    let span = cpu.stats.begin(Cause::PortRead);
+    let value = cpu.io.port_in(cpu.index, port, size);
+    cpu.stats.end(Cause::PortRead, span);
+    value
 }
 
 /// OUT, after [`check`].
 pub fn port_out(cpu: &mut Cpu, port: u16, size: u8, value: u32) {
-    cpu.stats.count(Cause::PortWrite);
+    let span = cpu.stats.begin(Cause::PortWrite);
     cpu.io.port_out(cpu.index, port, size, value);
+    cpu.stats.end(Cause::PortWrite, span);
 }

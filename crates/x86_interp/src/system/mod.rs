@@ -416,8 +416,10 @@ fn iret(cpu: &mut Cpu, size: u64) -> Step {
 
 fn rdmsr(cpu: &mut Cpu) -> Step {
     privileged(cpu, true)?;
-    cpu.stats.count(Cause::Msr);
-    let value = msr::read(cpu, cpu.gpr[1] as u32)?;
+    let span = cpu.stats.begin(Cause::Msr);
+    let value = msr::read(cpu, cpu.gpr[1] as u32);
+    cpu.stats.end(Cause::Msr, span);
+    let value = value?;
     W32::set(cpu, 0, value);
     W32::set(cpu, 2, value >> 32);
     Ok(())
@@ -425,9 +427,11 @@ fn rdmsr(cpu: &mut Cpu) -> Step {
 
 fn wrmsr(cpu: &mut Cpu) -> Step {
     privileged(cpu, true)?;
-    cpu.stats.count(Cause::Msr);
+    let span = cpu.stats.begin(Cause::Msr);
     let value = W32::get(cpu, 2) << 32 | W32::get(cpu, 0);
-    resync(msr::write(cpu, cpu.gpr[1] as u32, value))
+    let result = msr::write(cpu, cpu.gpr[1] as u32, value);
+    cpu.stats.end(Cause::Msr, span);
+    resync(result)
 }
 
 fn rdtsc(cpu: &mut Cpu, with_aux: bool) -> Step {
@@ -599,7 +603,7 @@ fn xsetbv(cpu: &mut Cpu) -> Step {
 // ---- the rest -------------------------------------------------------------------------------------------------------------------
 
 fn cpuid(cpu: &mut Cpu) -> Step {
-    cpu.stats.count(Cause::Cpuid);
+    let span = cpu.stats.begin(Cause::Cpuid);
     let context = CpuidContext {
         apic_id: cpu.index as u32,
         vcpus: cpu.vcpus as u32,
@@ -617,6 +621,7 @@ fn cpuid(cpu: &mut Cpu) -> Step {
     W32::set(cpu, 3, u64::from(r.ebx));
     W32::set(cpu, 1, u64::from(r.ecx));
     W32::set(cpu, 2, u64::from(r.edx));
+    cpu.stats.end(Cause::Cpuid, span);
     Ok(())
 }
 
