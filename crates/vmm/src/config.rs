@@ -2,8 +2,10 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use devices::virtio::block::{Image, ImageError, ImageOptions};
 use engine_bt::trace::{AddressRange, Levels};
 
 use crate::boot::BootSource;
@@ -42,13 +44,31 @@ pub enum ClockMode {
     Icount,
 }
 
-/// A disk image.
-#[derive(Clone, PartialEq, Eq, Debug)]
+/// A disk.
+#[derive(Clone, Debug)]
 pub struct DiskConfig {
-    /// The raw image.
-    pub path: PathBuf,
-    /// The guest may not write it.
-    pub read_only: bool,
+    /// The image, open and locked: it outlives resets of the machine.
+    pub image: Arc<Image>,
+    /// What the guest reads as the disk's serial number; without one the disk's number in the machine.
+    pub serial: Option<String>,
+    /// Request queues; without a number one for each vCPU.
+    pub queues: Option<u16>,
+}
+
+impl DiskConfig {
+    /// A disk on `image`.
+    #[must_use]
+    pub fn new(image: Image) -> Self {
+        Self { image: Arc::new(image), serial: None, queues: None }
+    }
+
+    /// A disk on an image that is opened and locked now.
+    ///
+    /// # Errors
+    /// When the image cannot be used.
+    pub fn open(options: &ImageOptions) -> Result<Self, ImageError> {
+        Image::open(options).map(Self::new)
+    }
 }
 
 /// Where a device writes what the guest sends.

@@ -29,6 +29,9 @@ pub use config::{ClockMode, DiskConfig, EngineKind, Sink, TraceWhat, VmConfig};
 pub use control::SAVE_MARKER;
 pub use devices::chipset::i8042::Key;
 pub use devices::chipset::text_screen::{TextScreen, render_ansi};
+pub use devices::virtio::block::{
+    Image, ImageError, ImageFormat, ImageOptions, MAX_QUEUES as MAX_DISK_QUEUES,
+};
 pub use engine_bt::trace::{AddressRange, Levels};
 pub use error::VmError;
 pub use handle::{Paused, VmHandle};

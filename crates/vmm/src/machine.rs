@@ -229,11 +229,12 @@ impl Builder<'_> {
         let icount = self.clock.mode() == ClockMode::Icount;
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
         for (index, disk) in self.plan.disks.iter().enumerate() {
+            let cpus = u16::try_from(self.plan.cpus).unwrap_or(u16::MAX);
             let options = BlockOptions {
-                read_only: disk.read_only,
                 synchronous: icount,
-                serial: format!("trellis{index}"),
-                ..BlockOptions::new(&disk.path)
+                serial: disk.serial.clone().unwrap_or_else(|| format!("trellis{index}")),
+                queues: disk.queues.unwrap_or(cpus),
+                ..BlockOptions::new(&disk.image)
             };
             devices.push(Box::new(Block::new(&format!("virtio-blk.{index}"), &options)?));
         }

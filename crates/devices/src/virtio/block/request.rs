@@ -4,6 +4,7 @@
 //! segments is its business. Data goes through a bounce buffer of bounded size, so that a long request costs no memory.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use guestmem::GuestMemory;
@@ -110,18 +111,14 @@ struct Header {
 
 /// Executes requests on an image.
 pub(super) struct Executor {
-    image: Image,
+    image: Arc<Image>,
     id: [u8; ID_BYTES],
     bounce: Vec<u8>,
 }
 
 impl Executor {
-    pub fn new(image: Image, id: [u8; ID_BYTES]) -> Self {
+    pub fn new(image: Arc<Image>, id: [u8; ID_BYTES]) -> Self {
         Self { image, id, bounce: vec![0; BOUNCE_BYTES] }
-    }
-
-    pub const fn image(&self) -> &Image {
-        &self.image
     }
 
     /// Executes the request in `chain`; says how many bytes of it were written, the status included.

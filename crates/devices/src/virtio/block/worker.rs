@@ -1,141 +1,209 @@
-//! Who executes a disk's requests: a thread of its own, so that a slow disk never stops a vCPU, or, for runs that must be
-//! reproducible, the notifying vCPU itself.
+//! Who executes a disk's requests: a few threads, so that a slow disk stops neither a vCPU nor the requests behind it; or,
+//! for runs that must be reproducible, the notifying vCPU itself.
 //!
-//! The thread owns the queue while it works and gives it back when it rests:
-//! - INV-BLK-1: while `busy` is false nobody but the holder of the lock touches the queue, guest memory or the image. So who
-//!   waits for it (reset, save, shutdown) finds every request either finished, completion and all, or not begun.
-//! - INV-BLK-2: `kicked` is set after the driver's notification and cleared before the queue is looked at, so that no
-//!   notification is lost.
+//! The queues lie under one lock, which is held to take a request and to give it back, not while it is executed. Requests
+//! may complete in any order, as 5.2.6 allows: a flush covers what completed before it was made available.
+//! - INV-BLK-1: a thread uses guest memory and the image only between taking a request and giving it back, and `in_flight`
+//!   counts these. So who waits for 0 with the lock held and `paused` set (reset, save, stop) finds every request either
+//!   finished, completion and all, or not begun.
+//! - INV-BLK-2: a queue is `ready` from the driver's notification until a look at it found nothing and the driver was asked
+//!   to notify again, so that no notification is lost.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use super::request::{Counters, Executor};
+use guestmem::GuestMemory;
+
+use super::image::Image;
+use super::request::{Counters, Executor, ID_BYTES};
 use crate::bus::lock;
 use crate::virtio::active::ActiveQueue;
 use crate::virtio::chain::Chain;
 use crate::virtio::queue::Position;
 
+/// Threads of a disk: how many requests of it the host works on at a time.
+const THREADS: usize = 4;
+
+/// One queue.
+#[derive(Default)]
+struct Lane {
+    queue: Option<ActiveQueue>,
+    ready: bool,
+}
+
 #[derive(Default)]
 struct State {
-    queue: Option<ActiveQueue>,
-    busy: bool,
-    kicked: bool,
+    lanes: Vec<Lane>,
+    /// The lane that is looked at first, so that none starves.
+    next: usize,
+    in_flight: usize,
+    idle: usize,
+    paused: bool,
     stop: bool,
+}
+
+/// A request taken: where it goes back to, and the memory that it speaks of.
+struct Job {
+    lane: usize,
+    memory: Arc<GuestMemory>,
+}
+
+impl State {
+    /// Takes the next request of any queue into `chain`.
+    fn take(&mut self, chain: &mut Chain) -> Option<Job> {
+        let lanes = self.lanes.len();
+        for lane in (0..lanes).map(|n| (self.next + n) % lanes) {
+            let Lane { queue: Some(queue), ready } = &mut self.lanes[lane] else { continue };
+            // Twice at most: a guest that plays with the index from another vCPU must not hold the lock by it.
+            for _ in 0..2 {
+                if !*ready {
+                    break;
+                }
+                let taken = queue.pop(chain);
+                // Asked for at once: while this request is executed, another thread could execute the next.
+                *ready = queue.listen();
+                if taken {
+                    self.next = lane + 1;
+                    self.in_flight += 1;
+                    return Some(Job { lane, memory: Arc::clone(queue.memory()) });
+                }
+            }
+        }
+        None
+    }
+
+    fn give_back(&mut self, job: &Job, head: u16, written: u32) {
+        self.in_flight -= 1;
+        if let Some(Lane { queue: Some(queue), .. }) = self.lanes.get_mut(job.lane) {
+            queue.push(head, written);
+            // At once: the next request may take its time.
+            queue.signal();
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        !self.paused && self.lanes.iter().any(|lane| lane.ready && lane.queue.is_some())
+    }
 }
 
 struct Shared {
     state: Mutex<State>,
-    changed: Condvar,
-    /// Asks the thread to rest before the next request.
-    pause: AtomicBool,
+    /// There is work, or the end.
+    work: Condvar,
+    /// A request came back.
+    rested: Condvar,
     /// Every write is to be durable before it completes.
     write_through: AtomicBool,
-    counters: Arc<Counters>,
+    counters: Counters,
 }
 
-/// Serves requests until there are none, a pause is asked for, or `budget` are done.
-fn serve(
-    shared: &Shared,
-    queue: &mut ActiveQueue,
-    executor: &mut Executor,
-    chain: &mut Chain,
-    budget: usize,
-) {
-    let mut left = budget;
-    loop {
-        queue.suppress();
-        while left > 0 && !shared.pause.load(Ordering::SeqCst) && queue.pop(chain) {
-            left -= 1;
-            let durable = shared.write_through.load(Ordering::SeqCst);
-            let memory = Arc::clone(queue.memory());
-            let written = executor.execute(&memory, chain, durable, &shared.counters);
-            queue.push(chain.head, written);
-            // At once: the next request may take its time.
-            queue.signal();
-        }
-        if !queue.listen() || left == 0 || shared.pause.load(Ordering::SeqCst) {
-            return;
-        }
-    }
+fn wait<'a>(condition: &Condvar, guard: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    condition.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {
-    fn wait<'a>(&self, guard: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(guard).unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The thread's life.
+    /// A thread's life.
     fn run(&self, executor: &mut Executor) {
         let mut chain = Chain::default();
         let mut state = lock(&self.state);
-        loop {
-            if state.stop {
-                return;
-            }
-            if !state.kicked || state.queue.is_none() {
-                state = self.wait(state);
+        while !state.stop {
+            let job = if state.paused { None } else { state.take(&mut chain) };
+            let Some(job) = job else {
+                state = self.idle(state);
                 continue;
+            };
+            if state.idle > 0 && state.is_ready() {
+                self.work.notify_one();
             }
-            let Some(mut queue) = state.queue.take() else { continue };
-            state.kicked = false;
-            state.busy = true;
             drop(state);
-            serve(self, &mut queue, executor, &mut chain, usize::MAX);
+            let durable = self.write_through.load(Ordering::SeqCst);
+            let written = executor.execute(&job.memory, &chain, durable, &self.counters);
             state = lock(&self.state);
-            state.queue = Some(queue);
-            state.busy = false;
-            self.changed.notify_all();
+            state.give_back(&job, chain.head, written);
+            if state.in_flight == 0 {
+                self.rested.notify_all();
+            }
         }
     }
 
-    /// Waits for the request in flight, and no more than that.
-    fn rest(&self) -> MutexGuard<'_, State> {
-        self.pause.store(true, Ordering::SeqCst);
-        let mut state = lock(&self.state);
-        while state.busy {
-            state = self.wait(state);
+    /// Nothing could be taken: sleeps until there may be something.
+    fn idle<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        if state.in_flight == 0 {
+            self.rested.notify_all();
         }
-        self.pause.store(false, Ordering::SeqCst);
+        if state.is_ready() {
+            drop(state);
+            std::thread::yield_now();
+            return lock(&self.state);
+        }
+        state.idle += 1;
+        state = wait(&self.work, state);
+        state.idle -= 1;
+        state
+    }
+
+    /// Serves up to `budget` requests in the calling thread.
+    fn serve(&self, state: &mut State, executor: &mut Executor, chain: &mut Chain, budget: usize) {
+        for _ in 0..budget {
+            let Some(job) = state.take(chain) else { return };
+            let durable = self.write_through.load(Ordering::SeqCst);
+            let written = executor.execute(&job.memory, chain, durable, &self.counters);
+            state.give_back(&job, chain.head, written);
+        }
+    }
+
+    /// Waits for the requests in flight, and no more than that (INV-BLK-1).
+    fn rest(&self) -> MutexGuard<'_, State> {
+        let mut state = lock(&self.state);
+        state.paused = true;
+        while state.in_flight > 0 {
+            state = wait(&self.rested, state);
+        }
+        state.paused = false;
         state
     }
 }
 
 enum Who {
-    Thread(Option<JoinHandle<Executor>>),
+    Threads(Vec<JoinHandle<()>>),
     Notifier(Box<(Executor, Chain)>),
 }
 
-/// Executes a disk's requests, one after the other.
+/// Executes a disk's requests.
 pub(super) struct Worker {
     shared: Arc<Shared>,
+    image: Arc<Image>,
     who: Who,
 }
 
 impl Worker {
     /// `synchronous`: requests complete within [`Worker::kick`].
-    pub fn new(executor: Executor, synchronous: bool, name: &str) -> io::Result<Self> {
+    pub fn new(image: &Arc<Image>, id: [u8; ID_BYTES], synchronous: bool, name: &str) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
-            changed: Condvar::new(),
-            pause: AtomicBool::new(false),
+            work: Condvar::new(),
+            rested: Condvar::new(),
             write_through: AtomicBool::new(false),
-            counters: Arc::default(),
+            counters: Counters::default(),
         });
+        let executor = || Executor::new(Arc::clone(image), id);
         let who = if synchronous {
-            Who::Notifier(Box::new((executor, Chain::default())))
+            Who::Notifier(Box::new((executor(), Chain::default())))
         } else {
-            let theirs = Arc::clone(&shared);
-            let mut executor = executor;
-            let body = move || {
-                theirs.run(&mut executor);
-                executor
-            };
-            Who::Thread(Some(std::thread::Builder::new().name(name.to_owned()).spawn(body)?))
+            Who::Threads(Vec::with_capacity(THREADS))
         };
-        Ok(Self { shared, who })
+        // Whole before the first thread starts: should a later one fail, dropping this ends the earlier.
+        let mut worker = Self { shared, image: Arc::clone(image), who };
+        if let Who::Threads(threads) = &mut worker.who {
+            for n in 0..THREADS {
+                let (shared, mut executor) = (Arc::clone(&worker.shared), executor());
+                let thread = std::thread::Builder::new().name(format!("{name}/{n}"));
+                threads.push(thread.spawn(move || shared.run(&mut executor))?);
+            }
+        }
+        Ok(worker)
     }
 
     pub fn counters(&self) -> &Counters {
@@ -146,68 +214,65 @@ impl Worker {
         self.shared.write_through.store(on, Ordering::SeqCst);
     }
 
-    /// Takes over a queue and looks for work in it.
-    pub fn start(&mut self, queue: Option<ActiveQueue>) {
-        self.shared.rest().queue = queue;
-        self.kick();
-    }
-
-    /// Lets go of the queue; no request is in flight afterwards.
-    pub fn reset(&mut self) {
+    /// Takes over the queues and looks for work in them.
+    pub fn start(&mut self, queues: Vec<Option<ActiveQueue>>) {
+        let count = queues.len();
         let mut state = self.shared.rest();
-        state.queue = None;
-        state.kicked = false;
+        state.lanes = queues.into_iter().map(|queue| Lane { queue, ready: false }).collect();
+        state.next = 0;
+        drop(state);
+        (0..count).for_each(|queue| self.kick(queue));
     }
 
-    /// There may be work.
-    pub fn kick(&mut self) {
+    /// Lets go of the queues; no request is in flight afterwards.
+    pub fn reset(&mut self) {
+        self.shared.rest().lanes.clear();
+    }
+
+    /// There may be work in a queue.
+    pub fn kick(&mut self, queue: usize) {
         let mut state = lock(&self.shared.state);
         if state.stop {
             return;
         }
+        let Some(lane) = state.lanes.get_mut(queue).filter(|lane| lane.queue.is_some()) else { return };
+        lane.ready = true;
         match &mut self.who {
-            Who::Thread(_) => {
-                state.kicked = true;
-                self.shared.changed.notify_all();
-            }
+            Who::Threads(_) => self.shared.work.notify_one(),
             Who::Notifier(tools) => {
                 let (executor, chain) = &mut **tools;
-                if let Some(queue) = &mut state.queue {
-                    // A guest that keeps adding requests must not keep its vCPU in here for ever.
-                    let budget = 16 * usize::from(queue.size());
-                    serve(&self.shared, queue, executor, chain, budget);
-                }
+                // A guest that keeps adding requests must not keep its vCPU in here for ever.
+                let budget = lane.queue.as_ref().map_or(0, |queue| 16 * usize::from(queue.size()));
+                self.shared.serve(&mut state, executor, chain, budget);
             }
         }
     }
 
-    /// Waits until all that was notified is done; says how far the queue has come.
-    pub fn drain(&self) -> Option<Position> {
+    /// Waits until all that was notified is done; says how far each queue has come.
+    pub fn drain(&self) -> Vec<Option<Position>> {
         let mut state = lock(&self.shared.state);
-        if let Who::Thread(Some(_)) = &self.who {
-            while state.busy || (state.kicked && state.queue.is_some()) {
-                state = self.shared.wait(state);
+        if let Who::Threads(_) = &self.who {
+            while state.in_flight > 0 || state.is_ready() {
+                state = wait(&self.shared.rested, state);
             }
         }
-        state.queue.as_ref().map(ActiveQueue::position)
+        state.lanes.iter().map(|lane| lane.queue.as_ref().map(ActiveQueue::position)).collect()
     }
 
-    /// Finishes the request in flight, begins no other, and makes everything durable. Later kicks do nothing.
+    /// Finishes the requests in flight, begins no other, and makes everything durable. Later kicks do nothing.
     pub fn stop(&mut self) -> io::Result<()> {
         {
             let mut state = self.shared.rest();
             state.stop = true;
-            state.queue = None;
-            self.shared.changed.notify_all();
+            state.lanes.clear();
+            self.shared.work.notify_all();
         }
-        match &mut self.who {
-            Who::Thread(thread) => match thread.take().map(JoinHandle::join) {
-                Some(Ok(executor)) => executor.image().sync(),
-                Some(Err(_)) => Err(io::Error::other("the disk's thread panicked")),
-                None => Ok(()),
-            },
-            Who::Notifier(tools) => tools.0.image().sync(),
+        if let Who::Threads(threads) = &mut self.who {
+            for thread in threads.drain(..) {
+                thread.join().map_err(|_panic| io::Error::other("a disk's thread panicked"))?;
+            }
         }
+        self.image.sync()
     }
 }
 

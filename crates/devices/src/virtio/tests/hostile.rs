@@ -15,7 +15,7 @@ use crate::virtio::rng::{Entropy, Rng, SplitMix64};
 use crate::virtio::{Flavor, VirtioDevice};
 
 fn devices(file: &Scratch, synchronous: bool) -> Vec<Box<dyn VirtioDevice>> {
-    let options = BlockOptions { synchronous, ..BlockOptions::new(&file.0) };
+    let options = BlockOptions { synchronous, queues: 2, ..BlockOptions::open(&file.0).unwrap() };
     vec![
         Box::new(Block::new("virtio-blk.0", &options).unwrap()),
         Box::new(Console::new("virtio-console.0", Box::new(std::io::sink()), 80, 25).0),
