@@ -71,6 +71,17 @@ impl DiskConfig {
     }
 }
 
+/// A directory of the host in the guest.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShareConfig {
+    /// The directory.
+    pub path: PathBuf,
+    /// The name that the guest mounts it by.
+    pub tag: String,
+    /// The guest may not change it.
+    pub read_only: bool,
+}
+
 /// Where a device writes what the guest sends.
 pub type Sink = Box<dyn Write + Send>;
 
@@ -105,6 +116,10 @@ pub struct VmConfig {
     pub source: BootSource,
     /// Disks, in order.
     pub disks: Vec<DiskConfig>,
+    /// Shared directories (virtio-9p).
+    pub shares: Vec<ShareConfig>,
+    /// A channel to a program in the guest: the name of its port, and where it goes that the program sends.
+    pub channel: Option<(String, Sink)>,
     /// Output of COM1; without one it goes nowhere (the port is there all the same).
     pub serial: Option<Sink>,
     /// Output of the ports 0x402 and 0xe9; without one the ports are not there.
@@ -146,6 +161,8 @@ impl VmConfig {
             engine: EngineKind::default(),
             source,
             disks: Vec::new(),
+            shares: Vec::new(),
+            channel: None,
             serial: None,
             debugcon: None,
             virtio_console: None,

@@ -25,7 +25,7 @@ mod trace;
 mod vcpu;
 mod vm;
 
-pub use config::{ClockMode, DiskConfig, EngineKind, Sink, TraceWhat, VmConfig};
+pub use config::{ClockMode, DiskConfig, EngineKind, ShareConfig, Sink, TraceWhat, VmConfig};
 pub use control::SAVE_MARKER;
 pub use devices::chipset::i8042::Key;
 pub use devices::chipset::text_screen::{TextScreen, render_ansi};

@@ -1,29 +1,30 @@
 //! The block device (virtio 1.2 section 5.2) on an image of the host.
 //!
-//! A request queue for each vCPU. [`image`] is the host's file, `request` what a request does to it, `worker` who does it and
-//! when. The write cache is the host's page cache, and qcow2's tables in memory: a completed flush survives the end of this
+//! A request queue for each vCPU. [`image`] is the host's file, `request` what a request does to it, the pool's threads do it. The write cache is the host's page cache, and qcow2's tables in memory: a completed flush survives the end of this
 //! process, however it ends, and the host's; on a raw image a completed write survives that of the process too. When the
 //! driver turns the cache off (`writeback` = 0, or no FLUSH negotiated), every write is made durable before it completes:
 //! virtio's way to say "force unit access".
 
 pub mod image;
 mod request;
-mod worker;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use image::{Image, ImageError, ImageFormat, ImageOptions, SECTOR_BYTES};
-use request::{ID_BYTES, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZERO_SECTORS};
-use worker::Worker;
+use request::{Counters, Executor, ID_BYTES, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZERO_SECTORS};
 
+use super::pool::{Pool, Work};
 use super::{Activation, DeviceKind, DeviceState, VirtioDevice, read_config};
 use crate::snapshot::RestoreError;
 
 const QUEUE_SIZE: u16 = 256;
+/// How many requests of a disk the host works on at a time.
+const THREADS: usize = 4;
 /// Most queues of a disk.
 pub const MAX_QUEUES: u16 = 16;
 /// Most data segments: what a chain of the queue's size holds beside header and status.
@@ -93,7 +94,11 @@ pub struct Block {
     writeback: bool,
     /// Negotiated features, 0 before.
     features: u64,
-    worker: Worker,
+    image: Arc<Image>,
+    /// Every write is to be durable before it completes.
+    write_through: Arc<AtomicBool>,
+    counters: Arc<Counters>,
+    pool: Pool,
 }
 
 impl Block {
@@ -107,8 +112,17 @@ impl Block {
         for (to, from) in id.iter_mut().zip(options.serial.bytes()) {
             *to = from;
         }
-        let worker = Worker::new(image, id, options.synchronous, name)
-            .map_err(|source| ImageError::Host { path: image.path().to_owned(), source })?;
+        let (write_through, counters) = (Arc::<AtomicBool>::default(), Arc::<Counters>::default());
+        let worker = || -> Box<dyn Work> {
+            Box::new(Executor::new(image, id, Arc::clone(&write_through), Arc::clone(&counters)))
+        };
+        let pool = if options.synchronous {
+            Pool::synchronous(worker())
+        } else {
+            let workers = std::iter::repeat_with(worker).take(THREADS).collect();
+            Pool::threads(workers, name)
+                .map_err(|source| ImageError::Host { path: image.path().to_owned(), source })?
+        };
         Ok(Self {
             name: name.to_owned(),
             sectors: image.sectors(),
@@ -116,7 +130,10 @@ impl Block {
             queue_sizes: vec![QUEUE_SIZE; usize::from(options.queues.clamp(1, MAX_QUEUES))],
             writeback: true,
             features: 0,
-            worker,
+            image: Arc::clone(image),
+            write_through,
+            counters,
+            pool,
         })
     }
 
@@ -127,7 +144,7 @@ impl Block {
         } else {
             self.features & bit::FLUSH == 0
         };
-        self.worker.set_write_through(through);
+        self.write_through.store(through, Ordering::SeqCst);
     }
 
     /// `struct virtio_blk_config` (5.2.4).
@@ -187,21 +204,21 @@ impl VirtioDevice for Block {
     fn activate(&mut self, activation: Activation) {
         self.features = activation.features;
         self.settle_cache();
-        self.worker.start(activation.queues);
+        self.pool.start(activation.queues);
     }
 
     fn reset(&mut self) {
-        self.worker.reset();
+        self.pool.reset();
         self.features = 0;
         self.writeback = true;
     }
 
     fn notify(&mut self, queue: u16) {
-        self.worker.kick(usize::from(queue));
+        self.pool.kick(usize::from(queue));
     }
 
     fn save(&self) -> DeviceState {
-        let queues = self.worker.drain();
+        let queues = self.pool.drain();
         let state = State {
             sectors: self.sectors,
             read_only: self.read_only,
@@ -231,12 +248,18 @@ impl VirtioDevice for Block {
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.worker.counters().list()
+        self.counters.list()
     }
 
     fn shutdown(&mut self) {
-        if let Err(error) = self.worker.stop() {
+        if let Err(error) = self.pool.stop().and_then(|()| self.image.sync()) {
             tracing::error!(disk = self.name, %error, "could not make the disk durable");
         }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.shutdown();
     }
 }

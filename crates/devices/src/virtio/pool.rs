@@ -1,30 +1,30 @@
-//! Who executes a disk's requests: a few threads, so that a slow disk stops neither a vCPU nor the requests behind it; or,
-//! for runs that must be reproducible, the notifying vCPU itself.
+//! Who executes requests that may take their time (disks, shared directories): a few threads, so that a slow host stops
+//! neither a vCPU nor the requests behind; or, for runs that must be reproducible, the notifying vCPU itself.
 //!
 //! The queues lie under one lock, which is held to take a request and to give it back, not while it is executed. Requests
-//! may complete in any order, as 5.2.6 allows: a flush covers what completed before it was made available.
-//! - INV-BLK-1: a thread uses guest memory and the image only between taking a request and giving it back, and `in_flight`
+//! may complete in any order, as 5.2.6 allows for disks: a flush covers what completed before it was made available.
+//! - INV-BLK-1: a thread uses guest memory and the host's file only between taking a request and giving it back, and `in_flight`
 //!   counts these. So who waits for 0 with the lock held and `paused` set (reset, save, stop) finds every request either
 //!   finished, completion and all, or not begun.
 //! - INV-BLK-2: a queue is `ready` from the driver's notification until a look at it found nothing and the driver was asked
 //!   to notify again, so that no notification is lost.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use guestmem::GuestMemory;
 
-use super::image::Image;
-use super::request::{Counters, Executor, ID_BYTES};
+use super::active::ActiveQueue;
+use super::chain::Chain;
+use super::queue::Position;
 use crate::bus::lock;
-use crate::virtio::active::ActiveQueue;
-use crate::virtio::chain::Chain;
-use crate::virtio::queue::Position;
 
-/// Threads of a disk: how many requests of it the host works on at a time.
-const THREADS: usize = 4;
+/// What executes requests; each thread has one.
+pub(super) trait Work: Send {
+    /// Executes the request in `chain`; says how many bytes of it were written.
+    fn execute(&mut self, memory: &GuestMemory, chain: &Chain) -> u32;
+}
 
 /// One queue.
 #[derive(Default)]
@@ -88,15 +88,13 @@ impl State {
     }
 }
 
+#[derive(Default)]
 struct Shared {
     state: Mutex<State>,
     /// There is work, or the end.
     work: Condvar,
     /// A request came back.
     rested: Condvar,
-    /// Every write is to be durable before it completes.
-    write_through: AtomicBool,
-    counters: Counters,
 }
 
 fn wait<'a>(condition: &Condvar, guard: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
@@ -105,7 +103,7 @@ fn wait<'a>(condition: &Condvar, guard: MutexGuard<'a, State>) -> MutexGuard<'a,
 
 impl Shared {
     /// A thread's life.
-    fn run(&self, executor: &mut Executor) {
+    fn run(&self, executor: &mut dyn Work) {
         let mut chain = Chain::default();
         let mut state = lock(&self.state);
         while !state.stop {
@@ -118,8 +116,7 @@ impl Shared {
                 self.work.notify_one();
             }
             drop(state);
-            let durable = self.write_through.load(Ordering::SeqCst);
-            let written = executor.execute(&job.memory, &chain, durable, &self.counters);
+            let written = executor.execute(&job.memory, &chain);
             state = lock(&self.state);
             state.give_back(&job, chain.head, written);
             if state.in_flight == 0 {
@@ -145,11 +142,10 @@ impl Shared {
     }
 
     /// Serves up to `budget` requests in the calling thread.
-    fn serve(&self, state: &mut State, executor: &mut Executor, chain: &mut Chain, budget: usize) {
+    fn serve(&self, state: &mut State, executor: &mut dyn Work, chain: &mut Chain, budget: usize) {
         for _ in 0..budget {
             let Some(job) = state.take(chain) else { return };
-            let durable = self.write_through.load(Ordering::SeqCst);
-            let written = executor.execute(&job.memory, chain, durable, &self.counters);
+            let written = executor.execute(&job.memory, chain);
             state.give_back(&job, chain.head, written);
         }
     }
@@ -168,50 +164,32 @@ impl Shared {
 
 enum Who {
     Threads(Vec<JoinHandle<()>>),
-    Notifier(Box<(Executor, Chain)>),
+    Notifier(Box<dyn Work>, Chain),
 }
 
-/// Executes a disk's requests.
-pub(super) struct Worker {
+/// Executes a device's requests.
+pub(super) struct Pool {
     shared: Arc<Shared>,
-    image: Arc<Image>,
     who: Who,
 }
 
-impl Worker {
-    /// `synchronous`: requests complete within [`Worker::kick`].
-    pub fn new(image: &Arc<Image>, id: [u8; ID_BYTES], synchronous: bool, name: &str) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            state: Mutex::default(),
-            work: Condvar::new(),
-            rested: Condvar::new(),
-            write_through: AtomicBool::new(false),
-            counters: Counters::default(),
-        });
-        let executor = || Executor::new(Arc::clone(image), id);
-        let who = if synchronous {
-            Who::Notifier(Box::new((executor(), Chain::default())))
-        } else {
-            Who::Threads(Vec::with_capacity(THREADS))
-        };
+impl Pool {
+    /// A thread for each of `workers`.
+    pub fn threads(workers: Vec<Box<dyn Work>>, name: &str) -> io::Result<Self> {
         // Whole before the first thread starts: should a later one fail, dropping this ends the earlier.
-        let mut worker = Self { shared, image: Arc::clone(image), who };
-        if let Who::Threads(threads) = &mut worker.who {
-            for n in 0..THREADS {
-                let (shared, mut executor) = (Arc::clone(&worker.shared), executor());
-                let thread = std::thread::Builder::new().name(format!("{name}/{n}"));
-                threads.push(thread.spawn(move || shared.run(&mut executor))?);
+        let mut pool = Self { shared: Arc::default(), who: Who::Threads(Vec::with_capacity(workers.len())) };
+        if let Who::Threads(threads) = &mut pool.who {
+            for (n, mut worker) in workers.into_iter().enumerate() {
+                let (shared, thread) = (Arc::clone(&pool.shared), std::thread::Builder::new());
+                threads.push(thread.name(format!("{name}/{n}")).spawn(move || shared.run(worker.as_mut()))?);
             }
         }
-        Ok(worker)
+        Ok(pool)
     }
 
-    pub fn counters(&self) -> &Counters {
-        &self.shared.counters
-    }
-
-    pub fn set_write_through(&self, on: bool) {
-        self.shared.write_through.store(on, Ordering::SeqCst);
+    /// Requests complete within [`Pool::kick`].
+    pub fn synchronous(worker: Box<dyn Work>) -> Self {
+        Self { shared: Arc::default(), who: Who::Notifier(worker, Chain::default()) }
     }
 
     /// Takes over the queues and looks for work in them.
@@ -239,11 +217,10 @@ impl Worker {
         lane.ready = true;
         match &mut self.who {
             Who::Threads(_) => self.shared.work.notify_one(),
-            Who::Notifier(tools) => {
-                let (executor, chain) = &mut **tools;
+            Who::Notifier(worker, chain) => {
                 // A guest that keeps adding requests must not keep its vCPU in here for ever.
                 let budget = lane.queue.as_ref().map_or(0, |queue| 16 * usize::from(queue.size()));
-                self.shared.serve(&mut state, executor, chain, budget);
+                self.shared.serve(&mut state, worker.as_mut(), chain, budget);
             }
         }
     }
@@ -259,7 +236,7 @@ impl Worker {
         state.lanes.iter().map(|lane| lane.queue.as_ref().map(ActiveQueue::position)).collect()
     }
 
-    /// Finishes the requests in flight, begins no other, and makes everything durable. Later kicks do nothing.
+    /// Finishes the requests in flight and begins no other. Later kicks do nothing.
     pub fn stop(&mut self) -> io::Result<()> {
         {
             let mut state = self.shared.rest();
@@ -269,17 +246,17 @@ impl Worker {
         }
         if let Who::Threads(threads) = &mut self.who {
             for thread in threads.drain(..) {
-                thread.join().map_err(|_panic| io::Error::other("a disk's thread panicked"))?;
+                thread.join().map_err(|_panic| io::Error::other("a thread of the device panicked"))?;
             }
         }
-        self.image.sync()
+        Ok(())
     }
 }
 
-impl Drop for Worker {
+impl Drop for Pool {
     fn drop(&mut self) {
         if let Err(error) = self.stop() {
-            tracing::error!(%error, "a disk could not be closed cleanly");
+            tracing::error!(%error, "a device could not be stopped cleanly");
         }
     }
 }
