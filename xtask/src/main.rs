@@ -39,6 +39,13 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Kills a process that writes to a virtio disk, a thousand times, and looks for what it had flushed
+    #[command(disable_help_flag = true)]
+    Crash {
+        /// Options of the tool; --help shows them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Runs a guest on QEMU and on the interpreter, instruction by instruction, up to the first difference
     #[command(disable_help_flag = true)]
     Lockstep {
@@ -55,6 +62,7 @@ fn main() -> ExitCode {
         Task::Lint => steps::lint(),
         Task::Deny => deny::run(),
         Task::Soak { options } => steps::tool(&["trellis", "soak"], &options),
+        Task::Crash { options } => steps::tool(&["crash"], &options),
         Task::Lockstep { options } => steps::tool(&["lockstep"], &options),
     };
     match result {

@@ -37,7 +37,7 @@ Examples:
   trellis boot debian --append 'console=ttyS0 trellis.run=\"cat /proc/cpuinfo\"' --stats
       Runs one command in the guest, powers off, says where the time went.
   trellis boot --kernel vmlinuz --disk root.img --disk data.img,ro --append 'console=ttyS0 root=/dev/vda'
-      A kernel and disks of your own.
+      A kernel and disks of your own; docs/guide/disks.md tells of qcow2, --snapshot and more.
   trellis boot --kernel xen --initrd 'vmlinuz console=hvc0,initrd' --append com1=115200
       A multiboot kernel with modules: --initrd 'FILE ARGS,FILE ARGS'.
   trellis boot --gdb-wait
@@ -58,7 +58,8 @@ A file looks like this; every key is optional, and paths are relative to the fil
   memory = \"1G\"
   cpus = 2
   cpu = \"max,-avx512f\"
-  disk = [\"root.img\", \"data.img,ro\"]
+  disk = [\"root.qcow2\", \"data.img,ro\"]
+  snapshot = false
   serial = \"stdio\"
   monitor.virtual_exec = \"automatic\"   # software, hardware, automatic
   monitor.virtual_mmu = \"automatic\"";
@@ -300,9 +301,12 @@ pub struct MachineArgs {
     /// Kernel command line
     #[arg(long, value_name = "STRING", allow_hyphen_values = true, help_heading = "Guest")]
     append: Option<String>,
-    /// A disk: a raw image file or block device; again for more
-    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk, help_heading = "Guest")]
+    /// A disk: an image file or block device, and ,ro ,format=raw|qcow2 ,snapshot=on ,serial=S ,queues=N; again for more
+    #[arg(long = "disk", value_name = "FILE[,OPTION…]", value_parser = parse_disk, help_heading = "Guest")]
     disks: Vec<DiskSpec>,
+    /// What the guest writes to disks goes to temporary files and is lost at the end
+    #[arg(long, help_heading = "Guest")]
+    snapshot: bool,
     /// Guest memory, as in 512M or 2G; a number alone is MiB [default: 512M]
     #[arg(long, short = 'm', value_name = "SIZE", value_parser = parse_memory, allow_hyphen_values = true, help_heading = "Machine")]
     memory: Option<u64>,
@@ -380,6 +384,7 @@ impl MachineArgs {
             initrd: self.initrd,
             append: self.append,
             disks: self.disks,
+            snapshot: self.snapshot,
             memory_bytes: self.memory,
             cpus: self.cpus,
             cpu: self.cpu,

@@ -23,6 +23,7 @@ const KEYS: &[&str] = &[
     "initrd",
     "append",
     "disk",
+    "snapshot",
     "memory",
     "cpus",
     "cpu",
@@ -98,6 +99,8 @@ struct File {
     initrd: Option<String>,
     append: Option<String>,
     disk: Option<OneOrMany>,
+    #[serde(default)]
+    snapshot: bool,
     memory: Option<Number>,
     cpus: Option<Number>,
     cpu: Option<String>,
@@ -252,6 +255,7 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         initrd: file.initrd.map(|initrd| relative_modules(base, &initrd)),
         append: file.append,
         disks: disks.map_err(|reason| format!("{} disk: {reason}", place(text, "disk")))?,
+        snapshot: file.snapshot,
         memory_bytes: value(text, "memory", file.memory, |number| parse_memory(&number.text()))?,
         cpus: value(text, "cpus", file.cpus, |number| parse_cpus(&number.text()))?,
         cpu: value(text, "cpu", file.cpu, |name| parse_cpu(&name))?,
@@ -276,6 +280,7 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
 }
 
 fn relative_disk(base: &Path, text: &str) -> Result<DiskSpec, String> {
+    let text = if base.join(text).exists() { text } else { text.strip_prefix("path=").unwrap_or(text) };
     match base.join(text).to_str() {
         Some(joined) if !text.is_empty() => parse_disk(joined),
         _ => parse_disk(text),
@@ -349,7 +354,10 @@ mod tests {
         assert_eq!(flags.initrd.as_deref(), Some("/vm/initrd"));
         assert_eq!((flags.memory_bytes, flags.cpus), (Some(1 << 30), Some(2)));
         assert_eq!(flags.disks[0].path, Path::new("/vm/a.img"));
-        assert_eq!(flags.disks[1], DiskSpec { path: "/b.img".into(), read_only: true });
+        assert_eq!(
+            flags.disks[1],
+            DiskSpec { path: "/b.img".into(), read_only: true, ..DiskSpec::default() }
+        );
         assert_eq!(flags.serial, Some(CharTarget::File("/vm/log".into())));
         assert_eq!(flags.vga, Some(VgaChoice::Text));
         assert_eq!(flags.timeout_seconds, Some(1.5));

@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use vmm::boot::{self, BootSource, Protocol};
 use vmm::gdb::Stub;
-use vmm::{ClockMode, DiskConfig, Outcome, Sink, Stats, TraceWhat, Vm, VmConfig, VmHandle};
+use vmm::{ClockMode, Outcome, Sink, Stats, TraceWhat, Vm, VmConfig, VmHandle};
 
 use crate::control::{Info, server};
 use crate::display::{self, Display};
@@ -179,9 +179,6 @@ impl Wiring {
 /// The machine that was asked for.
 fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
     let source = boot_source(prepared.kernel_name, prepared.kernel, prepared.modules, prepared.append)?;
-    // The machine opens and locks its disks itself; the locks that were to find them busy go first.
-    let disks =
-        prepared.disks.into_iter().map(|d| DiskConfig { path: d.path, read_only: d.read_only }).collect();
     let inside = prepared.inside;
     let trace_what = inside.trace.as_ref().map(|trace| TraceWhat {
         events: trace.events,
@@ -194,7 +191,7 @@ fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
         cpus: prepared.cpus,
         cpu: prepared.cpu,
         engine: prepared.engine,
-        disks,
+        disks: prepared.disks,
         serial: wiring.sink(prepared.serial),
         debugcon: wiring.sink(prepared.debugcon),
         vga: prepared.vga == VgaChoice::Text,

@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use vmm::{ImageFormat, MAX_DISK_QUEUES};
 use x86::cpuid::{CpuModel, ModelError};
 
 use crate::control::ControlTarget;
@@ -120,12 +121,20 @@ pub enum StatsTarget {
 }
 
 /// One `--disk`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DiskSpec {
-    /// The raw image file, or block device.
+    /// The image file, or block device.
     pub path: PathBuf,
     /// The guest may not write it.
     pub read_only: bool,
+    /// Its format; by its name if that is not said.
+    pub format: Option<ImageFormat>,
+    /// What the guest writes is lost at the end.
+    pub snapshot: bool,
+    /// What the guest reads as its serial number.
+    pub serial: Option<String>,
+    /// Request queues; one for each vCPU if that is not said.
+    pub queues: Option<u16>,
 }
 
 /// The options as written. `None` and an empty list are "not said".
@@ -141,6 +150,8 @@ pub struct VmFlags {
     pub append: Option<String>,
     /// Disks.
     pub disks: Vec<DiskSpec>,
+    /// What the guest writes to any disk is lost at the end.
+    pub snapshot: bool,
     /// Guest memory.
     pub memory_bytes: Option<u64>,
     /// vCPUs.
@@ -195,6 +206,7 @@ impl VmFlags {
             initrd: self.initrd.or(file.initrd),
             append: self.append.or(file.append),
             disks: file.disks.into_iter().chain(self.disks).collect(),
+            snapshot: self.snapshot || file.snapshot,
             memory_bytes: self.memory_bytes.or(file.memory_bytes),
             cpus: self.cpus.or(file.cpus),
             cpu: self.cpu.or(file.cpu),
@@ -227,6 +239,7 @@ impl VmFlags {
             initrd: self.initrd,
             append: self.append,
             disks: self.disks,
+            snapshot: self.snapshot,
             memory_bytes: self.memory_bytes.unwrap_or(DEFAULT_MEMORY_BYTES),
             cpus: self.cpus.unwrap_or(1),
             cpu: self.cpu.unwrap_or_else(|| "max".to_owned()),
@@ -261,6 +274,7 @@ pub struct VmOptions {
     pub initrd: Option<String>,
     pub append: Option<String>,
     pub disks: Vec<DiskSpec>,
+    pub snapshot: bool,
     pub memory_bytes: u64,
     pub cpus: u32,
     pub cpu: String,
@@ -374,23 +388,65 @@ pub fn parse_cpu(text: &str) -> Result<String, String> {
     Ok(cpu)
 }
 
-/// Parses `FILE[,ro]`. A comma may be part of the name of a file that exists.
+const DISK_USAGE: &str =
+    "write --disk FILE, and behind it ,ro ,format=raw|qcow2 ,snapshot=on ,serial=S ,queues=N";
+
+/// Parses `FILE[,ro][,format=raw|qcow2][,snapshot=on][,serial=S][,queues=N]`; `path=FILE` will do, too. A comma may be part of
+/// the name of a file that exists.
 ///
 /// # Errors
 /// One line for an option that there is not.
 pub fn parse_disk(text: &str) -> Result<DiskSpec, String> {
-    if text.is_empty() {
-        return Err("a disk needs a file; write --disk FILE or --disk FILE,ro".to_owned());
+    let mut disk = DiskSpec::default();
+    let mut name = text;
+    while !Path::new(name).exists()
+        && let Some((before, option)) = name.rsplit_once(',')
+    {
+        set_disk_option(&mut disk, option)?;
+        name = before;
     }
-    let plain = |path: &str, read_only| DiskSpec { path: PathBuf::from(path), read_only };
-    match text.rsplit_once(',') {
-        Some((path, "ro" | "readonly")) if !path.is_empty() => Ok(plain(path, true)),
-        Some((path, "rw")) if !path.is_empty() => Ok(plain(path, false)),
-        Some((_, option)) if !Path::new(text).exists() => {
-            Err(format!("a disk has no option '{option}'; write --disk FILE or --disk FILE,ro"))
+    if !Path::new(name).exists() {
+        name = name.strip_prefix("path=").unwrap_or(name);
+    }
+    if name.is_empty() {
+        return Err(format!("a disk needs a file; {DISK_USAGE}"));
+    }
+    disk.path = PathBuf::from(name);
+    Ok(disk)
+}
+
+fn set_disk_option(disk: &mut DiskSpec, option: &str) -> Result<(), String> {
+    const NAMES: [&str; 7] = ["ro", "rw", "readonly", "format", "snapshot", "serial", "queues"];
+    let (name, value) = option.split_once('=').unwrap_or((option, ""));
+    let switch = || match value {
+        "" | "on" | "true" => Ok(true),
+        "off" | "false" => Ok(false),
+        _ => Err(format!("a disk's {name} is on or off, not '{value}'")),
+    };
+    match name {
+        "ro" | "readonly" => disk.read_only = switch()?,
+        "rw" => disk.read_only = !switch()?,
+        "snapshot" => disk.snapshot = switch()?,
+        "format" => {
+            disk.format = Some(match value {
+                "raw" => ImageFormat::Raw,
+                "qcow2" => ImageFormat::Qcow2,
+                _ => return Err(format!("a disk's format is raw or qcow2, not '{value}'")),
+            });
         }
-        _ => Ok(plain(text, false)),
+        "serial" if !value.is_empty() && value.len() <= 20 => disk.serial = Some(value.to_owned()),
+        "serial" => return Err("a disk's serial number has 1 to 20 characters; write serial=S".to_owned()),
+        "queues" => {
+            let count = value.parse().ok().filter(|count| (1..=MAX_DISK_QUEUES).contains(count));
+            let wrong = || format!("a disk cannot have '{value}' queues; give 1 to {MAX_DISK_QUEUES}");
+            disk.queues = Some(count.ok_or_else(wrong)?);
+        }
+        _ => {
+            let hint = suggest::did_you_mean(name, NAMES).unwrap_or_else(|| format!("; {DISK_USAGE}"));
+            return Err(format!("a disk has no option '{name}'{hint}"));
+        }
     }
+    Ok(())
 }
 
 /// Parses `stdio`, `none` or `file:F`.
@@ -503,13 +559,42 @@ mod tests {
 
     #[test]
     fn disk_option_is_told_from_a_comma_in_the_name() {
-        assert_eq!(parse_disk("a.img,ro").unwrap(), DiskSpec { path: "a.img".into(), read_only: true });
+        let spec = DiskSpec { path: "a.img".into(), read_only: true, ..DiskSpec::default() };
+        assert_eq!(parse_disk("a.img,ro").unwrap(), spec);
+        assert_eq!(parse_disk("path=a.img,readonly=on").unwrap(), spec);
         assert!(!parse_disk("a.img").unwrap().read_only);
-        assert!(parse_disk("a.img,rx").unwrap_err().contains("'rx'"));
         let directory = tempfile::tempdir().unwrap();
         let odd = directory.path().join("a,b");
         std::fs::write(&odd, b"").unwrap();
         assert_eq!(parse_disk(odd.to_str().unwrap()).unwrap().path, odd);
+    }
+
+    #[test]
+    fn disk_options_are_read_and_mistakes_named() {
+        let spec = parse_disk("a.img,format=qcow2,snapshot=on,serial=S1,queues=2").unwrap();
+        let expected = DiskSpec {
+            path: "a.img".into(),
+            read_only: false,
+            format: Some(ImageFormat::Qcow2),
+            snapshot: true,
+            serial: Some("S1".to_owned()),
+            queues: Some(2),
+        };
+        assert_eq!(spec, expected);
+        for (text, expected) in [
+            ("a.img,rx", "'rx'"),
+            ("a.img,fromat=raw", "did you mean 'format'"),
+            ("a.img,format=vmdk", "raw or qcow2"),
+            ("a.img,queues=0", "1 to 16"),
+            ("a.img,queues=", "1 to 16"),
+            ("a.img,serial=", "1 to 20"),
+            ("a.img,snapshot=maybe", "on or off"),
+            ("", "needs a file"),
+            (",ro", "needs a file"),
+        ] {
+            let error = parse_disk(text).unwrap_err();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
     }
 
     #[test]

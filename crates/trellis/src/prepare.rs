@@ -1,14 +1,14 @@
 //! Everything between the options and the machine: files are read, disks opened and locked, memory held against what the
 //! host has. What comes out can be assembled without another question to the file system.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal as _, Read as _};
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmm::EngineKind;
+use vmm::{DiskConfig, EngineKind, Image, ImageOptions};
 
 use crate::choice::{self, Wish};
 use crate::control::ControlTarget;
@@ -34,19 +34,6 @@ use PrepareError::{Failure, Usage};
 const PIPE_PATIENCE: Duration = Duration::from_secs(3);
 /// How often we look for him.
 const PIPE_LOOK: Duration = Duration::from_millis(20);
-
-/// A disk, open and locked.
-#[derive(Debug)]
-pub struct Disk {
-    /// Where it is, for messages.
-    pub path: PathBuf,
-    /// The open file; the lock is held as long as it is open.
-    pub file: File,
-    /// Its length.
-    pub len_bytes: u64,
-    /// The guest may not write it.
-    pub read_only: bool,
-}
 
 /// An initrd or multiboot module, in memory.
 #[derive(Debug)]
@@ -78,8 +65,8 @@ pub struct Prepared {
     pub cpu: String,
     /// The engine, decided.
     pub engine: EngineKind,
-    /// Disks in the order given.
-    pub disks: Vec<Disk>,
+    /// Disks in the order given, open and locked.
+    pub disks: Vec<DiskConfig>,
     /// COM1.
     pub serial: Output,
     /// Debug console.
@@ -159,7 +146,8 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
     if options.serial == CharTarget::Stdio && options.debugcon == CharTarget::Stdio {
         tracing::info!("serial port and debug console share the terminal");
     }
-    let disks = options.disks.iter().map(open_disk).collect::<Result<Vec<_>, _>>()?;
+    let disks = options.disks.iter().map(|disk| open_disk(disk, options.snapshot));
+    let disks = disks.collect::<Result<Vec<_>, _>>()?;
     let guest = find_guest(&options)?;
     let modules = match options.initrd.as_deref().or(guest.initrd.as_deref()) {
         Some(text) => read_modules(text, options.memory_bytes)?,
@@ -397,84 +385,16 @@ fn check_fits(guest: &Guest, modules: &[Module], memory_bytes: u64) -> Result<()
     )))
 }
 
-/// Opens and locks a disk image.
-fn open_disk(spec: &DiskSpec) -> Result<Disk, PrepareError> {
-    let path = spec.path.display();
-    let failure = |text: String| Err(Failure(text));
-    let metadata = match std::fs::metadata(&spec.path) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return failure(format!(
-                "cannot open the disk {path}: {error}; make one with: truncate -s 1G {path}"
-            ));
-        }
-        Err(error) => return failure(format!("cannot open the disk {path}: {error}")),
-    };
-    let is_device = metadata.file_type().is_block_device();
-    if !metadata.is_file() && !is_device {
-        return failure(format!(
-            "the disk {path} is neither a file nor a block device; name a raw image file"
-        ));
-    }
-    if !spec.read_only && metadata.is_file() && metadata.permissions().mode() & 0o222 == 0 {
-        return failure(format!("the disk {path} is read-only; write --disk {path},ro or make it writable"));
-    }
-    let mut open = OpenOptions::new();
-    open.read(true).write(!spec.read_only);
-    if is_device && !spec.read_only {
-        open.custom_flags(libc::O_EXCL); // refuses a device that is mounted
-    }
-    let file = open.open(&spec.path).map_err(|error| Failure(disk_error(spec, &error)))?;
-    lock(&file, spec)?;
-    let len_bytes = if is_device { device_len(&file) } else { metadata.len() };
-    if len_bytes == 0 {
-        return failure(format!("the disk {path} is empty; give it a size with: truncate -s 1G {path}"));
-    }
-    if len_bytes % 512 != 0 {
-        let whole = len_bytes.next_multiple_of(512);
-        return failure(format!(
-            "the disk {path} is {len_bytes} bytes long, not whole sectors of 512; pad it with: truncate -s {whole} {path}"
-        ));
-    }
-    Ok(Disk { path: spec.path.clone(), file, len_bytes, read_only: spec.read_only })
-}
-
-/// The message for a disk that cannot be opened.
-fn disk_error(spec: &DiskSpec, error: &io::Error) -> String {
-    let path = spec.path.display();
-    match error.kind() {
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem if !spec.read_only => {
-            format!("cannot write the disk {path}: {error}; write --disk {path},ro or make it writable")
-        }
-        io::ErrorKind::ResourceBusy => {
-            format!("the disk {path} is in use; unmount it, or write --disk {path},ro")
-        }
-        io::ErrorKind::ExecutableFileBusy => {
-            format!("the disk {path} is in use as swap or program; name another file")
-        }
-        _ => format!("cannot open the disk {path}: {error}"),
-    }
-}
-
-/// One writer or many readers, by flock(2), which every Trellis takes.
-fn lock(file: &File, spec: &DiskSpec) -> Result<(), PrepareError> {
-    let path = spec.path.display();
-    let locked = if spec.read_only { file.try_lock_shared() } else { file.try_lock() };
-    match locked {
-        Ok(()) => Ok(()),
-        Err(TryLockError::WouldBlock) => Err(Failure(format!(
-            "the disk {path} is in use by another machine; end that first, or use a copy"
-        ))),
-        Err(TryLockError::Error(error)) => {
-            tracing::warn!("cannot lock the disk {path}: {error}");
-            Ok(())
-        }
-    }
-}
-
-/// The length of a block device: where seeking to its end arrives.
-fn device_len(file: &File) -> u64 {
-    rustix::fs::seek(file, rustix::fs::SeekFrom::End(0)).unwrap_or(0)
+/// Opens and locks a disk image, and what it is based on.
+fn open_disk(spec: &DiskSpec, snapshot: bool) -> Result<DiskConfig, PrepareError> {
+    let image = Image::open(&ImageOptions {
+        path: spec.path.clone(),
+        read_only: spec.read_only,
+        format: spec.format,
+        snapshot: (snapshot || spec.snapshot) && !spec.read_only,
+    });
+    let image = image.map_err(|error| Failure(error.to_string()))?;
+    Ok(DiskConfig { serial: spec.serial.clone(), queues: spec.queues, ..DiskConfig::new(image) })
 }
 
 /// Opens what `--serial` or `--debugcon` names.
@@ -517,8 +437,8 @@ mod tests {
         }
     }
 
-    fn disk(path: &Path, read_only: bool) -> Result<Disk, PrepareError> {
-        open_disk(&DiskSpec { path: path.to_owned(), read_only })
+    fn disk(path: &Path, read_only: bool) -> Result<DiskConfig, PrepareError> {
+        open_disk(&DiskSpec { path: path.to_owned(), read_only, ..DiskSpec::default() }, false)
     }
 
     #[test]
@@ -548,31 +468,18 @@ mod tests {
     }
 
     #[test]
-    fn disk_mistakes_are_refused() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("d.img");
-        assert!(failure(disk(&path, false)).contains("truncate -s 1G"));
-        std::fs::write(&path, b"").unwrap();
-        assert!(failure(disk(&path, false)).contains("is empty"));
-        std::fs::write(&path, [0; 1000]).unwrap();
-        assert!(failure(disk(&path, false)).contains("truncate -s 1024"));
-        assert!(failure(disk(directory.path(), false)).contains("neither a file"));
-        std::fs::write(&path, [0; 1024]).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o444)).unwrap();
-        assert!(failure(disk(&path, false)).contains(",ro"));
-        assert!(disk(&path, true).is_ok());
-    }
-
-    #[test]
     fn disk_in_use_is_refused_to_a_second_writer() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("d.img");
+        assert!(failure(disk(&path, false)).contains("truncate -s 1G"));
         std::fs::write(&path, [0; 1024]).unwrap();
         let first = disk(&path, false).unwrap();
-        assert!(failure(disk(&path, false)).contains("in use"));
-        assert!(failure(disk(&path, true)).contains("in use"));
+        assert!(failure(disk(&path, false)).contains("in use by"));
+        assert!(failure(disk(&path, true)).contains("in use by"));
         drop(first);
         let (_one, _two) = (disk(&path, true).unwrap(), disk(&path, true).unwrap());
+        let spec = DiskSpec { path, ..DiskSpec::default() };
+        assert!(open_disk(&spec, true).is_ok(), "a snapshot only reads");
     }
 
     #[test]

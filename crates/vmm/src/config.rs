@@ -2,8 +2,10 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use devices::virtio::block::{Image, ImageError, ImageOptions};
 use engine_bt::trace::{AddressRange, Levels};
 
 use crate::boot::BootSource;
@@ -42,12 +44,41 @@ pub enum ClockMode {
     Icount,
 }
 
-/// A disk image.
-#[derive(Clone, PartialEq, Eq, Debug)]
+/// A disk.
+#[derive(Clone, Debug)]
 pub struct DiskConfig {
-    /// The raw image.
+    /// The image, open and locked: it outlives resets of the machine.
+    pub image: Arc<Image>,
+    /// What the guest reads as the disk's serial number; without one the disk's number in the machine.
+    pub serial: Option<String>,
+    /// Request queues; without a number one for each vCPU.
+    pub queues: Option<u16>,
+}
+
+impl DiskConfig {
+    /// A disk on `image`.
+    #[must_use]
+    pub fn new(image: Image) -> Self {
+        Self { image: Arc::new(image), serial: None, queues: None }
+    }
+
+    /// A disk on an image that is opened and locked now.
+    ///
+    /// # Errors
+    /// When the image cannot be used.
+    pub fn open(options: &ImageOptions) -> Result<Self, ImageError> {
+        Image::open(options).map(Self::new)
+    }
+}
+
+/// A directory of the host in the guest.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShareConfig {
+    /// The directory.
     pub path: PathBuf,
-    /// The guest may not write it.
+    /// The name that the guest mounts it by.
+    pub tag: String,
+    /// The guest may not change it.
     pub read_only: bool,
 }
 
@@ -85,6 +116,10 @@ pub struct VmConfig {
     pub source: BootSource,
     /// Disks, in order.
     pub disks: Vec<DiskConfig>,
+    /// Shared directories (virtio-9p).
+    pub shares: Vec<ShareConfig>,
+    /// A channel to a program in the guest: the name of its port, and where it goes that the program sends.
+    pub channel: Option<(String, Sink)>,
     /// Output of COM1; without one it goes nowhere (the port is there all the same).
     pub serial: Option<Sink>,
     /// Output of the ports 0x402 and 0xe9; without one the ports are not there.
@@ -128,6 +163,8 @@ impl VmConfig {
             engine: EngineKind::default(),
             source,
             disks: Vec::new(),
+            shares: Vec::new(),
+            channel: None,
             serial: None,
             debugcon: None,
             virtio_console: None,

@@ -17,6 +17,9 @@ pub enum VmError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] devices::virtio::block::ImageError),
+    /// A shared directory.
+    #[error(transparent)]
+    Share(#[from] devices::virtio::p9::ShareError),
     /// The host has no randomness to give.
     #[error("cannot open the host's random generator: {0}")]
     Entropy(#[source] std::io::Error),

@@ -95,6 +95,12 @@ impl VmHandle {
         self.with(|m| m.console.as_ref().map_or(0, |console| console.receive(bytes))).unwrap_or(0)
     }
 
+    /// Sends bytes to the program at the other end of the channel; says how many were taken.
+    #[must_use]
+    pub fn channel_send(&self, bytes: &[u8]) -> usize {
+        self.with(|m| m.channel.as_ref().map_or(0, |channel| channel.send(bytes))).unwrap_or(0)
+    }
+
     /// The virtio console has a new size.
     pub fn resize(&self, columns: u16, rows: u16) {
         self.with(|m| m.console.as_ref().inspect(|console| console.resize(columns, rows)).is_some());

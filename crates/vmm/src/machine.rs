@@ -19,7 +19,7 @@
 //! | 0xfed00000 | HPET | 2, 8, 16–23 |
 //! | 0xfee00000 | the accessing vCPU's local APIC ([`MachineIo`]) | |
 //! | PCI 00.0, 01.0 | host bridge, ISA bridge | |
-//! | PCI 02.0 … | virtio disks, random generator, console | 16–23 |
+//! | PCI 02.0 … | virtio disks, shared directories, random generator, channel, console | 16–23 |
 //!
 //! There are no cycles of owners: dropping the machine frees memory, disks and their locks.
 
@@ -47,7 +47,9 @@ use devices::irq::{CpuSignal, IrqLine};
 use devices::pci::{Bdf, HostBridge, ISA_BRIDGE, IsaBridge, PciHost, PciPorts, SharedPci};
 use devices::snapshot::{RestoreError, Snapshot, StateBlob};
 use devices::virtio::block::{Block, BlockOptions};
+use devices::virtio::channel::{Channel, ChannelHandle};
 use devices::virtio::console::{Console, ConsoleHandle};
+use devices::virtio::p9::Share;
 use devices::virtio::rng::{Entropy, Rng};
 use devices::virtio::{Flavor, VirtioDevice, VirtioPci};
 use engine::{Signals, Vcpu};
@@ -59,7 +61,7 @@ use x86::cpuid::{CpuModel, Feature};
 use x86_interp::{Interp, Parts};
 
 use crate::clock::GuestClock;
-use crate::config::{ClockMode, DiskConfig, EngineKind, TraceWhat};
+use crate::config::{ClockMode, DiskConfig, EngineKind, ShareConfig, TraceWhat};
 use crate::control::Control;
 use crate::error::VmError;
 use crate::input::Input;
@@ -77,6 +79,8 @@ pub(crate) struct Blueprint {
     pub model: Arc<CpuModel>,
     pub engine: EngineKind,
     pub disks: Vec<DiskConfig>,
+    pub shares: Vec<ShareConfig>,
+    pub channel: Option<(String, SharedSink)>,
     pub serial: Option<SharedSink>,
     pub debugcon: Option<SharedSink>,
     pub virtio_console: Option<SharedSink>,
@@ -106,6 +110,9 @@ type Shared<D> = Arc<Mutex<D>>;
 /// Where the user types and looks.
 type Consoles = (Shared<Serial>, Shared<I8042>, Shared<Vga>);
 
+/// The virtio devices, and the user's ends of them.
+type Virtio = (Vec<Shared<VirtioPci>>, Option<ConsoleHandle>, Option<ChannelHandle>);
+
 /// One life of the board.
 pub(crate) struct Machine {
     pub mem: Arc<GuestMemory>,
@@ -116,6 +123,7 @@ pub(crate) struct Machine {
     pub keyboard: Shared<I8042>,
     pub vga: Shared<Vga>,
     pub console: Option<ConsoleHandle>,
+    pub channel: Option<ChannelHandle>,
     pub rtc: Shared<Rtc>,
     pub power_button: Shared<AcpiPm>,
     router: Arc<IrqRouter>,
@@ -226,32 +234,42 @@ impl Builder<'_> {
     }
 
     /// The virtio devices: disks first, so that they are the first that a driver finds.
-    fn virtio(&self) -> Result<(Vec<Shared<VirtioPci>>, Option<ConsoleHandle>), VmError> {
+    fn virtio(&self) -> Result<Virtio, VmError> {
         let icount = self.clock.mode() == ClockMode::Icount;
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
         for (index, disk) in self.plan.disks.iter().enumerate() {
+            let cpus = u16::try_from(self.plan.cpus).unwrap_or(u16::MAX);
             let options = BlockOptions {
-                read_only: disk.read_only,
                 synchronous: icount,
-                serial: format!("trellis{index}"),
-                ..BlockOptions::new(&disk.path)
+                serial: disk.serial.clone().unwrap_or_else(|| format!("trellis{index}")),
+                queues: disk.queues.unwrap_or(cpus),
+                ..BlockOptions::new(&disk.image)
             };
             devices.push(Box::new(Block::new(&format!("virtio-blk.{index}"), &options)?));
+        }
+        for (index, share) in self.plan.shares.iter().enumerate() {
+            let name = format!("virtio-9p.{index}");
+            devices.push(Box::new(Share::new(&name, &share.path, &share.tag, share.read_only, icount)?));
         }
         let entropy =
             if icount { Entropy::seeded(ICOUNT_SEED) } else { Entropy::host().map_err(VmError::Entropy)? };
         devices.push(Box::new(Rng::new("virtio-rng", entropy)));
-        let mut handle = None;
+        let (mut handle, mut end) = (None, None);
+        if let Some((port, sink)) = &self.plan.channel {
+            let (channel, ours) = Channel::new("virtio-channel", port, sink.boxed());
+            devices.push(Box::new(channel));
+            end = Some(ours);
+        }
         if let Some(sink) = &self.plan.virtio_console {
-            let (console, end) = Console::new("virtio-console", sink.boxed(), 80, 25);
+            let (console, ours) = Console::new("virtio-console", sink.boxed(), 80, 25);
             devices.push(Box::new(console));
-            handle = Some(end);
+            handle = Some(ours);
         }
         let behind_pci = |device| {
             let memory = Arc::clone(&self.mem);
             Arc::new(Mutex::new(VirtioPci::new(device, memory, Flavor::Transitional)))
         };
-        Ok((devices.into_iter().map(behind_pci).collect(), handle))
+        Ok((devices.into_iter().map(behind_pci).collect(), handle, end))
     }
 
     /// PCI bus 0, set up as firmware leaves it.
@@ -309,7 +327,7 @@ impl Machine {
             power: Arc::clone(&plan.control) as _,
             stateful: Vec::new(),
         };
-        let (virtio, console) = build.virtio()?;
+        let (virtio, console, channel) = build.virtio()?;
         build.pci(&virtio)?;
         let (rtc, power_button) = build.timers_and_power()?;
         let (serial, keyboard, vga) = build.consoles()?;
@@ -331,6 +349,7 @@ impl Machine {
             keyboard,
             vga,
             console,
+            channel,
             rtc,
             power_button,
             router,

@@ -132,6 +132,8 @@ impl Vm {
             model: Arc::new(model),
             engine: config.engine,
             disks: config.disks,
+            shares: config.shares,
+            channel: config.channel.map(|(port, sink)| (port, SharedSink::new(sink))),
             serial: config.serial.map(SharedSink::new),
             debugcon: config.debugcon.map(SharedSink::new),
             virtio_console: config.virtio_console.map(SharedSink::new),

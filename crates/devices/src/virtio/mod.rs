@@ -13,10 +13,13 @@
 pub mod active;
 pub mod block;
 pub mod chain;
+pub mod channel;
 pub mod console;
 pub mod interrupt;
 mod legacy;
+pub mod p9;
 pub mod pci;
+mod pool;
 pub mod queue;
 mod registers;
 pub mod rng;

@@ -4,12 +4,14 @@
 //! segments is its business. Data goes through a bounce buffer of bounded size, so that a long request costs no memory.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use guestmem::GuestMemory;
 
 use super::image::{Image, SECTOR_BYTES};
 use crate::virtio::chain::{Chain, Cursor};
+use crate::virtio::pool::Work;
 
 /// Request types (5.2.6).
 mod kind {
@@ -110,22 +112,33 @@ struct Header {
 
 /// Executes requests on an image.
 pub(super) struct Executor {
-    image: Image,
+    image: Arc<Image>,
     id: [u8; ID_BYTES],
+    write_through: Arc<AtomicBool>,
+    counters: Arc<Counters>,
     bounce: Vec<u8>,
 }
 
-impl Executor {
-    pub fn new(image: Image, id: [u8; ID_BYTES]) -> Self {
-        Self { image, id, bounce: vec![0; BOUNCE_BYTES] }
+impl Work for Executor {
+    fn execute(&mut self, memory: &GuestMemory, chain: &Chain) -> u32 {
+        let (durable, counters) = (self.write_through.load(Ordering::SeqCst), Arc::clone(&self.counters));
+        self.request(memory, chain, durable, &counters)
     }
+}
 
-    pub const fn image(&self) -> &Image {
-        &self.image
+impl Executor {
+    /// `write_through`: whether every write is to be durable before it completes.
+    pub fn new(
+        image: &Arc<Image>,
+        id: [u8; ID_BYTES],
+        write_through: Arc<AtomicBool>,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Self { image: Arc::clone(image), id, write_through, counters, bounce: vec![0; BOUNCE_BYTES] }
     }
 
     /// Executes the request in `chain`; says how many bytes of it were written, the status included.
-    pub fn execute(&mut self, mem: &GuestMemory, chain: &Chain, durable: bool, counters: &Counters) -> u32 {
+    fn request(&mut self, mem: &GuestMemory, chain: &Chain, durable: bool, counters: &Counters) -> u32 {
         count(&counters.requests, 1);
         let writer = chain.writer(mem);
         let Some(data_room) = writer.remaining().checked_sub(1) else {

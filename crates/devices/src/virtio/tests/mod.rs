@@ -3,7 +3,7 @@
 #![expect(clippy::cast_possible_truncation, reason = "tests take registers and random numbers apart")]
 
 mod block;
-mod driver;
+pub(super) mod driver;
 mod hostile;
 mod small;
 mod transport;
