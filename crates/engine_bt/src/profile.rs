@@ -114,7 +114,8 @@ impl Profiler {
                 let n = self.assembly.partition_point(|(at, _)| *at <= sample.host);
                 let before = n.checked_sub(1).and_then(|n| self.assembly.get(n));
                 // Each of them is short; what is farther is Rust between them and the first span.
-                let name = before.filter(|(at, _)| sample.host - at < 1024).map_or("other", |(_, name)| *name);
+                let name =
+                    before.filter(|(at, _)| sample.host - at < 1024).map_or("other", |(_, name)| *name);
                 *p.assembly.entry(name).or_default() += 1;
             }
             _ => {

@@ -26,7 +26,11 @@ const MEMORY: u64 = 5 << 20;
 /// Assembles guest code.
 macro_rules! guest_code {
     ($name:ident, $start:literal, $end:literal, $($line:literal),* $(,)?) => {
-        global_asm!(concat!($start, ":"), $($line,)* concat!($end, ":"));
+        global_asm!(
+            concat!(".globl ", $start, "\n", $start, ":"),
+            $($line,)*
+            concat!(".globl ", $end, "\n", $end, ":")
+        );
         fn $name() -> &'static [u8] {
             unsafe extern "C" {
                 #[link_name = $start]

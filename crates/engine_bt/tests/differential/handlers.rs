@@ -11,7 +11,7 @@ use crate::machine::{COUNTER, HIGH};
 
 global_asm!(
     ".pushsection .rodata",
-    "ladder_common:",
+    ".globl ladder_common\nladder_common:",
     "push rax",
     "mov rax, {counter}",
     "dec dword ptr [rax]",
@@ -24,9 +24,9 @@ global_asm!(
     "2:",
     "pop rax",
     "hlt",
-    "ladder_common_end:",
+    ".globl ladder_common_end\nladder_common_end:",
     // As Linux enters and leaves: GS of the kernel, its stack, some work, SYSRET.
-    "ladder_sysret:",
+    ".globl ladder_sysret\nladder_sysret:",
     "swapgs",
     "mov gs:[8], rsp",
     "mov rsp, gs:[0]",
@@ -47,9 +47,9 @@ global_asm!(
     "mov rsp, gs:[8]",
     "swapgs",
     "sysretq",
-    "ladder_sysret_end:",
+    ".globl ladder_sysret_end\nladder_sysret_end:",
     // The long way out: interrupts on for a while, and IRET.
-    "ladder_iret:",
+    ".globl ladder_iret\nladder_iret:",
     "swapgs",
     "mov gs:[8], rsp",
     "mov rsp, gs:[0]",
@@ -74,7 +74,7 @@ global_asm!(
     "inc qword ptr gs:[32]",
     "leave",
     "ret",
-    "ladder_iret_end:",
+    ".globl ladder_iret_end\nladder_iret_end:",
     ".popsection",
     counter = const HIGH + COUNTER,
 );
