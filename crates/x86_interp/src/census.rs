@@ -179,7 +179,7 @@ impl Census {
             ("page walks of code", self.code_walks),
             ("entries read by page walks", self.steps),
             ("shadow fills", self.shadow_fills),
-            ("traced page-table writes", self.traced_writes),
+            ("traced table writes", self.traced_writes),
         ];
         counts.iter().for_each(|(name, n)| report.count(name, Unit::Count, *n));
         let mut rows = BTreeMap::new();
@@ -224,7 +224,7 @@ mod tests {
         assert_eq!(count(&census, "shadow fills"), 2);
         assert!(!census.written(Gpa(0x4018), 8) && !census.written(Gpa(0x9000), 8));
         census.walked(&way, true);
-        assert_eq!((count(&census, "shadow fills"), count(&census, "traced page-table writes")), (3, 1));
+        assert_eq!((count(&census, "shadow fills"), count(&census, "traced table writes")), (3, 1));
     }
 
     #[test]
@@ -233,7 +233,7 @@ mod tests {
         census.walked(&steps(&[0x1000]), false);
         let ends: Vec<bool> = (0..4).map(|n| census.written(Gpa(0x1000 + n * 8), 8)).collect();
         assert_eq!(ends, [false, false, true, false]);
-        assert_eq!(count(&census, "traced page-table writes"), u64::from(FLOOD));
+        assert_eq!(count(&census, "traced table writes"), u64::from(FLOOD));
         assert!(!census.is_table(1));
     }
 

@@ -62,6 +62,9 @@ pub struct BenchArgs {
     /// Linux kernel of the guests [default: the image debian]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub kernel: Option<PathBuf>,
+    /// Predict from counted events what other ways of virtualization would make of it (needs native; runs each once more)
+    #[arg(long)]
+    pub predict: bool,
     /// Show the benchmarks and modes
     #[arg(long)]
     pub list: bool,
@@ -186,7 +189,7 @@ fn parse_benchmark(text: &str) -> Result<Wanted, String> {
 }
 
 /// A mode by its name.
-fn parse_mode(name: &str) -> Result<&'static Mode, String> {
+pub(crate) fn parse_mode(name: &str) -> Result<&'static Mode, String> {
     let names = || mode::MODES.iter().map(|mode| mode.name);
     mode::MODES.iter().find(|mode| mode.name == name).ok_or_else(|| unknown("mode", name, names().collect()))
 }

@@ -38,7 +38,26 @@ pub struct Place {
     pub metal: PathBuf,
     /// The root of real programs, if any is to be run.
     pub programs: Option<ProgramRoot>,
+    /// What guests with an operating system are given.
+    pub size: GuestSize,
     _directories: Vec<TempDir>,
+}
+
+/// What a guest is given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestSize {
+    /// Memory, as options say it.
+    pub memory: String,
+    /// CPUs.
+    pub cpus: u32,
+    /// Kernel command line.
+    pub cmdline: String,
+}
+
+impl Default for GuestSize {
+    fn default() -> Self {
+        Self { memory: MEMORY.to_owned(), cpus: 1, cmdline: CMDLINE.to_owned() }
+    }
 }
 
 /// What guests boot.
@@ -73,7 +92,15 @@ impl Place {
         let guest = if with_guest { Some(guest_files(kernel, directory.path())?) } else { None };
         directories.extend(memory);
         directories.push(directory);
-        Ok(Self { program, scratch, guest, metal, programs: None, _directories: directories })
+        Ok(Self {
+            program,
+            scratch,
+            guest,
+            metal,
+            programs: None,
+            size: GuestSize::default(),
+            _directories: directories,
+        })
     }
 
     /// Lays the root of real programs: as a directory if they are to run `natively`, and for guests if there are any.

@@ -15,6 +15,7 @@ pub mod host;
 pub mod html;
 pub mod matrix;
 pub mod mode;
+pub mod predict;
 pub mod report;
 pub mod root;
 pub mod session;
@@ -55,7 +56,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<(String, ExitCode)> {
     // Before anything is measured: it would be a pity afterwards.
     let old = args.compare.as_deref().map(Old::read).transpose()?;
     let mut plan = args.plan();
-    let mut place = guest::Place::prepare(plan.needs_kernel(), args.kernel.as_deref())?;
+    let mut place = guest::Place::prepare(plan.needs_kernel() || args.predict, args.kernel.as_deref())?;
     if plan.has_real() {
         add_programs(&mut plan, &mut place);
     }
@@ -63,8 +64,13 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<(String, ExitCode)> {
     let mut matrix = Matrix::new(&plan, &place, &progress, &interrupted);
     let measured = matrix.run();
     drop(matrix);
-    drop(progress);
     let mut report = Report::new(&plan, &place, measured?);
+    if args.predict {
+        let (predictions, notes) = predict::predict(&plan, &place, &report, &progress, &interrupted)?;
+        report.predictions = predictions;
+        report.notes.extend(notes);
+    }
+    drop(progress);
     report.comparison = old.map(|old| old.compare(&report));
     let written = write_files(args, &report);
     let text = if args.json { report.json() } else { table::render(&report) };
