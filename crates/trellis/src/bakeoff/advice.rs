@@ -273,7 +273,7 @@ mod tests {
         let both =
             bakeoff(vec![mode("native", &[0.5], None), mode("bt", &[1.0], None), mode("tcg", &[4.0], None)]);
         assert!(
-            says(&both, "Take bt: 1.00 s a run, 50.0 % of native, 4.0 times as fast as tcg."),
+            says(&both, "Take bt: 1.00 s a run, 50 % of native, 4.0 times as fast as tcg."),
             "{:?}",
             advise(&both)
         );
@@ -307,7 +307,7 @@ mod tests {
         let account = Account { busy: 0.5, cpu: Some(0.3), asleep: 9.0, ..Account::default() };
         let both = bakeoff(vec![mode("bt", &[1.0], Some(&account))]);
         assert!(
-            says(&both, "to others for 20.0 %") && says(&both, "slept for 50.0 %"),
+            says(&both, "to others for 20 %") && says(&both, "slept for 50 %"),
             "{:?}",
             advise(&both)
         );

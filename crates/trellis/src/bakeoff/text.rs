@@ -192,7 +192,7 @@ pub(super) mod tests {
         let text = render(&example());
         for wanted in [
             "timed out",
-            "33.3 %",
+            "33 %",
             "bt: where 1.10 s of 3 runs went",
             "native time (250 ms) × path lengthening (2.18)",
             "predicted",
