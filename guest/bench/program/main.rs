@@ -7,6 +7,7 @@ mod chase;
 mod command;
 mod cpu;
 mod float;
+mod heavy;
 mod huge;
 mod kernel;
 mod memory;
@@ -120,6 +121,7 @@ const SUITES: &[&[Bench]] = &[
     smc::BENCHES,
     text::BENCHES,
     real::BENCHES,
+    heavy::BENCHES,
     nano::BENCHES,
 ];
 

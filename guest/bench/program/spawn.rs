@@ -112,6 +112,43 @@ pub fn run_words(path: usize, argv: &[usize], directory: usize, input: &CStr, ou
     note_status(if pid > 0 { sys::wait(pid) } else { u64::MAX });
 }
 
+/// Starts a program that is to run beside others, as process 1 of a PID namespace: whatever it starts ends with it, and it with this
+/// process. Returns what [`stop`] wants, or a negative number.
+pub fn start_apart(command: &[&CStr], output: &CStr) -> isize {
+    let mut argv = [0usize; MAX_WORDS + 1];
+    argv.iter_mut().zip(command.iter().take(MAX_WORDS)).for_each(|(slot, word)| *slot = word.as_ptr() as usize);
+    let environment = [c"LC_ALL=C".as_ptr() as usize, 0];
+    let guardian = sys::fork();
+    if guardian != 0 {
+        return guardian;
+    }
+    sys::call3(sys::SYS_PRCTL, PR_SET_PDEATHSIG, SIGKILL, 0);
+    if sys::call3(sys::SYS_UNSHARE, sys::CLONE_NEWPID, 0, 0) != 0 {
+        sys::exit(124);
+    }
+    let pid = sys::fork();
+    if pid == 0 {
+        sys::call3(sys::SYS_PRCTL, PR_SET_PDEATHSIG, SIGKILL, 0);
+        redirect(INPUT, 0, sys::O_RDONLY);
+        redirect(output, 1, sys::O_WRONLY | sys::O_CREAT | sys::O_TRUNC);
+        sys::call3(sys::SYS_EXECVE, argv[0], argv.as_ptr() as usize, environment.as_ptr() as usize);
+        sys::exit(127);
+    }
+    sys::wait(pid);
+    sys::exit(0)
+}
+
+/// Ends what [`start_apart`] started.
+pub fn stop(guardian: isize) {
+    sys::kill(guardian, SIGKILL);
+    sys::wait(guardian);
+}
+
+/// What a program said shows that it failed, whatever its status.
+pub fn fail() {
+    note_status(0x100);
+}
+
 /// The first failure is the one to tell.
 fn note_status(status: u64) {
     if status != 0 {

@@ -306,11 +306,7 @@ mod tests {
     fn busy_host_and_sleep_are_told() {
         let account = Account { busy: 0.5, cpu: Some(0.3), asleep: 9.0, ..Account::default() };
         let both = bakeoff(vec![mode("bt", &[1.0], Some(&account))]);
-        assert!(
-            says(&both, "to others for 20 %") && says(&both, "slept for 50 %"),
-            "{:?}",
-            advise(&both)
-        );
+        assert!(says(&both, "to others for 20 %") && says(&both, "slept for 50 %"), "{:?}", advise(&both));
     }
 
     #[test]

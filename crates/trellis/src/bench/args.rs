@@ -102,15 +102,15 @@ pub struct Plan {
     pub quick: bool,
     /// How much real programs are given to do, in percent.
     pub size_percent: u32,
-    /// What was asked for and is left out, with the reason; see [`Plan::leave_out_real`].
+    /// What was asked for and is left out, with the reason; see [`Plan::leave_out`].
     pub left_out: Vec<String>,
 }
 
 impl Plan {
-    /// Whether real programs are among the benchmarks.
+    /// Whether benchmarks of a group are among them.
     #[must_use]
-    pub fn has_real(&self) -> bool {
-        self.benchmarks.iter().any(|benchmark| benchmark.is_real())
+    pub fn has(&self, group: &str) -> bool {
+        self.benchmarks.iter().any(|benchmark| benchmark.group == group)
     }
 
     /// Whether there is nothing else.
@@ -132,10 +132,10 @@ impl Plan {
         in_linux && self.modes.iter().any(|mode| mode.needs_kernel())
     }
 
-    /// Leaves the real programs out, for they cannot be had. Returns the line that says so.
-    pub fn leave_out_real(&mut self, reason: &str) -> &str {
-        self.benchmarks.retain(|benchmark| !benchmark.is_real());
-        self.left_out.push(format!("{} are left out: {reason}", catalog::REAL_PROGRAMS));
+    /// Leaves a group out, for its programs cannot be had. Returns the line that says so.
+    pub fn leave_out(&mut self, group: &str, reason: &str) -> &str {
+        self.benchmarks.retain(|benchmark| benchmark.group != group);
+        self.left_out.push(format!("{group} are left out: {reason}"));
         self.left_out.last().map_or("", String::as_str)
     }
 }
@@ -249,8 +249,8 @@ mod tests {
     #[test]
     fn real_programs_can_be_left_out() {
         let mut plan = parse(&["--only", "sum,gzip", "--quick"]).unwrap().plan();
-        assert!(plan.has_real() && !plan.is_all_real() && plan.size_percent < 100);
-        let line = plan.leave_out_real("no network").to_owned();
+        assert!(plan.has(catalog::REAL_PROGRAMS) && !plan.is_all_real() && plan.size_percent < 100);
+        let line = plan.leave_out(catalog::REAL_PROGRAMS, "no network").to_owned();
         assert_eq!(line, "real programs are left out: no network");
         assert_eq!(plan.left_out, [line]);
         assert_eq!(plan.benchmarks.iter().map(|b| b.name).collect::<Vec<_>>(), ["sum"]);

@@ -10,7 +10,6 @@ use tempfile::TempDir;
 use super::root::{ProgramRoot, Root};
 use crate::image;
 use crate::image::cpio::Archive;
-use crate::image::programs::Programs;
 use crate::prepare::PrepareError;
 use crate::progress::Progress;
 
@@ -38,6 +37,8 @@ pub struct Place {
     pub metal: PathBuf,
     /// The root of real programs, if any is to be run.
     pub programs: Option<ProgramRoot>,
+    /// The root of macrobenchmarks, if any is to be run.
+    pub jobs: Option<ProgramRoot>,
     /// What guests with an operating system are given.
     pub size: GuestSize,
     _directories: Vec<TempDir>,
@@ -98,18 +99,20 @@ impl Place {
             guest,
             metal,
             programs: None,
+            jobs: None,
             size: GuestSize::default(),
             _directories: directories,
         })
     }
 
-    /// Lays the root of real programs: as a directory if they are to run `natively`, and for guests if there are any.
-    ///
-    /// # Errors
-    /// See [`ProgramRoot::lay`].
-    pub fn add_programs(&mut self, programs: &Programs, natively: bool) -> anyhow::Result<()> {
-        self.programs = Some(ProgramRoot::lay(programs, natively, self.guest.is_some())?);
-        Ok(())
+    /// A root with programs.
+    #[must_use]
+    pub fn root(&self, root: Root) -> Option<&ProgramRoot> {
+        match root {
+            Root::Programs => self.programs.as_ref(),
+            Root::Macro => self.jobs.as_ref(),
+            Root::Bare | Root::Metal => None,
+        }
     }
 
     /// The initramfs of a root.
@@ -117,7 +120,7 @@ impl Place {
     pub fn initrd(&self, root: Root) -> Option<&Path> {
         match root {
             Root::Bare => self.guest.as_ref().map(|guest| guest.initrd.as_path()),
-            Root::Programs => self.programs.as_ref()?.initrd.as_deref(),
+            Root::Programs | Root::Macro => self.root(root)?.initrd.as_deref(),
             Root::Metal => None,
         }
     }

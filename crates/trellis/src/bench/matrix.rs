@@ -247,6 +247,7 @@ impl<'a> Matrix<'a> {
 pub(super) fn root_of(benchmark: &Benchmark) -> Root {
     match benchmark {
         benchmark if benchmark.is_real() => Root::Programs,
+        benchmark if benchmark.is_macro() => Root::Macro,
         benchmark if benchmark.is_nano() => Root::Metal,
         _ => Root::Bare,
     }

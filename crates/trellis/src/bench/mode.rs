@@ -95,8 +95,8 @@ impl Mode {
 fn native(place: &Place, root: Root) -> Result<Command, String> {
     let mut command = Command::new(&place.program);
     command.current_dir(&place.scratch);
-    if root == Root::Programs {
-        let programs = place.programs.as_ref().and_then(|programs| programs.directory.as_ref());
+    if matches!(root, Root::Programs | Root::Macro) {
+        let programs = place.root(root).and_then(|programs| programs.directory.as_ref());
         command.arg("root").arg(programs.ok_or(NO_PROGRAMS)?);
     }
     Ok(command)
@@ -198,7 +198,14 @@ mod tests {
         let mut place = Place::prepare(false, None).unwrap();
         let native = MODES.iter().find(|mode| mode.name == REFERENCE).unwrap();
         assert!(native.command(&place, Root::Programs).is_err());
-        place.add_programs(&super::super::root::tests::programs(directory.path()), true).unwrap();
+        place.programs = Some(
+            super::super::root::ProgramRoot::lay(
+                &super::super::root::tests::programs(directory.path()),
+                true,
+                false,
+            )
+            .unwrap(),
+        );
         let command = native.command(&place, Root::Programs).unwrap();
         assert_eq!(command.get_args().next().unwrap(), "root");
         assert_eq!(native.command(&place, Root::Bare).unwrap().get_args().count(), 0);

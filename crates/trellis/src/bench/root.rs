@@ -23,6 +23,8 @@ pub enum Root {
     Bare,
     /// Beside it the real programs.
     Programs,
+    /// Beside it the programs of macrobenchmarks.
+    Macro,
     /// No operating system: the guest of single operations. Natively the program does what a process can.
     Metal,
 }
@@ -139,6 +141,11 @@ fn total_len(entries: &[Entry]) -> u64 {
 
 fn lay_entries(entries: &[Entry], root: &Path) -> std::io::Result<()> {
     fs::create_dir(root)?;
+    // A guest's is a device; here nothing reads back what is written to it.
+    let null = root.join("dev/null");
+    fs::create_dir(root.join("dev"))?;
+    fs::write(&null, [])?;
+    fs::set_permissions(&null, fs::Permissions::from_mode(0o666))?;
     for entry in entries {
         match entry {
             Entry::Directory(path) => fs::create_dir(root.join(path))?,
