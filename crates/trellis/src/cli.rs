@@ -88,6 +88,7 @@ Examples:
   trellis top -b -n 60 -d 5 > log six frames a minute, for five minutes
 
 LOAD is time not asleep, in percent of one CPU; IN GUEST what of it was the guest's own code, the rest being exits.";
+
 const BAKEOFF_EXAMPLES: &str = "\
 Examples:
   trellis bakeoff -- gzip -c big.txt               a program of this host, its libraries, and the files it names

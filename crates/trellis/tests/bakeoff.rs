@@ -37,7 +37,16 @@ fn machine_is_run_and_explained_in_each_mode() {
     let directory = tempfile::tempdir().unwrap();
     let guest = guest(directory.path());
     let kernel = guest.to_str().unwrap();
-    let arguments = ["--kernel", kernel, "--append", "nano=nano-in:500", "--memory", "64M", "--modes", "native,interp,bt"];
+    let arguments = [
+        "--kernel",
+        kernel,
+        "--append",
+        "nano=nano-in:500",
+        "--memory",
+        "64M",
+        "--modes",
+        "native,interp,bt",
+    ];
     let output = bakeoff(directory.path(), &[&arguments[..], &["--json", "--timeout", "60"]].concat());
     assert!(output.status.success(), "{}", text(&output.stderr));
     let result = json(&output);
@@ -64,7 +73,18 @@ fn machine_that_never_ends_times_out_and_the_rest_runs() {
     let directory = tempfile::tempdir().unwrap();
     let guest = guest(directory.path());
     let kernel = guest.to_str().unwrap();
-    let arguments = ["--kernel", kernel, "--append", "nano=serve", "--memory", "64M", "--modes", "bt,interp", "--timeout", "2"];
+    let arguments = [
+        "--kernel",
+        kernel,
+        "--append",
+        "nano=serve",
+        "--memory",
+        "64M",
+        "--modes",
+        "bt,interp",
+        "--timeout",
+        "2",
+    ];
     let output = bakeoff(directory.path(), &arguments);
     assert_eq!(output.status.code(), Some(1));
     let shown = text(&output.stdout);
@@ -96,7 +116,8 @@ fn command_runs_natively_and_a_mode_that_is_not_there_is_a_line() {
 #[test]
 fn command_that_fails_says_its_status() {
     let directory = tempfile::tempdir().unwrap();
-    let output = bakeoff(directory.path(), &["--no-report", "--modes", "native", "--", "/bin/sh", "-c", "exit 3"]);
+    let output =
+        bakeoff(directory.path(), &["--no-report", "--modes", "native", "--", "/bin/sh", "-c", "exit 3"]);
     let shown = text(&output.stdout);
     if shown.contains("change its root") {
         eprintln!("skipped: this host lets no process change its root");
