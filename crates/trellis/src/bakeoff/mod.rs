@@ -109,7 +109,7 @@ fn command(args: &BakeoffArgs, interrupted: &Arc<AtomicBool>) -> anyhow::Result<
     let counts = modes.iter().any(|mode| mode.engine() == Some("interp"));
     let mut bakeoff = Bakeoff::new(workload.name, outcomes, false, &names);
     let interpreted = bakeoff.modes.iter().any(|mode| mode.name == "interp" && mode.seconds.is_some());
-    if let (true, true, Some(native)) = (counts, interpreted, bakeoff.native()) {
+    if let (true, true, Some(native)) = (counts, interpreted, bakeoff.native_cpu_seconds) {
         progress.at("counting for the prediction");
         match run::count(args, &place, interrupted) {
             Ok(events) => {

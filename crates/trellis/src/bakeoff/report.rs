@@ -25,6 +25,8 @@ pub struct Bakeoff {
     pub workload: String,
     /// The host.
     pub host: Option<Host>,
+    /// CPU time of a native run: what the explanations and the prediction begin with.
+    pub native_cpu_seconds: Option<f64>,
     /// The modes, in the order of the command line.
     pub modes: Vec<ModeResult>,
     /// What other ways of virtualization would make of it.
@@ -62,6 +64,15 @@ pub struct ModeResult {
     pub functions: Vec<Function>,
 }
 
+/// What a native run takes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Native {
+    /// By the clock.
+    seconds: Option<f64>,
+    /// Of CPU time.
+    cpu: Option<f64>,
+}
+
 impl ModeResult {
     /// The result of a mode whose runs took so long; a native run takes `native`.
     #[must_use]
@@ -77,15 +88,15 @@ impl ModeResult {
         }
     }
 
-    fn new(mode: &Mode, outcome: Outcome, native: Option<f64>, is_machine: bool, names: &Names) -> Self {
-        let mut result = Self::of_times(mode.name, &outcome.times, native);
+    fn new(mode: &Mode, outcome: Outcome, native: Native, is_machine: bool, names: &Names) -> Self {
+        let mut result = Self::of_times(mode.name, &outcome.times, native.seconds);
         if let Some((before, after)) = &outcome.statistics {
             let account = Account::between(before, after);
             // Of a whole machine the last run's statistics are there, else those of all runs together.
             let explained =
                 if is_machine { outcome.times.last().copied().unwrap_or(0.0) } else { outcome.seconds() };
             let runs = if is_machine { 1.0 } else { outcome.times.len() as f64 };
-            result.explanation = Some(explain(explained, &account, native.map(|native| native * runs)));
+            result.explanation = Some(explain(explained, &account, native.cpu.map(|cpu| cpu * runs)));
             result.functions = account
                 .profile
                 .as_ref()
@@ -108,18 +119,23 @@ impl Bakeoff {
         names: &Names,
     ) -> Self {
         let native = outcomes.iter().find(|(mode, _)| mode.name == REFERENCE);
-        let native = native.and_then(|(_, outcome)| stats::median(&outcome.times));
+        let native = native.map_or_else(Native::default, |(_, outcome)| Native {
+            seconds: stats::median(&outcome.times),
+            cpu: stats::median(&outcome.cpu).or_else(|| stats::median(&outcome.times)),
+        });
         let modes: Vec<ModeResult> = outcomes
             .into_iter()
             .map(|(mode, outcome)| ModeResult::new(mode, outcome, native, is_machine, names))
             .collect();
-        Self { format: FORMAT, workload, host: Some(Host::now()), modes, ..Self::default() }
-    }
-
-    /// Median seconds of a native run.
-    #[must_use]
-    pub fn native(&self) -> Option<f64> {
-        self.modes.iter().find(|mode| mode.name == REFERENCE).and_then(|mode| mode.seconds)
+        let native_cpu_seconds = native.cpu;
+        Self {
+            format: FORMAT,
+            workload,
+            host: Some(Host::now()),
+            native_cpu_seconds,
+            modes,
+            ..Self::default()
+        }
     }
 
     /// As JSON.

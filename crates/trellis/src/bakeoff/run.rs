@@ -25,6 +25,8 @@ const COMMAND: &str = "command";
 pub struct Outcome {
     /// Seconds of each run, by the host's clock.
     pub times: Vec<f64>,
+    /// CPU seconds of each run, as the system that ran it says.
+    pub cpu: Vec<f64>,
     /// Seconds from the start of the process to the first answer; of a whole machine: none.
     pub boot: Option<f64>,
     /// Why there is nothing although nothing failed.
@@ -128,7 +130,10 @@ fn start(
 fn one_run(lane: &mut Lane) -> Result<(), SessionError> {
     let Some(session) = &mut lane.session else { return Ok(()) };
     match session.measure(COMMAND, 1, 100) {
-        Ok(Answer::Done(sample)) => lane.outcome.times.push(sample.host_ns / 1e9),
+        Ok(Answer::Done(sample)) => {
+            lane.outcome.times.push(sample.host_ns / 1e9);
+            lane.outcome.cpu.extend(sample.cpu_ns.map(|cpu| cpu / 1e9));
+        }
         Ok(Answer::Skipped(reason)) => {
             lane.outcome.skipped = Some(reason);
             lane.session = None;

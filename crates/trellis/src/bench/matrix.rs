@@ -307,7 +307,7 @@ mod tests {
     use super::*;
 
     fn sample(host_ns: f64, check: &str) -> Sample {
-        Sample { host_ns, guest_ns: Some(host_ns * 0.99), ops: 10.0, check: check.to_owned() }
+        Sample { host_ns, guest_ns: Some(host_ns * 0.99), cpu_ns: None, ops: 10.0, check: check.to_owned() }
     }
 
     #[test]
