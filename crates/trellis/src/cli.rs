@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueHint};
 
+use crate::bakeoff::BakeoffArgs;
 use crate::bench::BenchArgs;
 use crate::control::{self, ControlTarget};
 use crate::dump::DumpArgs;
@@ -88,6 +89,21 @@ Examples:
   trellis top -b -n 60 -d 5 > log six frames a minute, for five minutes
 
 LOAD is time not asleep, in percent of one CPU; IN GUEST what of it was the guest's own code, the rest being exits.";
+
+const BAKEOFF_EXAMPLES: &str = "\
+Examples:
+  trellis bakeoff -- gzip -c big.txt               a program of this host, its libraries, and the files it names
+  trellis bakeoff --with /usr/lib/python3.11 -- python3 job.py
+  trellis bakeoff --modes bt,tcg --runs 5 --input words.txt -- sort
+  trellis bakeoff --kernel vmlinuz --initrd initrd --append console=ttyS0 --until login:
+  trellis bakeoff --json --modes native,bt -- ./server-test > result.json
+
+Each mode runs the same files: natively in a root of their own, in guests as an initramfs. Beside the times stands
+where they went: exits by cause, translation, translated code, idle, the dearest guest functions, and what remains
+unexplained; then what other ways of virtualization are predicted to make of it, and advice. docs/measuring.md teaches to
+read it.
+
+Exit status: 0 all ran (a mode that this host lacks is left out with a line); 1 something failed; 2 usage.";
 
 const BENCH_EXAMPLES: &str = "\
 Examples:
@@ -226,6 +242,13 @@ pub enum Command {
         /// What to measure.
         #[command(flatten)]
         bench: BenchArgs,
+    },
+    /// Run your own command or machine in each mode, side by side, and say where the time goes
+    #[command(after_help = BAKEOFF_EXAMPLES, override_usage = "trellis bakeoff [OPTIONS] -- CMD [ARG…]\n       trellis bakeoff [OPTIONS] --kernel FILE [--initrd FILE] [--disk FILE] [--until TEXT]")]
+    Bakeoff {
+        /// What to run.
+        #[command(flatten)]
+        bakeoff: Box<BakeoffArgs>,
     },
     /// Say what this host offers: virtualization, /dev/kvm, huge pages, … and what `automatic` takes
     Host {

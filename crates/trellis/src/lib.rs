@@ -4,6 +4,7 @@
 //! [`prepare`] opens files and fetches an [`image`] if need be → [`launch`] assembles and runs the machine on the
 //! [`terminal`].
 
+pub mod bakeoff;
 pub mod bench;
 pub mod choice;
 pub mod cli;
@@ -17,10 +18,12 @@ pub mod image;
 pub mod inside;
 pub mod launch;
 pub mod metrics;
+pub mod model;
 pub mod options;
 pub mod prepare;
 pub mod progress;
 pub mod suggest;
+pub mod symbols;
 pub mod terminal;
 pub mod top;
 
@@ -132,6 +135,11 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Bench { bench } => {
             let (text, status) = bench::run(&bench)?;
+            print_out(text.as_bytes())?;
+            Ok(status)
+        }
+        Command::Bakeoff { bakeoff } => {
+            let (text, status) = bakeoff::run(&bakeoff)?;
             print_out(text.as_bytes())?;
             Ok(status)
         }

@@ -296,6 +296,8 @@ impl Builder<'_> {
 
 /// FADT flag TMR_VAL_EXT, as `firmware::acpi` says: the timer counts in 32 bits.
 const WIDE_PM_TIMER: bool = true;
+/// An environment variable with the value `census` asks the interpreter to count what hardware would meet (`x86_interp::census`).
+const CENSUS: &str = "TRELLIS_INTERP";
 
 impl Machine {
     /// A machine at power-on: memory zero, devices as after reset and firmware's set-up, the clock standing.
@@ -396,7 +398,13 @@ impl Machine {
         let index = parts.index;
         Ok(match (plan.engine, kvm) {
             (_, Some(kvm)) => Box::new(KvmVcpu::new(kvm, parts)?),
-            (EngineKind::Interp | EngineKind::Kvm, None) => Box::new(Interp::new(parts)),
+            (EngineKind::Interp | EngineKind::Kvm, None) => {
+                let mut vcpu = Interp::new(parts);
+                if std::env::var_os(CENSUS).is_some_and(|wanted| wanted == "census") {
+                    vcpu.take_census();
+                }
+                Box::new(vcpu)
+            }
             (EngineKind::Bt, None) => {
                 let mut vcpu = engine_bt::BtVcpu::new(parts).map_err(|e| VmError::CodeMemory(e.into()))?;
                 vcpu.observe(plan.engine_trace(index, &self.clock), plan.profile.clone());

@@ -12,6 +12,7 @@ use x86::paging::Paging;
 use x86::state::{Activity, InterruptShadow, sreg};
 use x86::{CpuState, Exception, Segment};
 
+use crate::census::Census;
 use crate::debug::DebugState;
 use crate::flags::LazyFlags;
 use crate::holder::VcpuHolder;
@@ -129,6 +130,10 @@ pub struct Cpu {
     pub stats: ExitStats,
     /// Instructions completed before the current run.
     pub instructions: u64,
+    /// Counts what a hypervisor on hardware would do, if somebody wants to know.
+    pub census: Option<Box<Census>>,
+    /// Entries that the last walk read, while there is a census.
+    pub last_steps: u64,
     /// Events that somebody wants to see before they take effect.
     pub intercepts: Intercepts,
 

@@ -8,6 +8,7 @@
 //! Threading: an [`Interp`] belongs to its vCPU's thread; others reach it only through `engine::Signals` and
 //! [`holder::VcpuHolder`].
 
+pub mod census;
 pub mod cpu;
 pub mod debug;
 pub mod decode;
@@ -105,6 +106,8 @@ impl Interp {
             instruction_slab: Vec::new(),
             vector_slab: Vec::new(),
             kvmclock_version: 0,
+            census: None,
+            last_steps: 0,
         };
         cpu.load(&state);
         Self { cpu, cache: DecodeCache::default(), crossing: HashMap::new() }
@@ -113,6 +116,11 @@ impl Interp {
     /// Keeps the decoded code of at most so many pages.
     pub const fn limit_decoded_pages(&mut self, pages: usize) {
         self.cache.limit(pages);
+    }
+
+    /// Counts from now on what a hypervisor on hardware would have to do: see [`census`].
+    pub fn take_census(&mut self) {
+        self.cpu.census = Some(Box::default());
     }
 
     /// The vCPU's insides, for tests and tools.
@@ -152,5 +160,13 @@ impl Vcpu for Interp {
 
     fn stats(&self) -> &ExitStats {
         &self.cpu.stats
+    }
+
+    fn report(&self) -> engine::Report {
+        let mut report = engine::Report::default();
+        if let Some(census) = &self.cpu.census {
+            census.report(&mut report);
+        }
+        report
     }
 }

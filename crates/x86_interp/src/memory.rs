@@ -10,8 +10,9 @@ use x86::bits::is_canonical;
 use x86::paging::{Access, AccessKind, Translation, WalkError, WalkMemory, walk};
 use x86::state::sreg;
 
+use crate::census::Steps;
 use crate::cpu::{CodeSize, Cpu, FLAT_STACK};
-use crate::tlb::{Entry, TRACED};
+use crate::tlb::{Entry, TRACED, Tlb};
 
 /// The walker's access to guest memory: nested paging is off, so a step is the identity.
 pub struct Physical<'a>(pub &'a GuestMemory);
@@ -41,6 +42,34 @@ impl WalkMemory for Physical<'_> {
         };
         self.0.note_write(gpa, usize::from(bytes));
         done
+    }
+}
+
+/// The same, remembering the entries that were read.
+struct Seen<'a> {
+    memory: Physical<'a>,
+    steps: Steps,
+}
+
+impl WalkMemory for Seen<'_> {
+    type Fault = std::convert::Infallible;
+
+    fn step(&mut self, gpa: Gpa, write: bool) -> Result<Gpa, Self::Fault> {
+        self.memory.step(gpa, write)
+    }
+
+    fn load32(&mut self, gpa: Gpa) -> u32 {
+        self.steps.push(gpa);
+        self.memory.load32(gpa)
+    }
+
+    fn load64(&mut self, gpa: Gpa) -> u64 {
+        self.steps.push(gpa);
+        self.memory.load64(gpa)
+    }
+
+    fn update(&mut self, gpa: Gpa, bytes: u8, old: u64, new: u64) -> bool {
+        self.memory.update(gpa, bytes, old, new)
     }
 }
 
@@ -175,7 +204,7 @@ impl Cpu {
             Place::Slow { first: Target::Ram(hva, gpa), second: None, .. } => {
                 let found = self.mem.cmpxchg(hva, old, new);
                 if found == old {
-                    self.code_written |= self.mem.note_write(gpa, T::SIZE);
+                    self.note_write(gpa, T::SIZE);
                 }
                 found
             }
@@ -324,7 +353,7 @@ impl Cpu {
         let place = self.place_slow(seg, la, T::SIZE)?;
         if let Place::Slow { first: Target::Ram(hva, gpa), second: None, .. } = place {
             self.mem.store(hva, value);
-            self.code_written |= self.mem.note_write(gpa, T::SIZE);
+            self.note_write(gpa, T::SIZE);
         } else {
             self.place_store(&place, value);
         }
@@ -408,11 +437,27 @@ impl Cpu {
 
     /// Whether an entry lacks the right to write only because of a trace that still stands.
     fn still_traced(&self, entry: &Entry) -> bool {
-        entry.gfn & TRACED != 0 && self.mem.is_traced(Gfn(entry.gfn & !TRACED))
+        entry.gfn & TRACED != 0 && self.traces(Gfn(entry.gfn & !TRACED))
+    }
+
+    /// Whether writes to a frame must be told to somebody.
+    fn traces(&self, gfn: Gfn) -> bool {
+        self.mem.is_traced(gfn) || self.census.as_ref().is_some_and(|census| census.is_table(gfn.0))
+    }
+
+    /// RAM was written without the TLB's leave.
+    pub fn note_write(&mut self, gpa: Gpa, len: usize) {
+        self.code_written |= self.mem.note_write(gpa, len);
+        if let Some(census) = &mut self.census {
+            census.written(gpa, len);
+        }
     }
 
     /// Walks the guest's tables; a page fault sets CR2.
     pub fn walk(&mut self, la: u64, access: Access) -> Result<Translation, Exception> {
+        if self.census.is_some() {
+            return self.counted_walk(la, access);
+        }
         match walk(&mut Physical(&self.mem), &self.paging, Gva(la), access) {
             Ok(t) => Ok(t),
             Err(WalkError::PageFault(code)) => {
@@ -420,6 +465,42 @@ impl Cpu {
                 Err(Exception::pf(code))
             }
             Err(WalkError::Step(never)) => match never {},
+        }
+    }
+
+    /// A walk of which the census hears.
+    #[cold]
+    fn counted_walk(&mut self, la: u64, access: Access) -> Result<Translation, Exception> {
+        let mut memory = Seen { memory: Physical(&self.mem), steps: Steps::default() };
+        let walked = walk(&mut memory, &self.paging, Gva(la), access);
+        let steps = memory.steps;
+        match walked {
+            Ok(t) => {
+                let write = access.kind == AccessKind::Write;
+                let Some(census) = &mut self.census else { return Ok(t) };
+                if access.kind == AccessKind::Fetch {
+                    census.fetched(&steps);
+                }
+                for gfn in census.walked(&steps, write) {
+                    self.tlb.revoke(&(gfn..gfn + 1), false);
+                }
+                self.last_steps = steps.len as u64;
+                Ok(t)
+            }
+            Err(WalkError::PageFault(code)) => {
+                self.s.cr2 = la;
+                Err(Exception::pf(code))
+            }
+            Err(WalkError::Step(never)) => match never {},
+        }
+    }
+
+    /// The census's TLB is smaller than ours: the oldest entry goes.
+    fn count_fill(&mut self, la: u64, variant: usize, tag: u64, shift: u32) {
+        let steps = self.last_steps;
+        let Some(census) = &mut self.census else { return };
+        if let Some((slot, tag)) = census.filled(Tlb::slot(la, variant), tag, shift, steps) {
+            self.tlb.evict(slot, tag);
         }
     }
 
@@ -433,7 +514,7 @@ impl Cpu {
             let tag = self.tlb.fill_tag(la);
             let may_write = write || t.dirty && self.may_write(t, access);
             let writable = may_write && page.writable;
-            let traced = self.mem.is_traced(gfn);
+            let traced = self.traces(gfn);
             let entry = Entry {
                 read_tag: tag,
                 write_tag: if writable && !traced { tag } else { 0 },
@@ -447,6 +528,9 @@ impl Cpu {
                 t.page_shift,
                 t.global && self.s.cr4 & x86::bits::cr4::PGE != 0,
             );
+            if self.census.is_some() {
+                self.count_fill(la, variant, tag, t.page_shift);
+            }
         }
         if write && !page.writable {
             return Target::Device(t.gpa);
@@ -504,7 +588,7 @@ impl Cpu {
         match target {
             Target::Ram(hva, gpa) => {
                 self.store_ram(hva, data);
-                self.code_written |= self.mem.note_write(gpa, data.len());
+                self.note_write(gpa, data.len());
             }
             Target::Device(gpa) => {
                 let span = self.stats.begin(engine::Cause::MmioWrite);

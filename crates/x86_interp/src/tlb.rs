@@ -158,8 +158,9 @@ impl Tlb {
         (la & !PAGE_MASK) | self.context[(la >> 63) as usize & 1]
     }
 
+    /// Where the entry of `la` would be, as a number.
     #[inline(always)]
-    fn slot(la: u64, variant: usize) -> usize {
+    pub fn slot(la: u64, variant: usize) -> usize {
         let set = (la >> 12) as usize & (SETS - 1);
         set + variant * SETS
     }
@@ -216,6 +217,13 @@ impl Tlb {
         }
         if let Some(slot) = self.entries.get_mut(Self::slot(la, variant)) {
             *slot = entry;
+        }
+    }
+
+    /// Empties a slot if its entry has this tag.
+    pub fn evict(&mut self, slot: usize, tag: u64) {
+        if let Some(entry) = self.entries.get_mut(slot).filter(|entry| entry.read_tag == tag) {
+            *entry = Entry::default();
         }
     }
 

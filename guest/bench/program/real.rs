@@ -25,7 +25,7 @@ pub const BENCHES: &[Bench] = &[
     bench("exec-pie", exec_setup, exec_pie),
 ];
 
-const fn bench(
+pub const fn bench(
     name: &'static str,
     setup: fn() -> Result<Ctx, &'static str>,
     run: fn(&mut Ctx, u64) -> u64,
@@ -58,7 +58,7 @@ while [ $i -gt 0 ]; do i=$((i-1)); read a b c < work/files/$i; s=$((s+b)); done
 echo $s";
 
 /// An empty working directory and what every program needs.
-fn setup(ops: u64) -> Result<Ctx, &'static str> {
+pub fn setup(ops: u64) -> Result<Ctx, &'static str> {
     if !spawn::has_programs() {
         return Err("the real programs are not in this root");
     }
@@ -77,7 +77,7 @@ fn setup(ops: u64) -> Result<Ctx, &'static str> {
 }
 
 /// Everything that was made goes, for the next one begins anew.
-fn teardown(_: &mut Ctx) {
+pub fn teardown(_: &mut Ctx) {
     remove_work();
     sys::unpin();
 }
@@ -91,7 +91,7 @@ fn remove_work() {
 }
 
 /// So much of `full` as `--quick` asks for.
-fn scaled(full: u64) -> u64 {
+pub fn scaled(full: u64) -> u64 {
     (full * size_percent() / 100).max(1)
 }
 
@@ -196,7 +196,7 @@ fn sort(_: &mut Ctx, n: u64) -> u64 {
     repeat(n, &[c"bin/sort", c"--parallel=1", c"-S", c"32M", c"work/lines"])
 }
 
-fn text_file(path: &CStr, len: u64) -> Result<Ctx, &'static str> {
+pub fn text_file(path: &CStr, len: u64) -> Result<Ctx, &'static str> {
     with_file(len, path, len as usize + 64, |writer| real_data::text(writer, len as usize, 1))
 }
 
@@ -300,7 +300,7 @@ fn fnv(hash: u64, byte: u8) -> u64 {
 const FNV_START: u64 = 0xcbf2_9ce4_8422_2325;
 
 /// The digest of a file; 0 if there is none.
-fn file_digest(path: &CStr) -> u64 {
+pub fn file_digest(path: &CStr) -> u64 {
     let mut hash = FNV_START;
     let read =
         real_data::read_into(path, |bytes| hash = bytes.iter().fold(hash, |hash, byte| fnv(hash, *byte)));

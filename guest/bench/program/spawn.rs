@@ -56,6 +56,11 @@ pub fn has_programs() -> bool {
         && sys::call3(sys::SYS_ACCESS, c"usr/bin/cc1".as_ptr() as usize, 0, 0) == 0
 }
 
+/// Whether what is below `/` is the root's alone.
+pub fn is_in_own_root() -> bool {
+    IN_ROOT.load(Ordering::Relaxed) && !BY_LOADER.load(Ordering::Relaxed)
+}
+
 /// The words that start a program, before its own.
 pub fn prefix() -> &'static [&'static CStr] {
     if BY_LOADER.load(Ordering::Relaxed) { &LOADER } else { &[] }
@@ -81,9 +86,72 @@ pub fn run_to(command: &[&CStr], output: &CStr) {
         sys::call3(sys::SYS_EXECVE, argv[0], argv.as_ptr() as usize, environment.as_ptr() as usize);
         sys::exit(127);
     }
-    let status = if pid > 0 { sys::wait(pid) } else { u64::MAX };
+    note_status(if pid > 0 { sys::wait(pid) } else { u64::MAX });
+}
+
+/// Runs the program whose path is at `path`, with the words at `argv` (the last is 0), in the directory at `directory`.
+pub fn run_words(path: usize, argv: &[usize], directory: usize, input: &CStr, output: &CStr) {
+    let environment = [
+        c"LC_ALL=C".as_ptr() as usize,
+        c"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".as_ptr() as usize,
+        c"HOME=/".as_ptr() as usize,
+        c"TERM=dumb".as_ptr() as usize,
+        0,
+    ];
+    let pid = sys::fork();
+    if pid == 0 {
+        sys::call3(sys::SYS_PRCTL, PR_SET_PDEATHSIG, SIGKILL, 0);
+        redirect(input, 0, sys::O_RDONLY);
+        redirect(output, 1, sys::O_WRONLY | sys::O_CREAT | sys::O_TRUNC);
+        if sys::call3(sys::SYS_CHDIR, directory, 0, 0) != 0 {
+            sys::exit(125);
+        }
+        sys::call3(sys::SYS_EXECVE, path, argv.as_ptr() as usize, environment.as_ptr() as usize);
+        sys::exit(127);
+    }
+    note_status(if pid > 0 { sys::wait(pid) } else { u64::MAX });
+}
+
+/// Starts a program that is to run beside others, as process 1 of a PID namespace: whatever it starts ends with it, and it with this
+/// process. Returns what [`stop`] wants, or a negative number.
+pub fn start_apart(command: &[&CStr], output: &CStr) -> isize {
+    let mut argv = [0usize; MAX_WORDS + 1];
+    argv.iter_mut().zip(command.iter().take(MAX_WORDS)).for_each(|(slot, word)| *slot = word.as_ptr() as usize);
+    let environment = [c"LC_ALL=C".as_ptr() as usize, 0];
+    let guardian = sys::fork();
+    if guardian != 0 {
+        return guardian;
+    }
+    sys::call3(sys::SYS_PRCTL, PR_SET_PDEATHSIG, SIGKILL, 0);
+    if sys::call3(sys::SYS_UNSHARE, sys::CLONE_NEWPID, 0, 0) != 0 {
+        sys::exit(124);
+    }
+    let pid = sys::fork();
+    if pid == 0 {
+        sys::call3(sys::SYS_PRCTL, PR_SET_PDEATHSIG, SIGKILL, 0);
+        redirect(INPUT, 0, sys::O_RDONLY);
+        redirect(output, 1, sys::O_WRONLY | sys::O_CREAT | sys::O_TRUNC);
+        sys::call3(sys::SYS_EXECVE, argv[0], argv.as_ptr() as usize, environment.as_ptr() as usize);
+        sys::exit(127);
+    }
+    sys::wait(pid);
+    sys::exit(0)
+}
+
+/// Ends what [`start_apart`] started.
+pub fn stop(guardian: isize) {
+    sys::kill(guardian, SIGKILL);
+    sys::wait(guardian);
+}
+
+/// What a program said shows that it failed, whatever its status.
+pub fn fail() {
+    note_status(0x100);
+}
+
+/// The first failure is the one to tell.
+fn note_status(status: u64) {
     if status != 0 {
-        // The first failure is the one to tell.
         let _ = FAILURE.compare_exchange(0, status, Ordering::Relaxed, Ordering::Relaxed);
     }
 }

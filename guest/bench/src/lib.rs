@@ -16,6 +16,9 @@
 //! `check` is a digest of what was computed, the same wherever the program runs right. SIZE, a percentage, says how much
 //! real programs are given to do; the others do not look at it.
 //!
+//! The name `command` is no benchmark: it stands for the command that lies in the root (`guest/bench/program/command.rs`), and before its `DONE`
+//! comes a line `CPU nanoseconds`.
+//!
 //! Real programs are found in the root of process 1. An ordinary process that is started as `PROGRAM root DIRECTORY` makes
 //! that directory its root first; a line `NOTE …` before `READY` says if it cannot, and what it does instead.
 

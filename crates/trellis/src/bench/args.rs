@@ -62,6 +62,9 @@ pub struct BenchArgs {
     /// Linux kernel of the guests [default: the image debian]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub kernel: Option<PathBuf>,
+    /// Predict from counted events what other ways of virtualization would make of it (needs native; runs each once more)
+    #[arg(long)]
+    pub predict: bool,
     /// Show the benchmarks and modes
     #[arg(long)]
     pub list: bool,
@@ -99,15 +102,15 @@ pub struct Plan {
     pub quick: bool,
     /// How much real programs are given to do, in percent.
     pub size_percent: u32,
-    /// What was asked for and is left out, with the reason; see [`Plan::leave_out_real`].
+    /// What was asked for and is left out, with the reason; see [`Plan::leave_out`].
     pub left_out: Vec<String>,
 }
 
 impl Plan {
-    /// Whether real programs are among the benchmarks.
+    /// Whether benchmarks of a group are among them.
     #[must_use]
-    pub fn has_real(&self) -> bool {
-        self.benchmarks.iter().any(|benchmark| benchmark.is_real())
+    pub fn has(&self, group: &str) -> bool {
+        self.benchmarks.iter().any(|benchmark| benchmark.group == group)
     }
 
     /// Whether there is nothing else.
@@ -129,10 +132,10 @@ impl Plan {
         in_linux && self.modes.iter().any(|mode| mode.needs_kernel())
     }
 
-    /// Leaves the real programs out, for they cannot be had. Returns the line that says so.
-    pub fn leave_out_real(&mut self, reason: &str) -> &str {
-        self.benchmarks.retain(|benchmark| !benchmark.is_real());
-        self.left_out.push(format!("{} are left out: {reason}", catalog::REAL_PROGRAMS));
+    /// Leaves a group out, for its programs cannot be had. Returns the line that says so.
+    pub fn leave_out(&mut self, group: &str, reason: &str) -> &str {
+        self.benchmarks.retain(|benchmark| benchmark.group != group);
+        self.left_out.push(format!("{group} are left out: {reason}"));
         self.left_out.last().map_or("", String::as_str)
     }
 }
@@ -186,7 +189,7 @@ fn parse_benchmark(text: &str) -> Result<Wanted, String> {
 }
 
 /// A mode by its name.
-fn parse_mode(name: &str) -> Result<&'static Mode, String> {
+pub(crate) fn parse_mode(name: &str) -> Result<&'static Mode, String> {
     let names = || mode::MODES.iter().map(|mode| mode.name);
     mode::MODES.iter().find(|mode| mode.name == name).ok_or_else(|| unknown("mode", name, names().collect()))
 }
@@ -246,8 +249,8 @@ mod tests {
     #[test]
     fn real_programs_can_be_left_out() {
         let mut plan = parse(&["--only", "sum,gzip", "--quick"]).unwrap().plan();
-        assert!(plan.has_real() && !plan.is_all_real() && plan.size_percent < 100);
-        let line = plan.leave_out_real("no network").to_owned();
+        assert!(plan.has(catalog::REAL_PROGRAMS) && !plan.is_all_real() && plan.size_percent < 100);
+        let line = plan.leave_out(catalog::REAL_PROGRAMS, "no network").to_owned();
         assert_eq!(line, "real programs are left out: no network");
         assert_eq!(plan.left_out, [line]);
         assert_eq!(plan.benchmarks.iter().map(|b| b.name).collect::<Vec<_>>(), ["sum"]);

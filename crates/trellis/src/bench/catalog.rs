@@ -45,6 +45,8 @@ pub enum PageSize {
 
 /// The group of the programs that people run, which have a root and a mean of their own.
 pub const REAL_PROGRAMS: &str = "real programs";
+/// The group of whole jobs, which have a root of their own too.
+pub const MACRO: &str = "macrobenchmarks";
 /// The group of the curve over working sets; three points of it are in the group `memory`.
 pub const CHASE: &str = "pointer chase";
 /// The group of single operations, in a guest without an operating system.
@@ -57,6 +59,12 @@ impl Benchmark {
     #[must_use]
     pub fn is_real(&self) -> bool {
         self.group == REAL_PROGRAMS
+    }
+
+    /// Whether it is a whole job of programs out of packages.
+    #[must_use]
+    pub fn is_macro(&self) -> bool {
+        self.group == MACRO
     }
 
     /// Whether it runs in the guest without an operating system; its values are cycles of the host's counter.
@@ -111,6 +119,7 @@ const FLOAT: Group = Group("floating point");
 const SMC: Group = Group("self-modifying code");
 const PROGRAMS: Group = Group("programs");
 const REAL: Group = Group(REAL_PROGRAMS);
+const JOBS: Group = Group(MACRO);
 
 /// All benchmarks, in the program's order.
 pub const BENCHMARKS: &[Benchmark] = &[
@@ -185,6 +194,19 @@ pub const BENCHMARKS: &[Benchmark] = &[
         "process",
         "fork and execve of ls, dynamically linked and PIE; not in the group's mean",
     ),
+    JOBS.benchmark("make", "file", "make of six C files: cc1 -O1, as, ld").slow(),
+    JOBS.benchmark("bzip2", "byte", "bzip2 of 1 MiB of text").slow(),
+    JOBS.benchmark("xz", "byte", "xz of 512 KiB of text").slow(),
+    JOBS.benchmark("perl", "byte", "perl: words of 1 MiB of text counted, sorted, changed").slow(),
+    JOBS.benchmark("sqlite", "row", "sqlite3: 30,000 rows, an index, updates, joins, in memory").slow(),
+    JOBS.benchmark(
+        "draw",
+        "pixel",
+        "a picture of 640 × 480 pixels in memory: gradient, discs, lines, a copy",
+    )
+    .slow(),
+    JOBS.benchmark("web-process", "request", "wrk against nginx with four processes, files of 8 KiB").slow(),
+    JOBS.benchmark("web-thread", "request", "wrk against nginx with one process and four threads").slow(),
     nano("nano-syscall", Native::ByItsKernel, "SYSCALL and SYSRET; natively getppid"),
     nano("nano-in", Native::Absent, "IN from a port of the serial line"),
     nano("nano-cr8wr", Native::Absent, "MOV to CR8"),

@@ -10,7 +10,6 @@ use tempfile::TempDir;
 use super::root::{ProgramRoot, Root};
 use crate::image;
 use crate::image::cpio::Archive;
-use crate::image::programs::Programs;
 use crate::prepare::PrepareError;
 use crate::progress::Progress;
 
@@ -38,7 +37,28 @@ pub struct Place {
     pub metal: PathBuf,
     /// The root of real programs, if any is to be run.
     pub programs: Option<ProgramRoot>,
+    /// The root of macrobenchmarks, if any is to be run.
+    pub jobs: Option<ProgramRoot>,
+    /// What guests with an operating system are given.
+    pub size: GuestSize,
     _directories: Vec<TempDir>,
+}
+
+/// What a guest is given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestSize {
+    /// Memory, as options say it.
+    pub memory: String,
+    /// CPUs.
+    pub cpus: u32,
+    /// Kernel command line.
+    pub cmdline: String,
+}
+
+impl Default for GuestSize {
+    fn default() -> Self {
+        Self { memory: MEMORY.to_owned(), cpus: 1, cmdline: CMDLINE.to_owned() }
+    }
 }
 
 /// What guests boot.
@@ -73,16 +93,26 @@ impl Place {
         let guest = if with_guest { Some(guest_files(kernel, directory.path())?) } else { None };
         directories.extend(memory);
         directories.push(directory);
-        Ok(Self { program, scratch, guest, metal, programs: None, _directories: directories })
+        Ok(Self {
+            program,
+            scratch,
+            guest,
+            metal,
+            programs: None,
+            jobs: None,
+            size: GuestSize::default(),
+            _directories: directories,
+        })
     }
 
-    /// Lays the root of real programs: as a directory if they are to run `natively`, and for guests if there are any.
-    ///
-    /// # Errors
-    /// See [`ProgramRoot::lay`].
-    pub fn add_programs(&mut self, programs: &Programs, natively: bool) -> anyhow::Result<()> {
-        self.programs = Some(ProgramRoot::lay(programs, natively, self.guest.is_some())?);
-        Ok(())
+    /// A root with programs.
+    #[must_use]
+    pub fn root(&self, root: Root) -> Option<&ProgramRoot> {
+        match root {
+            Root::Programs => self.programs.as_ref(),
+            Root::Macro => self.jobs.as_ref(),
+            Root::Bare | Root::Metal => None,
+        }
     }
 
     /// The initramfs of a root.
@@ -90,7 +120,7 @@ impl Place {
     pub fn initrd(&self, root: Root) -> Option<&Path> {
         match root {
             Root::Bare => self.guest.as_ref().map(|guest| guest.initrd.as_path()),
-            Root::Programs => self.programs.as_ref()?.initrd.as_deref(),
+            Root::Programs | Root::Macro => self.root(root)?.initrd.as_deref(),
             Root::Metal => None,
         }
     }

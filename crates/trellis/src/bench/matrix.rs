@@ -244,9 +244,10 @@ impl<'a> Matrix<'a> {
 }
 
 /// The root that a benchmark runs in.
-fn root_of(benchmark: &Benchmark) -> Root {
+pub(super) fn root_of(benchmark: &Benchmark) -> Root {
     match benchmark {
         benchmark if benchmark.is_real() => Root::Programs,
+        benchmark if benchmark.is_macro() => Root::Macro,
         benchmark if benchmark.is_nano() => Root::Metal,
         _ => Root::Bare,
     }
@@ -258,7 +259,7 @@ fn in_turn(modes: usize, run: u32) -> impl Iterator<Item = usize> {
 }
 
 /// The count to try next; `None` if this one lasts long enough.
-fn next_count(count: u64, sample: &Sample, target: Duration) -> Option<u64> {
+pub(super) fn next_count(count: u64, sample: &Sample, target: Duration) -> Option<u64> {
     // A reader that is woken late sees both marks at once; the guest's clock is good enough here.
     let ratio = target.as_secs_f64() * 1e9 / sample.host_ns.max(sample.guest_ns.unwrap_or(0.0)).max(1.0);
     if ratio < 1.5 {
@@ -306,7 +307,7 @@ mod tests {
     use super::*;
 
     fn sample(host_ns: f64, check: &str) -> Sample {
-        Sample { host_ns, guest_ns: Some(host_ns * 0.99), ops: 10.0, check: check.to_owned() }
+        Sample { host_ns, guest_ns: Some(host_ns * 0.99), cpu_ns: None, ops: 10.0, check: check.to_owned() }
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod host;
 pub mod html;
 pub mod matrix;
 pub mod mode;
+pub mod predict;
 pub mod report;
 pub mod root;
 pub mod session;
@@ -55,16 +56,23 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<(String, ExitCode)> {
     // Before anything is measured: it would be a pity afterwards.
     let old = args.compare.as_deref().map(Old::read).transpose()?;
     let mut plan = args.plan();
-    let mut place = guest::Place::prepare(plan.needs_kernel(), args.kernel.as_deref())?;
-    if plan.has_real() {
-        add_programs(&mut plan, &mut place);
+    let mut place = guest::Place::prepare(plan.needs_kernel() || args.predict, args.kernel.as_deref())?;
+    for group in [catalog::REAL_PROGRAMS, catalog::MACRO] {
+        if plan.has(group) {
+            add_programs(&mut plan, &mut place, group);
+        }
     }
     let progress = Progress::of_steps(plan.steps());
     let mut matrix = Matrix::new(&plan, &place, &progress, &interrupted);
     let measured = matrix.run();
     drop(matrix);
-    drop(progress);
     let mut report = Report::new(&plan, &place, measured?);
+    if args.predict {
+        let (predictions, notes) = predict::predict(&plan, &place, &report, &progress, &interrupted)?;
+        report.predictions = predictions;
+        report.notes.extend(notes);
+    }
+    drop(progress);
     report.comparison = old.map(|old| old.compare(&report));
     let written = write_files(args, &report);
     let text = if args.json { report.json() } else { table::render(&report) };
@@ -92,13 +100,17 @@ fn write_files(args: &BenchArgs, report: &Report) -> bool {
     complete
 }
 
-/// Puts the real programs into their root, or leaves them out with a line that says why.
-fn add_programs(plan: &mut Plan, place: &mut guest::Place) {
+/// Puts the programs of a group into their root, or leaves them out with a line that says why.
+fn add_programs(plan: &mut Plan, place: &mut guest::Place, group: &str) {
     let natively = plan.modes.iter().any(|mode| !mode.needs_kernel());
-    let added = image::programs::ensure(&image::programs::BENCH, Progress::new)
+    let is_macro = group == catalog::MACRO;
+    let selection = if is_macro { &image::programs::MACRO } else { &image::programs::BENCH };
+    let laid = image::programs::ensure(selection, Progress::new)
         .map_err(|error| anyhow::anyhow!(error.cause()))
-        .and_then(|programs| place.add_programs(&programs, natively));
-    if let Err(error) = added {
-        eprintln!("trellis: {}", plan.leave_out_real(&format!("{error:#}")));
+        .and_then(|programs| root::ProgramRoot::lay(&programs, natively, place.guest.is_some()));
+    match laid {
+        Ok(root) if is_macro => place.jobs = Some(root),
+        Ok(root) => place.programs = Some(root),
+        Err(error) => eprintln!("trellis: {}", plan.leave_out(group, &format!("{error:#}"))),
     }
 }

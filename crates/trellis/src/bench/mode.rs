@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Command;
 
-use super::guest::{CMDLINE, MEMORY, METAL_CMDLINE, METAL_CPUS, METAL_MEMORY, Place};
+use super::guest::{METAL_CMDLINE, METAL_CPUS, METAL_MEMORY, Place};
 use super::root::Root;
 
 /// What `--modes` is when it is not given.
@@ -30,7 +30,8 @@ enum Kind {
     Qemu(&'static str),
 }
 
-const QEMU: &str = "qemu-system-x86_64";
+/// The program of QEMU.
+pub const QEMU: &str = "qemu-system-x86_64";
 /// Why a guest cannot be started.
 const NO_KERNEL: &str = "there is no kernel";
 const NO_PROGRAMS: &str = "there are no real programs";
@@ -49,6 +50,18 @@ pub const MODES: &[Mode] = &[
 pub const REFERENCE: &str = "native";
 
 impl Mode {
+    /// The engine of ours that runs it, if one does.
+    #[must_use]
+    pub fn engine(&self) -> Option<&'static str> {
+        if let Kind::Trellis(engine) = self.kind { Some(engine) } else { None }
+    }
+
+    /// Whether QEMU runs it, and with which accelerator.
+    #[must_use]
+    pub fn accelerator(&self) -> Option<&'static str> {
+        if let Kind::Qemu(accelerator) = self.kind { Some(accelerator) } else { None }
+    }
+
     /// Whether the program runs in a guest.
     #[must_use]
     pub fn needs_kernel(&self) -> bool {
@@ -82,8 +95,8 @@ impl Mode {
 fn native(place: &Place, root: Root) -> Result<Command, String> {
     let mut command = Command::new(&place.program);
     command.current_dir(&place.scratch);
-    if root == Root::Programs {
-        let programs = place.programs.as_ref().and_then(|programs| programs.directory.as_ref());
+    if matches!(root, Root::Programs | Root::Macro) {
+        let programs = place.root(root).and_then(|programs| programs.directory.as_ref());
         command.arg("root").arg(programs.ok_or(NO_PROGRAMS)?);
     }
     Ok(command)
@@ -108,7 +121,8 @@ fn trellis(engine: &str, place: &Place, root: Root) -> Result<Command, String> {
     }
     let guest = place.guest.as_ref().ok_or(NO_KERNEL)?;
     let initrd = place.initrd(root).ok_or(NO_PROGRAMS)?;
-    command.args(["--memory", MEMORY, "--cpus", "1", "--append", CMDLINE]);
+    let size = &place.size;
+    command.args(["--memory", &size.memory, "--cpus", &size.cpus.to_string(), "--append", &size.cmdline]);
     command.arg("--kernel").arg(&guest.kernel).arg("--initrd").arg(initrd);
     Ok(command)
 }
@@ -129,13 +143,17 @@ fn qemu(accelerator: &str, place: &Place, root: Root) -> Result<Command, String>
     }
     let guest = place.guest.as_ref().ok_or(NO_KERNEL)?;
     let initrd = place.initrd(root).ok_or(NO_PROGRAMS)?;
-    command.args(["-m", MEMORY, "-smp", "1", "-append", CMDLINE]);
+    let size = &place.size;
+    command.args(["-m", &size.memory, "-smp", &size.cpus.to_string(), "-append", &size.cmdline]);
     command.arg("-kernel").arg(&guest.kernel).arg("-initrd").arg(initrd);
     Ok(command)
 }
 
 /// Why QEMU could not use the kernel's KVM, in words of ours.
-fn kvm_is_usable() -> Result<(), String> {
+///
+/// # Errors
+/// One line.
+pub fn kvm_is_usable() -> Result<(), String> {
     let opened = std::fs::File::options().read(true).write(true).open("/dev/kvm");
     opened.map(drop).map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => "this host has no /dev/kvm".to_owned(),
@@ -143,7 +161,8 @@ fn kvm_is_usable() -> Result<(), String> {
     })
 }
 
-fn find_in_path(name: &str) -> Option<PathBuf> {
+/// The file of that name in `PATH`.
+pub fn find_in_path(name: &str) -> Option<PathBuf> {
     let path: OsString = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|directory| directory.join(name)).find(|file| file.is_file())
 }
@@ -179,7 +198,14 @@ mod tests {
         let mut place = Place::prepare(false, None).unwrap();
         let native = MODES.iter().find(|mode| mode.name == REFERENCE).unwrap();
         assert!(native.command(&place, Root::Programs).is_err());
-        place.add_programs(&super::super::root::tests::programs(directory.path()), true).unwrap();
+        place.programs = Some(
+            super::super::root::ProgramRoot::lay(
+                &super::super::root::tests::programs(directory.path()),
+                true,
+                false,
+            )
+            .unwrap(),
+        );
         let command = native.command(&place, Root::Programs).unwrap();
         assert_eq!(command.get_args().next().unwrap(), "root");
         assert_eq!(native.command(&place, Root::Bare).unwrap().get_args().count(), 0);

@@ -10,6 +10,7 @@ use super::host::Host;
 use super::matrix::{Cell, Measured, ModeResult, PRIVILEGED};
 use super::mode::{Mode, REFERENCE};
 use super::stats;
+use crate::model::table::Predicted;
 
 /// Version of the form; it grows when a reader of the old would misunderstand.
 pub const FORMAT: u32 = 1;
@@ -39,6 +40,9 @@ pub struct Report {
     pub rows: Vec<Row>,
     /// What a reader must know.
     pub notes: Vec<String>,
+    /// What the cost model says of modes that were not measured, if it was asked.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub predictions: Vec<Predicted>,
     /// Beside an older result, if one was named.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub comparison: Option<Comparison>,
@@ -151,6 +155,7 @@ impl Report {
             modes,
             rows,
             notes,
+            predictions: Vec::new(),
             comparison: None,
         }
     }

@@ -23,6 +23,8 @@ pub enum Root {
     Bare,
     /// Beside it the real programs.
     Programs,
+    /// Beside it the programs of macrobenchmarks.
+    Macro,
     /// No operating system: the guest of single operations. Natively the program does what a process can.
     Metal,
 }
@@ -40,9 +42,13 @@ pub struct ProgramRoot {
 }
 
 /// Something in a root; parents come first.
-enum Entry {
-    Directory(&'static str),
-    Link(&'static str, &'static str),
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// A directory.
+    Directory(String),
+    /// A symbolic link, and what it says.
+    Link(String, String),
+    /// A file that may be executed, and its content.
     File(String, Vec<u8>),
 }
 
@@ -52,15 +58,22 @@ impl ProgramRoot {
     /// # Errors
     /// The cache cannot be read, or the files cannot be written.
     pub fn lay(programs: &Programs, natively: bool, for_guests: bool) -> anyhow::Result<Self> {
-        let entries = entries(programs)?;
+        Self::of_entries(&entries(programs)?, natively, for_guests)
+    }
+
+    /// The same of any entries.
+    ///
+    /// # Errors
+    /// The files cannot be written.
+    pub fn of_entries(entries: &[Entry], natively: bool, for_guests: bool) -> anyhow::Result<Self> {
         let mut root = Self { directory: None, initrd: None, notes: Vec::new(), _directories: Vec::new() };
         if natively {
-            root.lay_directory(&entries)?;
+            root.lay_directory(entries)?;
         }
         if for_guests {
             let place = temporary(None)?;
             let initrd = place.path().join("initrd");
-            fs::write(&initrd, initramfs(&entries))
+            fs::write(&initrd, initramfs(entries))
                 .with_context(|| format!("cannot write {}", initrd.display()))?;
             root.initrd = Some(initrd);
             root._directories.push(place);
@@ -111,10 +124,11 @@ fn can_hold_programs(directory: &Path, len: u64) -> bool {
 
 /// A root with merged `/usr`, as distributions have it.
 fn entries(programs: &Programs) -> anyhow::Result<Vec<Entry>> {
-    let mut entries: Vec<Entry> =
-        ["usr", BINARIES, "usr/lib", LIBRARIES, "usr/lib64"].map(Entry::Directory).into();
+    let mut entries: Vec<Entry> = ["usr", BINARIES, "usr/lib", LIBRARIES, "usr/lib64"]
+        .map(|name| Entry::Directory(name.to_owned()))
+        .into();
     let links = [("bin", BINARIES), ("lib", "usr/lib"), ("lib64", "usr/lib64")];
-    entries.extend(links.map(|(name, target)| Entry::Link(name, target)));
+    entries.extend(links.map(|(name, target)| Entry::Link(name.to_owned(), target.to_owned())));
     let files = programs.read().context("cannot read the real programs")?;
     entries.extend(files.into_iter().map(|(path, content)| Entry::File(path, content)));
     Ok(entries)
@@ -127,6 +141,11 @@ fn total_len(entries: &[Entry]) -> u64 {
 
 fn lay_entries(entries: &[Entry], root: &Path) -> std::io::Result<()> {
     fs::create_dir(root)?;
+    // A guest's is a device; here nothing reads back what is written to it.
+    let null = root.join("dev/null");
+    fs::create_dir(root.join("dev"))?;
+    fs::write(&null, [])?;
+    fs::set_permissions(&null, fs::Permissions::from_mode(0o666))?;
     for entry in entries {
         match entry {
             Entry::Directory(path) => fs::create_dir(root.join(path))?,

@@ -47,6 +47,8 @@ pub struct Sample {
     pub host_ns: f64,
     /// The same by the program's own clock, if it has one.
     pub guest_ns: Option<f64>,
+    /// CPU time of the work, if the program told.
+    pub cpu_ns: Option<f64>,
     /// Operations done.
     pub ops: f64,
     /// Digest of what was computed.
@@ -134,14 +136,21 @@ impl Session {
     pub fn measure(&mut self, name: &str, count: u64, size_percent: u32) -> Result<Answer, SessionError> {
         let deadline = Instant::now() + self.timeout;
         self.send(&format!("run {name} {count} {size_percent}\n"))?;
-        let (mut start, mut end) = (None, None);
+        let (mut start, mut end, mut cpu_ns) = (None, None, None);
         loop {
             match self.next(deadline)? {
                 Event::Start(at) => start = Some(at),
                 Event::End(at) => end = Some(at),
                 Event::Line(line) => {
+                    if let Some(told) = line.strip_prefix("CPU ") {
+                        cpu_ns = told.parse().ok();
+                        continue;
+                    }
                     match parse_answer(&line, name, start.zip(end)) {
                         Some(Err(SessionError::Nonsense(line))) => return Err(self.nonsense(&line)),
+                        Some(Ok(Answer::Done(sample))) => {
+                            return Ok(Answer::Done(Sample { cpu_ns, ..sample }));
+                        }
                         Some(answer) => return answer,
                         None => {}
                     }
@@ -242,7 +251,13 @@ fn parse_answer(
             match (ops, guest_ns, words.next(), marks) {
                 (Some(ops), Some(guest_ns), Some(check), Some((start, end))) if ops > 0.0 && end >= start => {
                     let host_ns = (end - start).as_secs_f64() * 1e9;
-                    Some(Ok(Answer::Done(Sample { host_ns, guest_ns, ops, check: check.to_owned() })))
+                    Some(Ok(Answer::Done(Sample {
+                        host_ns,
+                        guest_ns,
+                        cpu_ns: None,
+                        ops,
+                        check: check.to_owned(),
+                    })))
                 }
                 _ => nonsense(),
             }

@@ -42,6 +42,11 @@ pub fn render(report: &Report) -> String {
     text.push_str(
         &report.comparison.as_ref().map_or_else(String::new, |comparison| comparison.render() + "\n"),
     );
+    let predicted = crate::model::table::render(&report.predictions);
+    if !predicted.is_empty() {
+        text.push_str(&predicted);
+        text.push('\n');
+    }
     footer(report).into_iter().chain(report.notes.clone()).for_each(|line| {
         text.push_str(&line);
         text.push('\n');

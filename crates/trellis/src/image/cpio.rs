@@ -9,6 +9,9 @@ const MODE_DIRECTORY: u32 = 0o040_000;
 const MODE_SYMLINK: u32 = 0o120_000;
 const MODE_CHAR_DEVICE: u32 = 0o020_000;
 
+/// When everything was last changed: 2000-01-01. Some programs take files of the year 1970 for broken.
+const MTIME: u32 = 946_684_800;
+
 /// An archive under construction, in memory.
 #[derive(Debug, Default)]
 pub struct Archive {
@@ -55,7 +58,7 @@ impl Archive {
         let size = u32::try_from(content.len()).expect("no file of an initramfs is 4 GiB long");
         let name_size = u32::try_from(name.len() + 1).expect("names are short");
         // ino mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor namesize check
-        let fields = [self.entries, mode, 0, 0, 1, 0, size, 0, 0, major, minor, name_size, 0];
+        let fields = [self.entries, mode, 0, 0, 1, MTIME, size, 0, 0, major, minor, name_size, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
             self.bytes.extend_from_slice(format!("{field:08X}").as_bytes());

@@ -39,6 +39,41 @@ pub const BENCH: Selection = Selection {
     programs: PROGRAMS,
 };
 
+/// What its macrobenchmarks run.
+pub const MACRO: Selection = Selection {
+    name: "macro-programs-amd64",
+    layout: "macro-1",
+    what: "the programs of macrobenchmarks (about 40 MiB)",
+    packages: &[
+        &["dash"],
+        &["coreutils"],
+        &["make"],
+        &["cpp"],
+        &["binutils-x86-64-linux-gnu", "binutils"],
+        &["bzip2"],
+        &["xz-utils"],
+        &["perl-base"],
+        &["sqlite3"],
+        &["nginx", "nginx-light"],
+        &["wrk"],
+        &["libc6"],
+    ],
+    programs: &[
+        ("dash", &["usr/bin/dash", "bin/dash"]),
+        ("rm", &["usr/bin/rm", "bin/rm"]),
+        ("make", &["usr/bin/make"]),
+        ("cc1", &["usr/libexec/gcc/x86_64-linux-gnu/*/cc1", "usr/lib/gcc/x86_64-linux-gnu/*/cc1"]),
+        ("as", &["usr/bin/x86_64-linux-gnu-as", "usr/bin/as"]),
+        ("ld", &["usr/bin/x86_64-linux-gnu-ld.bfd", "usr/bin/x86_64-linux-gnu-ld", "usr/bin/ld"]),
+        ("bzip2", &["usr/bin/bzip2", "bin/bzip2"]),
+        ("xz", &["usr/bin/xz"]),
+        ("perl", &["usr/bin/perl"]),
+        ("sqlite3", &["usr/bin/sqlite3"]),
+        ("nginx", &["usr/sbin/nginx"]),
+        ("wrk", &["usr/bin/wrk"]),
+    ],
+};
+
 /// stress-ng.
 pub const STRESS: Selection = Selection {
     name: "stress-programs-amd64",

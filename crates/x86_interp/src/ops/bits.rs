@@ -175,7 +175,7 @@ fn exchange16(cpu: &mut Cpu, place: &Place, old: u128, new: u128) -> u128 {
     };
     let found = cpu.mem.cmpxchg16(hva, old, new);
     if let Some(gpa) = gpa {
-        cpu.code_written |= cpu.mem.note_write(gpa, 16);
+        cpu.note_write(gpa, 16);
     }
     found
 }

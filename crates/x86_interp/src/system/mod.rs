@@ -48,6 +48,9 @@ fn resync(result: Result<(), Exception>) -> Step {
 }
 
 fn dispatch(cpu: &mut Cpu, i: &Instruction, op: &Op) -> Step {
+    if let Some(census) = &mut cpu.census {
+        census.executes(i);
+    }
     use Mnemonic as M;
     match i.mnemonic() {
         M::Cli => flags::cli(cpu),

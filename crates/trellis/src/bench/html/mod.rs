@@ -14,7 +14,8 @@ use bars::Form;
 use curves::What;
 use svg::escape;
 
-const STYLE: &str = include_str!("page.css");
+/// The style of pages.
+pub const STYLE: &str = include_str!("page.css");
 
 /// The class that gives a mode its colour.
 #[must_use]
