@@ -1,8 +1,9 @@
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
 
 use guestmem::Gpa;
 
-use super::server::Server;
+use super::p9::{MAX_MESSAGE, Server};
 use super::wire::Writer;
 use super::*;
 use crate::snapshot::Snapshot;
@@ -29,7 +30,7 @@ fn server(path: &Path, read_only: bool) -> Server {
 fn ask(server: &mut Server, kind: u8, fields: impl FnOnce(&mut Writer)) -> Result<Vec<u8>, u32> {
     let mut writer = Writer::new();
     fields(&mut writer);
-    let answer = server.answer(&writer.finish(kind, 7));
+    let answer = server.answer(&writer.finish(kind, 7), usize::MAX);
     assert_eq!(u32::from_le_bytes(answer[..4].try_into().unwrap()) as usize, answer.len());
     assert_eq!(answer[5..7], [7, 0]);
     match answer[4] {
@@ -62,6 +63,11 @@ fn read(server: &mut Server, fid: u32, offset: u64, count: u32) -> Result<Vec<u8
     let answer = ask(server, 116, |w| done(w.u32(fid).u64(offset).u32(count)))?;
     assert_eq!(u32::from_le_bytes(answer[..4].try_into().unwrap()) as usize, answer.len() - 4);
     Ok(answer[4..].to_vec())
+}
+
+fn options(path: &Path, protocol: ShareProtocol) -> ShareOptions {
+    let tag = "here".to_owned();
+    ShareOptions { path: path.to_owned(), tag, read_only: false, protocol, is_static: false }
 }
 
 fn tree() -> tempfile::TempDir {
@@ -250,7 +256,7 @@ fn any_messages_are_answered() {
             let at = rng.next() as usize % message.len();
             message[at] = rng.next() as u8;
         }
-        let answer = s.answer(&message);
+        let answer = s.answer(&message, usize::MAX);
         assert!(answer.len() >= 7 && answer.len() <= MAX_MESSAGE as usize);
     }
     assert_eq!(std::fs::read(directory.path().join("secret")).unwrap(), b"secret");
@@ -278,7 +284,8 @@ fn message(kind: u8, fields: impl FnOnce(&mut Writer)) -> Vec<u8> {
 fn device_answers_by_its_queue_and_goes_on_after_a_restore() {
     let directory = tree();
     let shared = directory.path().join("shared");
-    let share = || Box::new(Share::new("virtio-9p.0", &shared, "here", false, false).unwrap());
+    let options = options(&shared, ShareProtocol::P9);
+    let share = || Box::new(Share::new("share.0", &options, false).unwrap());
     let rig = Rig::new(share(), Flavor::Modern);
     let mut ring = rig.start(1, 1).remove(0);
     let config = rig.structure(4);
