@@ -21,7 +21,7 @@ use super::FileServer;
 use super::host::{Place, Tree, kind, name};
 use super::wire::{Reader, directory_type};
 
-const MAX_NODES: usize = 1 << 20;
+const MAX_NODES: usize = 1 << 19;
 const MAX_HANDLES: usize = 1 << 16;
 const ROOT: u64 = 1;
 /// Bytes of `struct fuse_in_header` and `struct fuse_out_header`.

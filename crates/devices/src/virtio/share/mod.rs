@@ -6,6 +6,8 @@
 //! writable part. [`host`] is what touches the host's files, `wire` the bytes.
 
 mod fuse;
+#[cfg(test)]
+mod fuse_tests;
 mod host;
 mod p9;
 #[cfg(test)]
