@@ -29,6 +29,7 @@ use crate::image::{self, ImageSpec, Progress};
 use crate::options::{
     ClockChoice, EngineChoice, MAX_CPUS, MmuChoice, parse_cpus, parse_memory, parse_timeout,
 };
+use crate::prepare::PrepareError;
 use protocol::{BLOCK, Frames, PORT, Start, frame, kind};
 
 /// Guest memory without `--memory`: the command's files that it writes lie in it, too.
@@ -298,10 +299,10 @@ fn machine(args: &ExecArgs, shared: &Arc<Shared>) -> anyhow::Result<VmConfig> {
 fn writable(directory: &Path, number: usize) -> anyhow::Result<(ShareOptions, String)> {
     let path = directory.canonicalize().with_context(|| format!("cannot share {}", directory.display()))?;
     ensure!(path.is_dir(), "cannot share {}: it is no directory", directory.display());
-    ensure!(
-        path != Path::new("/"),
-        "--rw / would let the command change everything; name the directories that it may change"
-    );
+    if path == Path::new("/") {
+        let why = "--rw / would let the command change everything; name the directories that it may change";
+        return Err(PrepareError::Usage(why.to_owned()).into());
+    }
     let place = path.to_str().with_context(|| format!("the name of {} is no text", directory.display()))?;
     let place = place.to_owned();
     let tag = format!("trellis.rw{number}");

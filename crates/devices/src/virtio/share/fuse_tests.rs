@@ -1,3 +1,5 @@
+#![expect(clippy::cast_possible_truncation, reason = "tests take random numbers apart")]
+
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
@@ -202,12 +204,12 @@ fn any_requests_are_answered() {
         let mut request = [40 + fields.len() as u32, opcode].map(u32::to_le_bytes).concat();
         request.extend(words(&[rng.next(), rng.next() % 6, 0, 0]));
         request.extend(&fields);
-        if rng.next() % 8 == 0 {
+        if rng.next().is_multiple_of(8) {
             let at = rng.next() as usize % request.len();
             request[at] = rng.next() as u8;
         }
         assert!(s.answer(&request, 8192).len() <= 8192 + 16);
-        if rng.next() % 64 == 0 {
+        if rng.next().is_multiple_of(64) {
             let state = s.save();
             s.restore(&state).unwrap();
         }

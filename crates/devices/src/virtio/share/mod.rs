@@ -11,7 +11,7 @@ mod fuse_tests;
 mod host;
 mod p9;
 #[cfg(test)]
-mod tests;
+mod p9_tests;
 mod wire;
 
 use std::io;

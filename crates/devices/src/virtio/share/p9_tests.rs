@@ -1,3 +1,5 @@
+#![expect(clippy::cast_possible_truncation, reason = "tests take random numbers apart")]
+
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
@@ -18,6 +20,9 @@ const NOTDIR: u32 = 20;
 const INVAL: u32 = 22;
 const ROFS: u32 = 30;
 const LOOP: u32 = 40;
+
+/// Puts the fields of a message.
+type Fields<'a> = &'a dyn Fn(&mut Writer);
 
 /// Ends a chain of fields.
 fn done(_: &mut Writer) {}
@@ -127,7 +132,7 @@ fn nothing_outside_of_the_share_is_reached() {
     assert_eq!(open(&mut s, 1, 0), Err(LOOP));
     assert_eq!(ask(&mut s, 22, |w| done(w.u32(1))).unwrap()[2..], *b"../secret");
     assert_eq!(walk(&mut s, 0, 2, &[b"rootlink", b"etc"]), Ok(1));
-    let names: [&dyn Fn(&mut Writer); 4] = [
+    let names: [Fields<'_>; 4] = [
         &|w| done(w.u32(0).string(b"../new").u32(0o102).u32(0o600).u32(0)),
         &|w| done(w.u32(0).string(b"link").u32(0o102).u32(0o600).u32(0)),
         &|w| done(w.u32(0).string(b"..").u32(0o102).u32(0o600).u32(0)),
@@ -188,7 +193,7 @@ fn read_only_share_is_not_changed() {
         assert_eq!(open(&mut s, 1, flags), Err(ROFS));
     }
     open(&mut s, 1, 0).unwrap();
-    let changes: [(u8, &dyn Fn(&mut Writer)); 8] = [
+    let changes: [(u8, Fields<'_>); 8] = [
         (118, &|w| done(w.u32(1).u64(0).u32(1).raw(b"x"))),
         (14, &|w| done(w.u32(0).string(b"n").u32(0o102).u32(0o600).u32(0))),
         (16, &|w| done(w.u32(0).string(b"n").string(b"t").u32(0))),
@@ -233,7 +238,7 @@ fn any_messages_are_answered() {
         116, 118, 120, 122,
     ];
     for round in 0..30_000u64 {
-        if round % 50 == 0 {
+        if round.is_multiple_of(50) {
             attach(&mut s);
         }
         let mut writer = Writer::new();
@@ -249,10 +254,13 @@ fn any_messages_are_answered() {
                 _ => done(writer.u64(rng.next() % 16)),
             }
         }
-        let kind =
-            if rng.next() % 16 == 0 { rng.next() as u8 } else { kinds[rng.next() as usize % kinds.len()] };
+        let kind = if rng.next().is_multiple_of(16) {
+            rng.next() as u8
+        } else {
+            kinds[rng.next() as usize % kinds.len()]
+        };
         let mut message = writer.finish(kind, 1);
-        if rng.next() % 8 == 0 {
+        if rng.next().is_multiple_of(8) {
             let at = rng.next() as usize % message.len();
             message[at] = rng.next() as u8;
         }
