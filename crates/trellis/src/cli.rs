@@ -10,13 +10,15 @@ use crate::bakeoff::BakeoffArgs;
 use crate::bench::BenchArgs;
 use crate::control::{self, ControlTarget};
 use crate::dump::DumpArgs;
+use crate::exec::ExecArgs;
 use crate::gdb::{self, GdbTarget};
 use crate::image::Arch;
 use crate::inside::InsideFlags;
 use crate::metrics;
 use crate::options::{
-    CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, StatsTarget, VgaChoice, VirtualExec, VmFlags,
-    parse_char_target, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
+    CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, ShareSpec, StatsTarget, VgaChoice,
+    VirtualExec, VmFlags, parse_char_target, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_root,
+    parse_share, parse_stats, parse_timeout,
 };
 use crate::top::TopArgs;
 
@@ -28,6 +30,7 @@ Examples:
                                                    a kernel of this host
   trellis boot contract                            the built-in contract tests
   trellis run my-vm.toml --stats                   a machine described in a file
+  trellis exec -- make test                        a command of this host, in a VM that cannot change its files
   trellis list                                     running machines; see also stat, screendump, quit
   trellis image list                               what can be booted";
 
@@ -62,8 +65,22 @@ A file looks like this; every key is optional, and paths are relative to the fil
   disk = [\"root.qcow2\", \"data.img,ro\"]
   snapshot = false
   serial = \"stdio\"
+  share = [\"src:src:ro\"]
+  root = \"rootfs\"                   # a directory as root file system, with a kernel of ours
   monitor.virtual_exec = \"automatic\"   # software, hardware, automatic
   monitor.virtual_mmu = \"automatic\"";
+
+const EXEC_EXAMPLES: &str = "\
+Examples:
+  trellis exec -- uname -a
+  trellis exec --rw . -- make test                 may write here, and nowhere else on this host
+  trellis exec -- sh -c 'rm -rf /usr; ls /usr'     changes are in the guest's memory and gone at the end
+  git diff | trellis exec -- wc -l                 input, output, errors and signals as without a VM
+
+The command has this host's files, working directory, environment and user, a kernel of its own, and no network.
+
+Exit status: the command's; 128 + n if signal n ended it; 127 if there is no such command, 126 if it cannot be run; 124
+time-out; 1 failure of the VM, said in one line; 2 usage.";
 
 const FETCH_EXAMPLES: &str = "\
 Examples:
@@ -159,16 +176,26 @@ pub enum Command {
         #[command(flatten)]
         machine: Box<MachineArgs>,
     },
-    /// Boot the machine that a TOML file describes; options override it
+    /// Boot the machine that a TOML file describes, or a directory with --root; options override the file
     #[command(after_help = RUN_EXAMPLES)]
     Run {
-        /// The file
-        #[arg(value_name = "VM.toml", value_hint = ValueHint::FilePath)]
-        file: PathBuf,
+        /// The file; not needed with --root
+        #[arg(value_name = "VM.toml", value_hint = ValueHint::FilePath, required_unless_present = "root")]
+        file: Option<PathBuf>,
         /// The machine.
         #[command(flatten)]
         machine: Box<MachineArgs>,
     },
+    /// Run a command of this host in a VM that sees the host's files and cannot change them
+    #[command(after_help = EXEC_EXAMPLES)]
+    Exec {
+        /// What to run, and how.
+        #[command(flatten)]
+        exec: ExecArgs,
+    },
+    /// The inside of exec.
+    #[command(hide = true)]
+    ExecAgent,
     /// Show and fetch bootable images
     Image {
         /// What to do.
@@ -330,6 +357,12 @@ pub struct MachineArgs {
     /// What the guest writes to disks goes to temporary files and is lost at the end
     #[arg(long, help_heading = "Guest")]
     snapshot: bool,
+    /// A directory of this host in the guest, mounted there by its tag [default: share0 …] with -t virtiofs; again for more
+    #[arg(long = "share", value_name = "DIR[:TAG][:ro]", value_parser = parse_share, help_heading = "Guest")]
+    shares: Vec<ShareSpec>,
+    /// A directory of this host as the guest's root file system; with :ro its changes are in guest memory
+    #[arg(long, value_name = "DIR[:ro]", value_parser = parse_root, conflicts_with_all = ["kernel", "initrd"], help_heading = "Guest")]
+    root: Option<ShareSpec>,
     /// Guest memory, as in 512M or 2G; a number alone is MiB [default: 512M]
     #[arg(long, short = 'm', value_name = "SIZE", value_parser = parse_memory, allow_hyphen_values = true, help_heading = "Machine")]
     memory: Option<u64>,
@@ -408,6 +441,8 @@ impl MachineArgs {
             append: self.append,
             disks: self.disks,
             snapshot: self.snapshot,
+            shares: self.shares,
+            root: self.root,
             memory_bytes: self.memory,
             cpus: self.cpus,
             cpu: self.cpu,

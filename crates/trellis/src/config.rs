@@ -12,8 +12,9 @@ use crate::gdb::{self, GdbTarget, Place};
 use crate::inside::{self, InsideFlags, parse_range, parse_trace};
 use crate::metrics;
 use crate::options::{
-    CharTarget, DiskSpec, MmuChoice, StatsTarget, VirtualExec, VmFlags, parse_char_target, parse_choice,
-    parse_cpu, parse_cpus, parse_disk, parse_memory, parse_stats, parse_timeout,
+    CharTarget, DiskSpec, MmuChoice, ShareSpec, StatsTarget, VirtualExec, VmFlags, parse_char_target,
+    parse_choice, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_root, parse_share, parse_stats,
+    parse_timeout,
 };
 use crate::suggest;
 
@@ -24,6 +25,8 @@ const KEYS: &[&str] = &[
     "append",
     "disk",
     "snapshot",
+    "share",
+    "root",
     "memory",
     "cpus",
     "cpu",
@@ -101,6 +104,8 @@ struct File {
     disk: Option<OneOrMany>,
     #[serde(default)]
     snapshot: bool,
+    share: Option<OneOrMany>,
+    root: Option<String>,
     memory: Option<Number>,
     cpus: Option<Number>,
     cpu: Option<String>,
@@ -256,6 +261,8 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         append: file.append,
         disks: disks.map_err(|reason| format!("{} disk: {reason}", place(text, "disk")))?,
         snapshot: file.snapshot,
+        shares: value(text, "share", file.share, |shares| relative_shares(base, shares))?.unwrap_or_default(),
+        root: value(text, "root", file.root, |root| parse_root(&joined(base, &root)))?,
         memory_bytes: value(text, "memory", file.memory, |number| parse_memory(&number.text()))?,
         cpus: value(text, "cpus", file.cpus, |number| parse_cpus(&number.text()))?,
         cpu: value(text, "cpu", file.cpu, |name| parse_cpu(&name))?,
@@ -285,6 +292,18 @@ fn relative_disk(base: &Path, text: &str) -> Result<DiskSpec, String> {
         Some(joined) if !text.is_empty() => parse_disk(joined),
         _ => parse_disk(text),
     }
+}
+
+fn joined(base: &Path, text: &str) -> String {
+    if text.is_empty() { String::new() } else { base.join(text).display().to_string() }
+}
+
+fn relative_shares(base: &Path, shares: OneOrMany) -> Result<Vec<ShareSpec>, String> {
+    let shares = match shares {
+        OneOrMany::One(share) => vec![share],
+        OneOrMany::Many(shares) => shares,
+    };
+    shares.iter().map(|share| parse_share(&joined(base, share))).collect()
 }
 
 fn relative_target(base: &Path, text: &str) -> Result<CharTarget, String> {

@@ -192,6 +192,7 @@ fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
         cpu: prepared.cpu,
         engine: prepared.engine,
         disks: prepared.disks,
+        shares: prepared.shares,
         serial: wiring.sink(prepared.serial),
         debugcon: wiring.sink(prepared.debugcon),
         vga: prepared.vga == VgaChoice::Text,

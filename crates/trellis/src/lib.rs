@@ -12,6 +12,7 @@ pub mod config;
 pub mod control;
 pub mod display;
 pub mod dump;
+pub mod exec;
 pub mod gdb;
 pub mod host;
 pub mod image;
@@ -114,9 +115,11 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Boot { image, machine } => boot(machine.into_flags(image)),
         Command::Run { file, machine } => {
-            let file = config::read(&file).map_err(usage)?;
-            boot(machine.into_flags(None).or(file))
+            let file = file.map(|file| config::read(&file)).transpose().map_err(usage)?;
+            boot(machine.into_flags(None).or(file.unwrap_or_default()))
         }
+        Command::Exec { exec } => exec::run(&exec),
+        Command::ExecAgent => Ok(exec::agent::run()),
         Command::Image { command } => image_command(command),
         Command::List { json } => print_out(client::list(json).as_bytes()),
         Command::Stat { vm, json: true } => tell(client::stats_json(vm.as_deref())),

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use vmm::{ImageFormat, MAX_DISK_QUEUES};
+use vmm::{ImageFormat, MAX_DISK_QUEUES, MAX_SHARE_TAG};
 use x86::cpuid::{CpuModel, ModelError};
 
 use crate::control::ControlTarget;
@@ -137,6 +137,19 @@ pub struct DiskSpec {
     pub queues: Option<u16>,
 }
 
+/// One `--share`, or `--root`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShareSpec {
+    /// The directory.
+    pub path: PathBuf,
+    /// The name that the guest mounts it by; `share0`, `share1`, … if that is not said.
+    pub tag: Option<String>,
+    /// The guest may not change it.
+    pub read_only: bool,
+    /// virtio-9p instead of virtio-fs.
+    pub p9: bool,
+}
+
 /// The options as written. `None` and an empty list are "not said".
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct VmFlags {
@@ -152,6 +165,10 @@ pub struct VmFlags {
     pub disks: Vec<DiskSpec>,
     /// What the guest writes to any disk is lost at the end.
     pub snapshot: bool,
+    /// Shared directories.
+    pub shares: Vec<ShareSpec>,
+    /// The directory that is the guest's root file system.
+    pub root: Option<ShareSpec>,
     /// Guest memory.
     pub memory_bytes: Option<u64>,
     /// vCPUs.
@@ -207,6 +224,8 @@ impl VmFlags {
             append: self.append.or(file.append),
             disks: file.disks.into_iter().chain(self.disks).collect(),
             snapshot: self.snapshot || file.snapshot,
+            shares: file.shares.into_iter().chain(self.shares).collect(),
+            root: self.root.or(file.root),
             memory_bytes: self.memory_bytes.or(file.memory_bytes),
             cpus: self.cpus.or(file.cpus),
             cpu: self.cpu.or(file.cpu),
@@ -240,6 +259,8 @@ impl VmFlags {
             append: self.append,
             disks: self.disks,
             snapshot: self.snapshot,
+            shares: self.shares,
+            root: self.root,
             memory_bytes: self.memory_bytes.unwrap_or(DEFAULT_MEMORY_BYTES),
             cpus: self.cpus.unwrap_or(1),
             cpu: self.cpu.unwrap_or_else(|| "max".to_owned()),
@@ -275,6 +296,8 @@ pub struct VmOptions {
     pub append: Option<String>,
     pub disks: Vec<DiskSpec>,
     pub snapshot: bool,
+    pub shares: Vec<ShareSpec>,
+    pub root: Option<ShareSpec>,
     pub memory_bytes: u64,
     pub cpus: u32,
     pub cpu: String,
@@ -449,6 +472,51 @@ fn set_disk_option(disk: &mut DiskSpec, option: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// Parses `DIR[:TAG][:ro][:9p]`. A colon may be part of the name of a directory that exists.
+///
+/// # Errors
+/// One line for a tag that cannot be.
+pub fn parse_share(text: &str) -> Result<ShareSpec, String> {
+    let mut share = ShareSpec { path: PathBuf::new(), tag: None, read_only: false, p9: false };
+    let mut path = text;
+    while !Path::new(path).exists()
+        && let Some((before, word)) = path.rsplit_once(':')
+    {
+        match word {
+            "ro" => share.read_only = true,
+            "rw" => share.read_only = false,
+            "9p" => share.p9 = true,
+            tag if share.tag.is_some() || tag.is_empty() || tag.len() > MAX_SHARE_TAG => {
+                return Err(format!(
+                    "'{tag}' is no name for a share; write DIR:TAG:ro, the tag 1 to {MAX_SHARE_TAG} characters long"
+                ));
+            }
+            tag => share.tag = Some(tag.to_owned()),
+        }
+        path = before;
+    }
+    if path.is_empty() {
+        return Err("a share needs a directory; write DIR, DIR:ro or DIR:TAG:ro".to_owned());
+    }
+    share.path = PathBuf::from(path);
+    Ok(share)
+}
+
+/// Parses `DIR[:ro]`.
+///
+/// # Errors
+/// One line for what is more than that, and for the host's own root.
+pub fn parse_root(text: &str) -> Result<ShareSpec, String> {
+    let root = parse_share(text)?;
+    if root.tag.is_some() || root.p9 {
+        return Err(format!("'{text}' is no root; write DIR or DIR:ro"));
+    }
+    if root.path.canonicalize().is_ok_and(|path| path == Path::new("/")) && !root.read_only {
+        return Err("the guest would change this host's own root; write --root /:ro".to_owned());
+    }
+    Ok(root)
+}
+
 /// Parses `stdio`, `none` or `file:F`.
 ///
 /// # Errors
@@ -595,6 +663,26 @@ mod tests {
             let error = parse_disk(text).unwrap_err();
             assert!(error.contains(expected), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn shares_are_directories_with_tags() {
+        let share = parse_share("/tmp:work:ro:9p").unwrap();
+        let expected =
+            ShareSpec { path: "/tmp".into(), tag: Some("work".to_owned()), read_only: true, p9: true };
+        assert_eq!(share, expected);
+        assert_eq!(parse_share("/tmp").unwrap().tag, None);
+        let directory = tempfile::tempdir().unwrap();
+        let odd = directory.path().join("a:ro");
+        std::fs::create_dir(&odd).unwrap();
+        let share = parse_share(odd.to_str().unwrap()).unwrap();
+        assert!(share.path == odd && !share.read_only);
+        for text in ["", ":ro", "/tmp:a:b", "/tmp::ro", &format!("/tmp:{}", "x".repeat(37))] {
+            assert!(!parse_share(text).unwrap_err().contains('\n'), "{text}");
+        }
+        assert!(parse_root("/:ro").unwrap().read_only);
+        assert!(parse_root("/").unwrap_err().contains("--root /:ro"));
+        assert!(parse_root("/tmp:tag").unwrap_err().contains("DIR:ro"));
     }
 
     #[test]

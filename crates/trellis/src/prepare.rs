@@ -8,14 +8,14 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmm::{DiskConfig, EngineKind, Image, ImageOptions};
+use vmm::{DiskConfig, EngineKind, Image, ImageOptions, ShareOptions, ShareProtocol};
 
 use crate::choice::{self, Wish};
 use crate::control::ControlTarget;
 use crate::gdb::GdbTarget;
 use crate::image::{self, ImageSpec, Progress};
 use crate::inside::InsideFlags;
-use crate::options::{CharTarget, ClockChoice, DiskSpec, StatsTarget, VgaChoice, VmOptions};
+use crate::options::{CharTarget, ClockChoice, DiskSpec, ShareSpec, StatsTarget, VgaChoice, VmOptions};
 
 /// Why the program ends before the guest starts.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +67,8 @@ pub struct Prepared {
     pub engine: EngineKind,
     /// Disks in the order given, open and locked.
     pub disks: Vec<DiskConfig>,
+    /// Shared directories.
+    pub shares: Vec<ShareOptions>,
     /// COM1.
     pub serial: Output,
     /// Debug console.
@@ -148,10 +150,15 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
     }
     let disks = options.disks.iter().map(|disk| open_disk(disk, options.snapshot));
     let disks = disks.collect::<Result<Vec<_>, _>>()?;
-    let guest = find_guest(&options)?;
+    let mut guest = find_guest(&options)?;
+    let shares = shares(&options)?;
     let modules = match options.initrd.as_deref().or(guest.initrd.as_deref()) {
         Some(text) => read_modules(text, options.memory_bytes)?,
         None => Vec::new(),
+    };
+    let modules = match &options.root {
+        Some(root) => root_modules(root, &mut guest, modules)?,
+        None => modules,
     };
     check_fits(&guest, &modules, options.memory_bytes)?;
     if let (Some(option), true) = (options.inside.needs_translator(), engine != EngineKind::Bt) {
@@ -175,6 +182,7 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         cpu: options.cpu,
         engine,
         disks,
+        shares,
         serial: open_output(&options.serial)?,
         debugcon: open_output(&options.debugcon)?,
         vga: options.vga,
@@ -395,6 +403,64 @@ fn open_disk(spec: &DiskSpec, snapshot: bool) -> Result<DiskConfig, PrepareError
     });
     let image = image.map_err(|error| Failure(error.to_string()))?;
     Ok(DiskConfig { serial: spec.serial.clone(), queues: spec.queues, ..DiskConfig::new(image) })
+}
+
+/// What `--share` and `--root` name.
+fn shares(options: &VmOptions) -> Result<Vec<ShareOptions>, PrepareError> {
+    let share = |(n, spec): (usize, &ShareSpec)| ShareOptions {
+        path: spec.path.clone(),
+        tag: spec.tag.clone().unwrap_or_else(|| format!("share{n}")),
+        read_only: spec.read_only,
+        protocol: if spec.p9 { ShareProtocol::P9 } else { ShareProtocol::Fuse },
+        is_static: false,
+    };
+    let mut all: Vec<ShareOptions> = options.shares.iter().enumerate().map(share).collect();
+    if let Some(root) = &options.root {
+        // Below an overlay nothing may change.
+        let (tag, is_static) = (image::root::TAG.to_owned(), root.read_only);
+        all.push(ShareOptions { tag, is_static, ..share((0, root)) });
+    }
+    for (n, share) in all.iter().enumerate() {
+        let path = share.path.display();
+        match std::fs::metadata(&share.path) {
+            Ok(metadata) if metadata.is_dir() => {}
+            Ok(_) => return Err(Failure(format!("cannot share {path}: it is no directory"))),
+            Err(error) => return Err(Failure(format!("cannot share {path}: {error}; name a directory"))),
+        }
+        if all[..n].iter().any(|other| other.tag == share.tag) {
+            return Err(Usage(format!("two shares are called '{}'; give one another tag", share.tag)));
+        }
+    }
+    Ok(all)
+}
+
+/// The initrd of a guest whose root is a directory of the host.
+fn root_modules(
+    root: &ShareSpec,
+    guest: &mut Guest,
+    modules: Vec<Module>,
+) -> Result<Vec<Module>, PrepareError> {
+    let Ok([mut initrd]) = <[Module; 1]>::try_from(modules) else {
+        return Err(Usage("--root needs a Linux image, as in: trellis boot debian --root DIR".to_owned()));
+    };
+    let program = image::root::first_program(&root.path).ok_or_else(|| {
+        Failure(format!(
+            "the directory {} has no /sbin/init and no /bin/sh; name one that holds a system",
+            root.path.display()
+        ))
+    })?;
+    if root.read_only && !image::root::has_module(&initrd.content, "overlay") {
+        let spec = ImageSpec::from_name(&guest.name).map_err(|error| Usage(error.to_string()))?;
+        let image = image::ensure_module(&spec, "overlay", Progress::new);
+        let image = image.map_err(|error| Failure(error.to_string()))?;
+        guest.kernel = read_file(&image.kernel, "kernel", u64::MAX - 1)?;
+        let path = image.initrd.unwrap_or(initrd.path);
+        initrd = Module { content: read_file(&path, "initrd", u64::MAX - 1)?, path, ..initrd };
+    }
+    let (overlay, program) = (root.read_only, program.to_owned());
+    let plan = image::root::RootPlan { overlay, program, ..Default::default() };
+    initrd.content = plan.initramfs(&initrd.content);
+    Ok(vec![initrd])
 }
 
 /// Opens what `--serial` or `--debugcon` names.

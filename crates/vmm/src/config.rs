@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use devices::virtio::block::{Image, ImageError, ImageOptions};
+use devices::virtio::share::ShareOptions;
 use engine_bt::trace::{AddressRange, Levels};
 
 use crate::boot::BootSource;
@@ -71,17 +72,6 @@ impl DiskConfig {
     }
 }
 
-/// A directory of the host in the guest.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ShareConfig {
-    /// The directory.
-    pub path: PathBuf,
-    /// The name that the guest mounts it by.
-    pub tag: String,
-    /// The guest may not change it.
-    pub read_only: bool,
-}
-
 /// Where a device writes what the guest sends.
 pub type Sink = Box<dyn Write + Send>;
 
@@ -116,8 +106,8 @@ pub struct VmConfig {
     pub source: BootSource,
     /// Disks, in order.
     pub disks: Vec<DiskConfig>,
-    /// Shared directories (virtio-9p).
-    pub shares: Vec<ShareConfig>,
+    /// Shared directories.
+    pub shares: Vec<ShareOptions>,
     /// A channel to a program in the guest: the name of its port, and where it goes that the program sends.
     pub channel: Option<(String, Sink)>,
     /// Output of COM1; without one it goes nowhere (the port is there all the same).

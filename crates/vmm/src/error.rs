@@ -19,7 +19,7 @@ pub enum VmError {
     Disk(#[from] devices::virtio::block::ImageError),
     /// A shared directory.
     #[error(transparent)]
-    Share(#[from] devices::virtio::p9::ShareError),
+    Share(#[from] devices::virtio::share::ShareError),
     /// The host has no randomness to give.
     #[error("cannot open the host's random generator: {0}")]
     Entropy(#[source] std::io::Error),

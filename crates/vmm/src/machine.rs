@@ -49,8 +49,8 @@ use devices::snapshot::{RestoreError, Snapshot, StateBlob};
 use devices::virtio::block::{Block, BlockOptions};
 use devices::virtio::channel::{Channel, ChannelHandle};
 use devices::virtio::console::{Console, ConsoleHandle};
-use devices::virtio::p9::Share;
 use devices::virtio::rng::{Entropy, Rng};
+use devices::virtio::share::{Share, ShareOptions};
 use devices::virtio::{Flavor, VirtioDevice, VirtioPci};
 use engine::{Signals, Vcpu};
 use engine_bt::perf_map::Profile;
@@ -61,7 +61,7 @@ use x86::cpuid::{CpuModel, Feature};
 use x86_interp::{Interp, Parts};
 
 use crate::clock::GuestClock;
-use crate::config::{ClockMode, DiskConfig, EngineKind, ShareConfig, TraceWhat};
+use crate::config::{ClockMode, DiskConfig, EngineKind, TraceWhat};
 use crate::control::Control;
 use crate::error::VmError;
 use crate::input::Input;
@@ -79,7 +79,7 @@ pub(crate) struct Blueprint {
     pub model: Arc<CpuModel>,
     pub engine: EngineKind,
     pub disks: Vec<DiskConfig>,
-    pub shares: Vec<ShareConfig>,
+    pub shares: Vec<ShareOptions>,
     pub channel: Option<(String, SharedSink)>,
     pub serial: Option<SharedSink>,
     pub debugcon: Option<SharedSink>,
@@ -248,8 +248,7 @@ impl Builder<'_> {
             devices.push(Box::new(Block::new(&format!("virtio-blk.{index}"), &options)?));
         }
         for (index, share) in self.plan.shares.iter().enumerate() {
-            let name = format!("virtio-9p.{index}");
-            devices.push(Box::new(Share::new(&name, &share.path, &share.tag, share.read_only, icount)?));
+            devices.push(Box::new(Share::new(&format!("share.{index}"), share, icount)?));
         }
         let entropy =
             if icount { Entropy::seeded(ICOUNT_SEED) } else { Entropy::host().map_err(VmError::Entropy)? };
@@ -265,9 +264,12 @@ impl Builder<'_> {
             devices.push(Box::new(console));
             handle = Some(ours);
         }
-        let behind_pci = |device| {
+        let behind_pci = |device: Box<dyn VirtioDevice>| {
             let memory = Arc::clone(&self.mem);
-            Arc::new(Mutex::new(VirtioPci::new(device, memory, Flavor::Transitional)))
+            // A kind that is younger than the legacy interface has no number there.
+            let old = device.kind().transitional_id != 0;
+            let flavor = if old { Flavor::Transitional } else { Flavor::Modern };
+            Arc::new(Mutex::new(VirtioPci::new(device, memory, flavor)))
         };
         Ok((devices.into_iter().map(behind_pci).collect(), handle, end))
     }

@@ -17,12 +17,12 @@ pub mod channel;
 pub mod console;
 pub mod interrupt;
 mod legacy;
-pub mod p9;
 pub mod pci;
 mod pool;
 pub mod queue;
 mod registers;
 pub mod rng;
+pub mod share;
 #[cfg(test)]
 mod tests;
 

@@ -14,6 +14,7 @@ pub mod initramfs;
 pub mod list;
 pub mod modules;
 pub mod programs;
+pub mod root;
 pub mod spec;
 pub mod tiny_init;
 
@@ -80,11 +81,40 @@ pub fn ensure(spec: &ImageSpec, progress: impl FnOnce() -> Progress) -> Result<I
     fetch(spec, &Sources::Host, &progress)
 }
 
+/// As [`ensure`], with a module in its initramfs that images fetched by earlier versions of this program lack.
+///
+/// # Errors
+/// See [`ImageError`].
+pub fn ensure_module(
+    spec: &ImageSpec,
+    module: &str,
+    progress: impl Fn() -> Progress,
+) -> Result<Image, ImageError> {
+    let image = ensure(spec, &progress)?;
+    let Some(initrd) = &image.initrd else { return Ok(image) };
+    if root::has_module(&fs::read(initrd).at("reading", initrd)?, module) {
+        return Ok(image);
+    }
+    let progress = progress();
+    progress.line(&format!("fetching {} again (once), for its driver '{module}'", spec.name()));
+    fetch_anew(spec, &Sources::Host, &progress, true)
+}
+
 /// Fetches the image of `spec` into the cache, unless what is there is what apt would fetch.
 ///
 /// # Errors
 /// See [`ImageError`].
 pub fn fetch(spec: &ImageSpec, sources: &Sources, progress: &Progress) -> Result<Image, ImageError> {
+    fetch_anew(spec, sources, progress, false)
+}
+
+/// Fetches the image, with `anew` even if the cached one is of the same packages.
+fn fetch_anew(
+    spec: &ImageSpec,
+    sources: &Sources,
+    progress: &Progress,
+    anew: bool,
+) -> Result<Image, ImageError> {
     let cache = Cache::of_user()?;
     let _lock = cache.lock()?;
     progress.stage(&format!("refreshing package lists for {}", spec.arch));
@@ -93,7 +123,7 @@ pub fn fetch(spec: &ImageSpec, sources: &Sources, progress: &Progress) -> Result
     let distribution = sources.distribution();
     let packages = resolve(&apt, spec, distribution)?;
     if let Some(image) =
-        Image::cached(&cache, &spec.name()).filter(|image| is_current(&image.manifest, &packages))
+        Image::cached(&cache, &spec.name()).filter(|image| !anew && is_current(&image.manifest, &packages))
     {
         return Ok(image);
     }

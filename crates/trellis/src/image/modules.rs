@@ -23,6 +23,7 @@ pub const WANTED: &[&str] = &[
     "virtiofs",
     "9pnet_virtio",
     "9p",
+    "overlay",
     "ext4",
     "vfat",
     "nls_ascii",

@@ -12,19 +12,25 @@ use crate::virtio::block::image::tests::Scratch;
 use crate::virtio::block::{Block, BlockOptions};
 use crate::virtio::channel::Channel;
 use crate::virtio::console::Console;
-use crate::virtio::p9::Share;
 use crate::virtio::rng::{Entropy, Rng, SplitMix64};
+use crate::virtio::share::{Share, ShareOptions, ShareProtocol};
 use crate::virtio::{Flavor, VirtioDevice};
 
 fn devices(file: &Scratch, synchronous: bool) -> Vec<Box<dyn VirtioDevice>> {
     std::fs::create_dir_all(file.0.with_extension("d")).unwrap();
     let options = BlockOptions { synchronous, queues: 2, ..BlockOptions::open(&file.0).unwrap() };
+    let share = |protocol| -> Box<dyn VirtioDevice> {
+        let (path, tag) = (file.0.with_extension("d"), "tag".to_owned());
+        let options = ShareOptions { path, tag, read_only: false, protocol, is_static: false };
+        Box::new(Share::new("share.0", &options, synchronous).unwrap())
+    };
     vec![
         Box::new(Block::new("virtio-blk.0", &options).unwrap()),
         Box::new(Console::new("virtio-console.0", Box::new(std::io::sink()), 80, 25).0),
         Box::new(Channel::new("channel", "port", Box::new(std::io::sink())).0),
         Box::new(Rng::new("virtio-rng.0", Entropy::seeded(3))),
-        Box::new(Share::new("virtio-9p.0", &file.0.with_extension("d"), "tag", false, synchronous).unwrap()),
+        share(ShareProtocol::P9),
+        share(ShareProtocol::Fuse),
     ]
 }
 

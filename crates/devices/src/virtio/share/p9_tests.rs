@@ -1,8 +1,11 @@
+#![expect(clippy::cast_possible_truncation, reason = "tests take random numbers apart")]
+
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
 
 use guestmem::Gpa;
 
-use super::server::Server;
+use super::p9::{MAX_MESSAGE, Server};
 use super::wire::Writer;
 use super::*;
 use crate::snapshot::Snapshot;
@@ -18,6 +21,9 @@ const INVAL: u32 = 22;
 const ROFS: u32 = 30;
 const LOOP: u32 = 40;
 
+/// Puts the fields of a message.
+type Fields<'a> = &'a dyn Fn(&mut Writer);
+
 /// Ends a chain of fields.
 fn done(_: &mut Writer) {}
 
@@ -29,7 +35,7 @@ fn server(path: &Path, read_only: bool) -> Server {
 fn ask(server: &mut Server, kind: u8, fields: impl FnOnce(&mut Writer)) -> Result<Vec<u8>, u32> {
     let mut writer = Writer::new();
     fields(&mut writer);
-    let answer = server.answer(&writer.finish(kind, 7));
+    let answer = server.answer(&writer.finish(kind, 7), usize::MAX);
     assert_eq!(u32::from_le_bytes(answer[..4].try_into().unwrap()) as usize, answer.len());
     assert_eq!(answer[5..7], [7, 0]);
     match answer[4] {
@@ -62,6 +68,11 @@ fn read(server: &mut Server, fid: u32, offset: u64, count: u32) -> Result<Vec<u8
     let answer = ask(server, 116, |w| done(w.u32(fid).u64(offset).u32(count)))?;
     assert_eq!(u32::from_le_bytes(answer[..4].try_into().unwrap()) as usize, answer.len() - 4);
     Ok(answer[4..].to_vec())
+}
+
+fn options(path: &Path, protocol: ShareProtocol) -> ShareOptions {
+    let tag = "here".to_owned();
+    ShareOptions { path: path.to_owned(), tag, read_only: false, protocol, is_static: false }
 }
 
 fn tree() -> tempfile::TempDir {
@@ -121,7 +132,7 @@ fn nothing_outside_of_the_share_is_reached() {
     assert_eq!(open(&mut s, 1, 0), Err(LOOP));
     assert_eq!(ask(&mut s, 22, |w| done(w.u32(1))).unwrap()[2..], *b"../secret");
     assert_eq!(walk(&mut s, 0, 2, &[b"rootlink", b"etc"]), Ok(1));
-    let names: [&dyn Fn(&mut Writer); 4] = [
+    let names: [Fields<'_>; 4] = [
         &|w| done(w.u32(0).string(b"../new").u32(0o102).u32(0o600).u32(0)),
         &|w| done(w.u32(0).string(b"link").u32(0o102).u32(0o600).u32(0)),
         &|w| done(w.u32(0).string(b"..").u32(0o102).u32(0o600).u32(0)),
@@ -182,7 +193,7 @@ fn read_only_share_is_not_changed() {
         assert_eq!(open(&mut s, 1, flags), Err(ROFS));
     }
     open(&mut s, 1, 0).unwrap();
-    let changes: [(u8, &dyn Fn(&mut Writer)); 8] = [
+    let changes: [(u8, Fields<'_>); 8] = [
         (118, &|w| done(w.u32(1).u64(0).u32(1).raw(b"x"))),
         (14, &|w| done(w.u32(0).string(b"n").u32(0o102).u32(0o600).u32(0))),
         (16, &|w| done(w.u32(0).string(b"n").string(b"t").u32(0))),
@@ -227,7 +238,7 @@ fn any_messages_are_answered() {
         116, 118, 120, 122,
     ];
     for round in 0..30_000u64 {
-        if round % 50 == 0 {
+        if round.is_multiple_of(50) {
             attach(&mut s);
         }
         let mut writer = Writer::new();
@@ -243,14 +254,17 @@ fn any_messages_are_answered() {
                 _ => done(writer.u64(rng.next() % 16)),
             }
         }
-        let kind =
-            if rng.next() % 16 == 0 { rng.next() as u8 } else { kinds[rng.next() as usize % kinds.len()] };
+        let kind = if rng.next().is_multiple_of(16) {
+            rng.next() as u8
+        } else {
+            kinds[rng.next() as usize % kinds.len()]
+        };
         let mut message = writer.finish(kind, 1);
-        if rng.next() % 8 == 0 {
+        if rng.next().is_multiple_of(8) {
             let at = rng.next() as usize % message.len();
             message[at] = rng.next() as u8;
         }
-        let answer = s.answer(&message);
+        let answer = s.answer(&message, usize::MAX);
         assert!(answer.len() >= 7 && answer.len() <= MAX_MESSAGE as usize);
     }
     assert_eq!(std::fs::read(directory.path().join("secret")).unwrap(), b"secret");
@@ -278,7 +292,8 @@ fn message(kind: u8, fields: impl FnOnce(&mut Writer)) -> Vec<u8> {
 fn device_answers_by_its_queue_and_goes_on_after_a_restore() {
     let directory = tree();
     let shared = directory.path().join("shared");
-    let share = || Box::new(Share::new("virtio-9p.0", &shared, "here", false, false).unwrap());
+    let options = options(&shared, ShareProtocol::P9);
+    let share = || Box::new(Share::new("share.0", &options, false).unwrap());
     let rig = Rig::new(share(), Flavor::Modern);
     let mut ring = rig.start(1, 1).remove(0);
     let config = rig.structure(4);

@@ -14,9 +14,11 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Timespec, Timestamps};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use super::FileServer;
 use super::host::{Place, Tree, kind, name};
-use super::wire::{HEADER_BYTES, Reader, Writer};
+use super::wire::{HEADER_BYTES, Reader, Writer, directory_type};
 
 /// Largest message: what Linux can send through a queue of 128 buffers, and its header.
 pub(super) const MAX_MESSAGE: u32 = (512 << 10) + 24;
@@ -91,8 +93,8 @@ struct SavedFid {
 }
 
 /// A server's state in a snapshot.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(super) struct State {
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct State {
     message_bytes: u32,
     fids: Vec<SavedFid>,
 }
@@ -129,33 +131,6 @@ fn open_flags(flags: u32) -> Result<OFlags, Errno> {
 impl Server {
     pub const fn new(tree: Tree, read_only: bool) -> Self {
         Self { tree, read_only, message_bytes: MAX_MESSAGE, fids: BTreeMap::new() }
-    }
-
-    /// Forgets its client.
-    pub fn reset(&mut self) {
-        self.fids.clear();
-        self.message_bytes = MAX_MESSAGE;
-    }
-
-    /// Answers a message.
-    pub fn answer(&mut self, message: &[u8]) -> Vec<u8> {
-        let mut reader = Reader(message);
-        let header = |r: &mut Reader<'_>| Ok::<_, Errno>((r.u32()?, r.u8()?, r.u16()?));
-        let (size, kind, tag) = header(&mut reader).unwrap_or((0, 0, u16::MAX));
-        let answer = if usize::try_from(size).is_ok_and(|size| size <= message.len() && size >= HEADER_BYTES)
-        {
-            self.dispatch(kind, Reader(&message[HEADER_BYTES..size as usize]))
-        } else {
-            Err(Errno::INVAL)
-        };
-        match answer {
-            Ok(writer) => writer.finish(kind.wrapping_add(1), tag),
-            Err(errno) => {
-                let mut writer = Writer::new();
-                writer.u32(u32::try_from(errno.raw_os_error()).unwrap_or(5));
-                writer.finish(RLERROR, tag)
-            }
-        }
     }
 
     fn dispatch(&mut self, kind: u8, r: Reader<'_>) -> Answer {
@@ -529,20 +504,48 @@ impl Server {
         w.u8(NONE).u64(start).u64(length).u32(process).string(client);
         Ok(w)
     }
+}
 
-    // ---- snapshots ----------------------------------------------------------------------------------------
+impl FileServer for Server {
+    fn reset(&mut self) {
+        self.fids.clear();
+        self.message_bytes = MAX_MESSAGE;
+    }
+
+    fn answer(&mut self, message: &[u8], _room: usize) -> Vec<u8> {
+        let mut reader = Reader(message);
+        let header = |r: &mut Reader<'_>| Ok::<_, Errno>((r.u32()?, r.u8()?, r.u16()?));
+        let (size, kind, tag) = header(&mut reader).unwrap_or((0, 0, u16::MAX));
+        let answer = if usize::try_from(size).is_ok_and(|size| size <= message.len() && size >= HEADER_BYTES)
+        {
+            self.dispatch(kind, Reader(&message[HEADER_BYTES..size as usize]))
+        } else {
+            Err(Errno::INVAL)
+        };
+        match answer {
+            Ok(writer) => writer.finish(kind.wrapping_add(1), tag),
+            Err(errno) => {
+                let mut writer = Writer::new();
+                writer.u32(u32::try_from(errno.raw_os_error()).unwrap_or(5));
+                writer.finish(RLERROR, tag)
+            }
+        }
+    }
 
     /// Where every fid is by now. One whose file has no name any more is not saved: it is gone after a restore.
-    pub fn save(&self) -> State {
+    fn save(&self) -> Value {
         let saved = |(&number, fid): (&u32, &Fid)| {
             let path = self.tree.relative(&fid.place.fd)?;
             Some(SavedFid { number, path, flags: fid.file.as_ref().map(|(_, flags)| *flags) })
         };
-        State { message_bytes: self.message_bytes, fids: self.fids.iter().filter_map(saved).collect() }
+        let fids = self.fids.iter().filter_map(saved).collect();
+        let state = State { message_bytes: self.message_bytes, fids };
+        serde_json::to_value(state).expect("plain data serialises")
     }
 
     /// Finds every fid's file again; those that are gone stay away, and the guest gets an error for them.
-    pub fn restore(&mut self, state: &State) {
+    fn restore(&mut self, state: &Value) -> Result<(), serde_json::Error> {
+        let state = State::deserialize(state)?;
         self.reset();
         self.message_bytes = state.message_bytes.clamp(MIN_MESSAGE, MAX_MESSAGE);
         for saved in state.fids.iter().take(MAX_FIDS) {
@@ -554,6 +557,7 @@ impl Server {
             let file = saved.flags.and_then(opened);
             self.fids.insert(saved.number, Fid { place, file });
         }
+        Ok(())
     }
 }
 
@@ -575,19 +579,5 @@ const fn qid_type(kind: FileType) -> u8 {
         FileType::Directory => 0x80,
         FileType::Symlink => 2,
         _ => 0,
-    }
-}
-
-/// `DT_*` of `readdir(3)`.
-const fn directory_type(kind: FileType) -> u8 {
-    match kind {
-        FileType::Fifo => 1,
-        FileType::CharacterDevice => 2,
-        FileType::Directory => 4,
-        FileType::BlockDevice => 6,
-        FileType::RegularFile => 8,
-        FileType::Symlink => 10,
-        FileType::Socket => 12,
-        FileType::Unknown => 0,
     }
 }

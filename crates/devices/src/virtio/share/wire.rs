@@ -1,6 +1,7 @@
-//! The bytes of 9P2000.L messages (Linux `Documentation/filesystems/9p.rst`; diod's `protocol.md` lists the fields): little-
+//! The bytes of messages: those of FUSE are read, those of 9P2000.L read and written (Linux `Documentation/filesystems/9p.rst`; diod's `protocol.md` lists the fields): little-
 //! endian numbers, strings with a 16-bit length.
 
+use rustix::fs::FileType;
 use rustix::io::Errno;
 
 /// What a client's message must not be.
@@ -42,12 +43,31 @@ impl<'a> Reader<'a> {
 
     /// The name of a directory's entry: one component that leads neither up nor nowhere.
     pub fn name(&mut self) -> Result<&'a [u8], Errno> {
-        match self.string()? {
-            b"" | b"." | b".." => Err(MALFORMED),
-            name if name.contains(&b'/') => Err(MALFORMED),
-            name if name.len() > 255 => Err(Errno::NAMETOOLONG),
-            name => Ok(name),
-        }
+        checked_name(self.string()?)
+    }
+}
+
+/// A name that has one component and leads neither up nor nowhere.
+pub(super) fn checked_name(name: &[u8]) -> Result<&[u8], Errno> {
+    match name {
+        b"" | b"." | b".." => Err(MALFORMED),
+        name if name.contains(&b'/') => Err(MALFORMED),
+        name if name.len() > 255 => Err(Errno::NAMETOOLONG),
+        name => Ok(name),
+    }
+}
+
+/// `DT_*` of `readdir(3)`.
+pub(super) const fn directory_type(kind: FileType) -> u8 {
+    match kind {
+        FileType::Fifo => 1,
+        FileType::CharacterDevice => 2,
+        FileType::Directory => 4,
+        FileType::BlockDevice => 6,
+        FileType::RegularFile => 8,
+        FileType::Symlink => 10,
+        FileType::Socket => 12,
+        FileType::Unknown => 0,
     }
 }
 
