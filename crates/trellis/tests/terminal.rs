@@ -218,7 +218,8 @@ fn top_gives_the_terminal_back_by_every_key_and_signal_that_ends_it() {
         let mut command = Command::new("setsid");
         command.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_trellis"), "top", "-d", "0.2"]);
         let mut session = Session::of(command.env("TRELLIS_RUNTIME_DIR", home.path()).env("TERM", "xterm"));
-        session.expect("no machine is running");
+        // Of the line that says how to start one; between its words the cursor is moved.
+        session.expect("running;");
         assert!(!session.is_canonical());
         if end.is_empty() {
             let leader = rustix::termios::tcgetpgrp(&session.slave).unwrap();
