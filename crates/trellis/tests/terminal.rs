@@ -222,7 +222,7 @@ fn top_gives_the_terminal_back_by_every_key_and_signal_that_ends_it() {
         session.expect("running;");
         assert!(!session.is_canonical());
         if end.is_empty() {
-            let leader = rustix::termios::tcgetpgrp(&session.slave).unwrap();
+            let leader = rustix::termios::tcgetpgrp(&session.master).unwrap();
             rustix::process::kill_process_group(leader, Signal::TERM).unwrap();
         } else {
             session.send(end);
