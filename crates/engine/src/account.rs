@@ -259,14 +259,15 @@ impl Meter {
             }
             return Span::NONE;
         }
-        let start = rdtsc();
         // xorshift32 (Marsaglia 2003).
         self.random ^= self.random << 13;
         self.random ^= self.random >> 17;
         self.random ^= self.random << 5;
-        let weight = if due { entry.schedule(start, self.distance, self.random) } else { 0 };
+        let weight = if due { entry.schedule(rdtsc(), self.distance, self.random) } else { 0 };
         self.open += 1;
-        Span { start, weight, beside: std::mem::take(&mut self.inside) }
+        let beside = std::mem::take(&mut self.inside);
+        // Last of all, so that the span has next to nothing of this in it.
+        Span { start: rdtsc(), weight, beside }
     }
 
     /// It ends: the guest goes on, or the span around it. Its cause may be known better than when it began.

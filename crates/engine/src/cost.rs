@@ -135,6 +135,8 @@ pub fn add_rows(to: &mut Vec<Row>, rows: &[Row]) {
 pub struct Table {
     /// Ticks that the vCPUs did not sleep.
     pub busy: f64,
+    /// Ticks of those in which their threads waited for a CPU of the host.
+    pub waiting: f64,
     /// The rows that happened, by descending total.
     pub rows: Vec<Row>,
     /// Spans that began.
@@ -151,7 +153,7 @@ impl Table {
         let mut rows: Vec<_> = rows.into_iter().filter(|r| r.count > 0).collect();
         let key = |r: &Row| (r.total().unwrap_or(-1.0), float(r.count));
         rows.sort_by(|a, b| key(b).partial_cmp(&key(a)).unwrap_or(std::cmp::Ordering::Equal));
-        Self { busy, rows, events, measurements }
+        Self { busy, waiting: 0.0, rows, events, measurements }
     }
 
     /// Ticks of all rows whose cost is known.
@@ -163,7 +165,7 @@ impl Table {
     /// The rest: what the guest had. Sampled rows are estimates, so it may come out a little below none; then it is none.
     #[must_use]
     pub fn guest(&self) -> f64 {
-        (self.busy - self.accounted()).max(0.0)
+        (self.busy - self.waiting - self.accounted()).max(0.0)
     }
 
     /// Percent of the time that the vCPUs did not sleep.

@@ -62,6 +62,16 @@ struct Session {
 
 impl Session {
     fn start() -> Self {
+        let mut command = Command::new("setsid");
+        command.args(["--ctty", "--wait"]).arg(std::env::current_exe().unwrap());
+        command.args(["--exact", "child_process_of_the_other_tests", "--nocapture"]).env(CHILD, "1");
+        let mut session = Self::of(&mut command);
+        session.expect("raw true READY");
+        session
+    }
+
+    /// A command on a pseudo-terminal.
+    fn of(command: &mut Command) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
@@ -72,16 +82,12 @@ impl Session {
             rustix::fs::Mode::empty(),
         );
         let slave = File::from(slave.unwrap());
+        tcsetwinsize(&slave, Winsize { ws_col: 100, ws_row: 30, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
         let stdio = || Stdio::from(OwnedFd::from(slave.try_clone().unwrap()));
-        let mut command = Command::new("setsid");
-        command.args(["--ctty", "--wait"]).arg(std::env::current_exe().unwrap());
-        command.args(["--exact", "child_process_of_the_other_tests", "--nocapture"]).env(CHILD, "1");
         let child = command.stdin(stdio()).stdout(stdio()).stderr(stdio()).spawn().unwrap();
         let master = File::from(master);
         let chunks = read_in_background(master.try_clone().unwrap());
-        let mut session = Self { child, master, slave, output: String::new(), chunks };
-        session.expect("raw true READY");
-        session
+        Self { child, master, slave, output: String::new(), chunks }
     }
 
     fn send(&mut self, bytes: &[u8]) {
@@ -203,4 +209,28 @@ fn pipes_pass_bytes_and_their_end_does_not_quit() {
     assert!(child.try_wait().unwrap().is_none(), "the end of input ended the run: {output}");
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+#[test]
+fn top_gives_the_terminal_back_by_every_key_and_signal_that_ends_it() {
+    let home = tempfile::tempdir().unwrap();
+    for end in [&b"q"[..], b"\x03", b"\x1b", b""] {
+        let mut command = Command::new("setsid");
+        command.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_trellis"), "top", "-d", "0.2"]);
+        let mut session = Session::of(command.env("TRELLIS_RUNTIME_DIR", home.path()).env("TERM", "xterm"));
+        // Of the line that says how to start one; between its words the cursor is moved.
+        session.expect("running;");
+        assert!(!session.is_canonical());
+        if end.is_empty() {
+            let leader = rustix::termios::tcgetpgrp(&session.master).unwrap();
+            rustix::process::kill_process_group(leader, Signal::TERM).unwrap();
+        } else {
+            session.send(end);
+        }
+        session.expect_canonical();
+        // The screen that was there before, and the cursor.
+        session.expect("\x1b[?1049l");
+        session.expect("\x1b[?25h");
+        session.child.wait().unwrap();
+    }
 }

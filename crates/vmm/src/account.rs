@@ -40,16 +40,22 @@ pub(crate) fn table(stats: &Stats, hz: f64, f: &mut fmt::Formatter<'_>) -> fmt::
         writeln!(f, "  {name:<36}{count:>13}{:>14}{:>20}", "", show(total))?;
     }
     writeln!(f, "  {:<36}{:>13}{:>14}{:>20}", "the guest, which is the rest", "", "", show(table.guest()))?;
+    if table.waiting > 0.01 * table.busy {
+        writeln!(
+            f,
+            "  {:<36}{:>13}{:>14}{:>20}",
+            "waiting for a CPU of the host",
+            "",
+            "",
+            show(table.waiting)
+        )?;
+    }
     writeln!(
         f,
         "  ~ sampled, = measured by itself, no cycles: counted only, in the guest's time; {} cycles are 1 µs",
         whole(hz / 1e6)
     )?;
     writeln!(f, "accounting itself{:>67}", show(table.overhead()))?;
-    let away = all.busy.saturating_sub(all.cpu).as_secs_f64();
-    if away > 0.01 * all.busy.as_secs_f64() {
-        writeln!(f, "vCPU threads not running{:>60}", show(away * hz))?;
-    }
     if stats.vcpus.len() > 1 {
         stats.vcpus.iter().enumerate().try_for_each(|(index, v)| vcpu(index, v, hz, f))?;
     }
@@ -98,6 +104,7 @@ pub(crate) fn to_json(v: &VcpuStats, hz: f64) -> Value {
         "busy_cycles": whole(table.busy),
         "asleep_seconds": v.asleep.as_secs_f64(),
         "cpu_seconds": v.cpu.as_secs_f64(),
+        "waiting_cycles": whole(table.waiting),
         "guest_cycles": whole(table.guest()),
         "exits": rows,
         "overhead": {

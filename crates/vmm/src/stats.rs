@@ -20,6 +20,8 @@ pub struct VcpuStats {
     pub asleep: Duration,
     /// CPU time that its thread had: less than `busy` where the host had other work, or a device waited.
     pub cpu: Duration,
+    /// Time of `busy` in which its thread waited for a CPU of the host.
+    pub waiting: Duration,
     /// Exits and other events by cause.
     pub exits: ExitStats,
     /// What the engine says of its own work.
@@ -39,7 +41,8 @@ impl VcpuStats {
     pub fn account(&self, hz: f64) -> Table {
         let mut rows = self.exits.rows();
         engine::cost::add_rows(&mut rows, &self.engine.costs);
-        Table::new(self.busy.as_secs_f64() * hz, rows, self.exits.meter.measurements)
+        let waiting = self.waiting.as_secs_f64() * hz;
+        Table { waiting, ..Table::new(self.busy.as_secs_f64() * hz, rows, self.exits.meter.measurements) }
     }
 
     /// As [`VcpuStats::add`], for a vCPU whose life ends.
@@ -110,6 +113,7 @@ impl Stats {
             busy: self.busy(),
             asleep: self.vcpus.iter().map(|v| v.asleep).sum(),
             cpu: self.vcpus.iter().map(|v| v.cpu).sum(),
+            waiting: self.vcpus.iter().map(|v| v.waiting).sum(),
             exits: self.exits(),
             engine: self.engine(),
         }

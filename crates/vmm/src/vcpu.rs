@@ -62,6 +62,15 @@ pub(crate) struct Left {
     pub asleep: Duration,
     /// CPU time that the thread had, as the host's kernel says.
     pub cpu: Duration,
+    /// How long it waited for a CPU of the host.
+    pub waiting: Duration,
+}
+
+/// How long this thread was ready to run and did not, as the host's kernel says (Linux, Documentation/scheduler/sched-stats.rst); zero where it does not.
+fn waiting_time() -> Duration {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let word = text.split_whitespace().nth(1);
+    Duration::from_nanos(word.and_then(|ns| ns.parse().ok()).unwrap_or(0))
 }
 
 /// CPU time of this thread.
@@ -82,7 +91,7 @@ impl Seat {
             None => self.run_on_host_time(),
             Some(icount) => self.run_by_instructions(&icount),
         }
-        Left { vcpu: self.vcpu, asleep: self.asleep, cpu: cpu_time() }
+        Left { vcpu: self.vcpu, asleep: self.asleep, cpu: cpu_time(), waiting: waiting_time() }
     }
 
     fn run_on_host_time(&mut self) {

@@ -447,7 +447,10 @@ impl Vm {
             let left = left?;
             frozen.push((index, left.vcpu));
             if let Some(past) = self.past.vcpus.get_mut(index) {
-                past.busy += elapsed.saturating_sub(left.asleep);
+                let busy = elapsed.saturating_sub(left.asleep);
+                past.busy += busy;
+                // Behind a wake-up it may have waited asleep.
+                past.waiting += left.waiting.min(busy.saturating_sub(left.cpu));
                 past.asleep += left.asleep;
                 past.cpu += left.cpu;
             }

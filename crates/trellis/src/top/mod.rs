@@ -117,15 +117,17 @@ fn on_terminal(
     let mut shown = 0;
     terminal.draw(|area| view.draw(area))?;
     while !quit.load(Ordering::SeqCst) && limit.is_none_or(|limit| shown < limit) {
+        let mut changed = true;
         match frames.recv_timeout(KEY_WAIT) {
             Ok(frame) => {
                 view.show(frame);
                 shown += 1;
             }
-            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Timeout) => changed = false,
             Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the thread that watches has ended"),
         }
         while event::poll(Duration::ZERO)? {
+            changed = true;
             match event::read()? {
                 Event::Key(key) if key.kind == KeyEventKind::Release => {}
                 Event::Key(key) => match key.code {
@@ -138,7 +140,9 @@ fn on_terminal(
                 _ => {}
             }
         }
-        terminal.draw(|area| view.draw(area))?;
+        if changed {
+            terminal.draw(|area| view.draw(area))?;
+        }
     }
     Ok(())
 }
