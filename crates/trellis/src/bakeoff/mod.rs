@@ -41,7 +41,7 @@ use crate::symbols::Symbols;
 use crate::terminal::tell;
 
 /// What asks the translator for samples.
-const PROFILE: &[&str] = &[];
+const PROFILE: &[&str] = &["--profile"];
 /// Code stays where symbols say, in guests of ours.
 const FIXED: &str = " nokaslr norandmaps";
 
