@@ -160,7 +160,7 @@ fn explained(mode: &ModeResult, explanation: &Explanation) -> String {
                 String::new(),
                 time(seconds),
                 share(seconds),
-                format!("{:.0}", r.count),
+                shown_count(r.count),
                 each(seconds, r.count),
             ];
             row("", cells);
@@ -201,6 +201,7 @@ mod tests {
         {
             assert!(text.contains(wanted), "{wanted}");
         }
+        assert!(!text.contains("<td>0</td>"), "what is not counted has no count");
         for element in ["table", "svg", "figure", "ul"] {
             let opened =
                 text.matches(&format!("<{element}>")).count() + text.matches(&format!("<{element} ")).count();
