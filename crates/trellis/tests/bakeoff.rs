@@ -158,3 +158,37 @@ fn report_that_cannot_be_written_is_a_line_and_the_table_is_there() {
     assert!(text(&output.stderr).contains("cannot write the report /nonexistent/x.html"));
     assert!(text(&output.stdout).contains("bt: where"), "{}", text(&output.stdout));
 }
+
+/// The census behind the cost model: 20 iterations of 64 system calls are what they are, and page walks are counted.
+#[test]
+fn census_counts_what_the_guest_does() {
+    let directory = tempfile::tempdir().unwrap();
+    let count = |census: bool| {
+        let stats = directory.path().join("stats");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_trellis"));
+        command.args([
+            "boot",
+            "contract",
+            "--engine",
+            "interp",
+            "--memory",
+            "64M",
+            "--append",
+            "nano=nano-syscall:20",
+        ]);
+        command.arg(format!("--stats={}", stats.display())).env_remove("TRELLIS_INTERP");
+        if census {
+            command.env("TRELLIS_INTERP", "census");
+        }
+        let output = command.output().expect("the program starts");
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let text = std::fs::read_to_string(stats).expect("statistics were written");
+        serde_json::from_str::<Value>(&text).expect("they are JSON")
+    };
+    let counted = count(true);
+    let events =
+        trellis::model::events::Events::between(&Value::Null, &counted, 1.0).expect("there is a census");
+    assert!((1280.0..1400.0).contains(&events.system_calls), "{events:?}");
+    assert!(events.returns >= 1280.0 && events.walks > 10.0 && events.shadow_fills > 3.0, "{events:?}");
+    assert!(count(false)["engine"].get("page_walks").is_none(), "nobody asked");
+}

@@ -97,6 +97,12 @@ impl Account {
         }
     }
 
+    /// CPU time if it is known, else what was not asleep.
+    #[must_use]
+    pub fn cpu_or_busy(&self) -> f64 {
+        self.cpu.unwrap_or(self.busy)
+    }
+
     /// Seconds of all rows of a kind.
     #[must_use]
     pub fn kind(&self, kind: &str) -> f64 {
@@ -168,17 +174,16 @@ fn sites(statistics: &Value) -> BTreeMap<Site, f64> {
 }
 
 impl Profile {
-    /// Seconds of CPU time in translated code and the assembly around it.
+    /// The share of a place, of `cpu` seconds.
     #[must_use]
-    pub fn in_translated_code(&self) -> f64 {
-        let at = |place: &str| self.places.get(place).copied().unwrap_or(0.0);
-        (at("translated") + at("assembly")) / self.hz
+    pub fn seconds_at(&self, place: &str, cpu: f64) -> f64 {
+        self.places.get(place).copied().unwrap_or(0.0) / self.samples.max(1.0) * cpu
     }
 
-    /// How many samples there are in translated code.
+    /// The share of translated code and the assembly around it, of `cpu` seconds.
     #[must_use]
-    pub fn translated(&self) -> f64 {
-        self.places.get("translated").copied().unwrap_or(0.0)
+    pub fn in_translated_code(&self, cpu: f64) -> f64 {
+        self.seconds_at("translated", cpu) + self.seconds_at("assembly", cpu)
     }
 
     /// The part of translated code that has a purpose, of all samples in it.
@@ -239,7 +244,7 @@ pub(super) mod tests {
         let profile = account.profile.unwrap();
         assert_eq!(profile.sites.len(), 1, "the other had no new samples");
         assert_eq!((profile.sites[0].0.rip, profile.path), (0x40_1000, Some((1000.0, 2500.0))));
-        assert!((profile.in_translated_code() - 0.6).abs() < 1e-9);
+        assert!((profile.in_translated_code(0.95) - 0.6).abs() < 1e-9);
         assert_eq!(profile.share("check"), Some(0.5));
     }
 

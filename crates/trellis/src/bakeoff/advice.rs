@@ -231,7 +231,7 @@ fn unexplained(mode: &ModeResult, explanation: &Explanation) -> Option<String> {
         format!(
             "{}: {remainder:+.0} % of the time is not explained by the parts above. Take its explanation as a hint only{}.",
             mode.name,
-            if remainder < 0.0 { ": the prediction for the guest's own code is too high" } else { "" }
+            if remainder < 0.0 { ": the parts are more than the whole" } else { "" }
         )
     })
 }

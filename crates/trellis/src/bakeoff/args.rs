@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueHint};
 
 use crate::bench::args::parse_mode;
+use crate::bench::catalog;
 use crate::bench::mode::{self, Mode};
 use crate::options::parse_timeout;
 
@@ -68,9 +69,30 @@ pub struct BakeoffArgs {
     /// Write no report
     #[arg(long, conflicts_with = "report")]
     pub no_report: bool,
+    /// Instead of a command: one of `trellis bench`'s own benchmarks, so many iterations of it
+    #[arg(long, value_name = "NAME:N", value_parser = parse_bench, conflicts_with = "command")]
+    pub bench: Option<(String, u64)>,
     /// A program of this host and its arguments
     #[arg(last = true, value_name = "CMD", value_hint = ValueHint::CommandWithArguments)]
     pub command: Vec<OsString>,
+}
+
+/// A benchmark that needs no other program, and a number.
+fn parse_bench(text: &str) -> Result<(String, u64), String> {
+    let (name, count) = text.split_once(':').ok_or("write NAME:N, as in forkwait:2000")?;
+    let fits = |benchmark: &&catalog::Benchmark| {
+        !benchmark.is_real() && !benchmark.is_macro() && !benchmark.is_nano()
+    };
+    if !catalog::BENCHMARKS.iter().filter(fits).any(|benchmark| benchmark.name == name) {
+        let names: Vec<&str> =
+            catalog::BENCHMARKS.iter().filter(fits).map(|benchmark| benchmark.name).collect();
+        return Err(format!(
+            "there is no benchmark '{name}' that runs alone; there are {}",
+            names.join(", ")
+        ));
+    }
+    let count = count.parse().ok().filter(|count| *count > 0);
+    count.map(|count| (name.to_owned(), count)).ok_or_else(|| format!("'{text}' has no number of iterations"))
 }
 
 /// A size that `--memory` of a machine takes.
@@ -89,10 +111,16 @@ impl BakeoffArgs {
         }
     }
 
+    /// Whether it is a machine of the user's own that runs.
+    #[must_use]
+    pub fn is_machine(&self) -> bool {
+        self.command.is_empty() && self.bench.is_none()
+    }
+
     /// How many runs.
     #[must_use]
     pub fn runs(&self) -> u32 {
-        self.runs.unwrap_or(if self.command.is_empty() { MACHINE_RUNS } else { RUNS })
+        self.runs.unwrap_or(if self.is_machine() { MACHINE_RUNS } else { RUNS })
     }
 
     /// The modes, each once.

@@ -1,10 +1,15 @@
-//! Where a mode's time went: parts that were measured or predicted each on its own, and what is left when they are taken from the clock's.
+//! Where a mode's time went: parts that were measured each on its own, and what is left when they are taken from the clock's.
 //!
-//! With the translator, `explained = native time × path lengthening + exits × cost + translation + idle`. The first term does not come from the
-//! time that is to be explained: native time was measured on the host, and the lengthening comes from instructions (of fragments, weighted by
-//! samples) or from what the sampled instructions are for. So the remainder can be large, and of either sign; it is printed as it is. Where
-//! the host gave the processor to others meanwhile, what was measured by the time-stamp counter has that in it: it is counted once, in a part of
-//! its own, and all that was measured so is shortened alike. Where there is no native time, what the samples found in translated code takes the term's place, which is a measurement of its own too.
+//! Nothing is "the rest" of something else with the translator. Exits, translation and the engine's other work are measured by the time-stamp
+//! counter; time in translated code is the share of samples in it, of the CPU time that the host's kernel says the vCPU's thread had; so are its
+//! parts by what the sampled instruction is for: the guest's own work, and the lengthening of its path. Sleep is what the machine says. So
+//! the remainder can be large, and of either sign; it is printed as it is.
+//!
+//! Beside it stands a second remainder, with a **prediction** in the place of the samples' time: native CPU time × path lengthening, where the
+//! first factor comes from another run altogether and the second is a ratio of samples, or of instructions in fragments.
+//!
+//! What the time-stamp counter measured has in it what the host gave to others meanwhile: that is a part of its own, and all that was
+//! measured so is shortened alike.
 
 use serde::Serialize;
 
@@ -18,8 +23,17 @@ pub enum Basis {
     Measured,
     /// By samples at fixed intervals of CPU time.
     Sampled,
-    /// From native time and the lengthening of the path.
-    Predicted,
+}
+
+/// What native time says of the time in translated code.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Prediction {
+    /// CPU time of the same runs natively.
+    pub native: f64,
+    /// Native time × lengthening.
+    pub seconds: f64,
+    /// What is not explained if this stands for the samples' time.
+    pub unexplained: f64,
 }
 
 /// A part of the time.
@@ -55,8 +69,10 @@ pub struct Explanation {
     pub parts: Vec<Part>,
     /// What none of them explains; below zero if they are more than there was.
     pub unexplained: f64,
-    /// Time in translated code as the samples have it, beside what was predicted.
+    /// Time in translated code, as the samples have it.
     pub sampled: Option<f64>,
+    /// The same as native time predicts it.
+    pub predicted: Option<Prediction>,
     /// How much longer the path is.
     pub lengthening: Lengthening,
 }
@@ -74,12 +90,23 @@ const KINDS: [(&str, &str); 9] = [
     ("kvm-run", "inside of KVM"),
 ];
 
-/// Explains `seconds` of a mode whose engine made `account`; `native` is how long the same took natively.
+/// What a sampled instruction is for, and what that is called.
+const PURPOSES: [(&str, &str); 7] = [
+    ("check", "checks of accesses"),
+    ("address", "addresses for them"),
+    ("lookup", "lookups of jump targets"),
+    ("flags", "saving flags"),
+    ("registers", "registers kept in memory"),
+    ("poll", "polls"),
+    ("other", "other"),
+];
+
+/// Explains `seconds` of a mode whose engine made `account`; `native` is how much CPU time the same took natively.
 #[must_use]
 pub fn explain(seconds: f64, account: &Account, native: Option<f64>) -> Explanation {
     let account = &running(account);
     let lengthening = lengthening(account);
-    let sampled = account.profile.as_ref().map(super::account::Profile::in_translated_code);
+    let sampled = account.profile.as_ref().map(|profile| profile.in_translated_code(account.cpu_or_busy()));
     let mut parts: Vec<Part> = KINDS.iter().filter_map(|(kind, what)| part(account, kind, what)).collect();
     let known: Vec<&str> = KINDS.iter().map(|(kind, _)| *kind).collect();
     let mut others: Vec<&str> = account.rows.iter().map(|row| row.kind.as_str()).collect();
@@ -87,7 +114,8 @@ pub fn explain(seconds: f64, account: &Account, native: Option<f64>) -> Explanat
     others.dedup();
     let others = others.into_iter().filter(|kind| !known.contains(kind));
     parts.extend(others.filter_map(|kind| part(account, kind, kind)));
-    parts.extend(own_code(account, native, lengthening, sampled));
+    parts.extend(translated(account));
+    parts.extend(interpreted(account));
     if let Some(cpu) = account.cpu.filter(|cpu| account.busy > *cpu) {
         parts.push(plain("the host ran something else", account.busy - cpu));
     }
@@ -97,32 +125,56 @@ pub fn explain(seconds: f64, account: &Account, native: Option<f64>) -> Explanat
     parts.retain(|part| part.seconds > 0.0);
     parts.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
     let explained: f64 = parts.iter().map(|part| part.seconds).sum();
-    Explanation { seconds, parts, unexplained: seconds - explained, sampled, lengthening }
-}
-
-/// The guest's own instructions: predicted if there is something to predict from, sampled if there are samples.
-fn own_code(
-    account: &Account,
-    native: Option<f64>,
-    lengthening: Lengthening,
-    sampled: Option<f64>,
-) -> Option<Part> {
-    let part = |what: String, seconds, basis| Part { what, count: None, seconds, basis, rows: Vec::new() };
+    let unexplained = seconds - explained;
     let factor = lengthening.by_samples.or(lengthening.by_instructions);
-    match (native, factor, sampled, account.instructions) {
-        (Some(native), Some(factor), ..) => {
-            let what =
-                format!("native time ({}) × path lengthening ({factor:.2})", super::text::time(native));
-            Some(part(what, native * factor, Basis::Predicted))
-        }
-        (_, _, Some(sampled), _) => Some(part("translated code".to_owned(), sampled, Basis::Sampled)),
-        (_, _, None, Some(count)) => {
-            let rest = account.rest?;
-            let what = format!("interpreted instructions, {:.1} ns each", rest / count.max(1.0) * 1e9);
-            Some(Part { count: Some(count), ..part(what, rest, Basis::Measured) })
+    let predicted = match (native, factor, sampled) {
+        (Some(native), Some(factor), Some(sampled)) => {
+            let seconds = native * factor;
+            Some(Prediction { native, seconds, unexplained: unexplained + sampled - seconds })
         }
         _ => None,
-    }
+    };
+    Explanation { seconds, parts, unexplained, sampled, predicted, lengthening }
+}
+
+/// Translated code by what its instructions are for, and the assembly that it calls.
+fn translated(account: &Account) -> Vec<Part> {
+    let Some(profile) = &account.profile else { return Vec::new() };
+    let cpu = account.cpu_or_busy();
+    let sampled = |what: &str, seconds, rows| Part {
+        what: what.to_owned(),
+        count: None,
+        seconds,
+        basis: Basis::Sampled,
+        rows,
+    };
+    let code = profile.seconds_at("translated", cpu);
+    let Some(own) = profile.share("guest") else {
+        return vec![sampled("translated code", profile.in_translated_code(cpu), Vec::new())];
+    };
+    let row = |cause: &str, seconds: f64| Row {
+        kind: "lengthening".into(),
+        cause: cause.into(),
+        count: 0.0,
+        seconds: Some(seconds),
+    };
+    let purposes = PURPOSES.iter().map(|(name, what)| row(what, code * profile.share(name).unwrap_or(0.0)));
+    let mut rows: Vec<Row> = purposes.collect();
+    rows.push(row("refills and lookups in assembly", profile.seconds_at("assembly", cpu)));
+    rows.retain(|row| row.seconds.is_some_and(|seconds| seconds > 0.0));
+    rows.sort_by(|a, b| b.seconds.unwrap_or(0.0).total_cmp(&a.seconds.unwrap_or(0.0)));
+    let longer = rows.iter().filter_map(|row| row.seconds).sum();
+    vec![
+        sampled("the guest's own instructions", code * own, Vec::new()),
+        sampled("path lengthening", longer, rows),
+    ]
+}
+
+/// Without translated code, what is in no row of an engine that counts instructions are those.
+fn interpreted(account: &Account) -> Option<Part> {
+    let (count, rest) = (account.instructions?, account.rest?);
+    let what = format!("interpreted instructions, {:.1} ns each", rest / count.max(1.0) * 1e9);
+    Some(Part { count: Some(count), ..plain(&what, rest) })
 }
 
 /// The account with its rows as long as they would be on a processor that is ours: preemption is taken to have met all alike.
@@ -142,8 +194,8 @@ fn lengthening(account: &Account) -> Lengthening {
     let own = profile.and_then(|profile| profile.share("guest")).filter(|share| *share > 0.0);
     // Beside translated code there is the assembly that it calls, which is lengthening too.
     let around = profile.map_or(1.0, |profile| {
-        let translated = profile.translated() / profile.hz;
-        if translated > 0.0 { profile.in_translated_code() / translated } else { 1.0 }
+        let translated = profile.seconds_at("translated", 1.0);
+        if translated > 0.0 { profile.in_translated_code(1.0) / translated } else { 1.0 }
     });
     Lengthening { by_instructions, by_samples: own.map(|share| around / share) }
 }
@@ -172,6 +224,12 @@ impl Explanation {
     #[must_use]
     pub fn unexplained_percent(&self) -> f64 {
         self.unexplained / self.seconds.max(f64::MIN_POSITIVE) * 100.0
+    }
+
+    /// What is not explained if native time predicts the time in translated code, in percent of all.
+    #[must_use]
+    pub fn predicted_percent(&self) -> Option<f64> {
+        self.predicted.map(|predicted| predicted.unexplained / self.seconds.max(f64::MIN_POSITIVE) * 100.0)
     }
 
     /// The share of the time that the parts named so have, from 0 to 1.
@@ -211,25 +269,28 @@ mod tests {
     }
 
     #[test]
-    fn own_code_is_predicted_from_native_time_and_not_from_the_rest() {
-        // 550 translated samples and 50 around; half of those with a purpose are the guest's own.
-        let explanation = explain(1.1, &account(), Some(0.25));
-        let part = find(&explanation, "native time").unwrap();
-        let factor = 600.0 / 550.0 / 0.5;
-        assert!((part.seconds - 0.25 * factor).abs() < 1e-9, "{part:?}");
-        assert_eq!((part.basis, explanation.lengthening.by_instructions), (Basis::Predicted, Some(2.5)));
-        // Twice the native time is that much more, whatever the rest is.
-        let twice = explain(1.1, &account(), Some(0.5));
-        assert!((explanation.unexplained - twice.unexplained - 0.25 * factor).abs() < 1e-9);
+    fn translated_code_is_sampled_and_split_by_purpose() {
+        // Of 950 new samples 550 are in translated code, half of it the guest's own, and 50 around it; 0.95 s of CPU time.
+        let explanation = explain(1.1, &account(), None);
+        let own = find(&explanation, "the guest's own").unwrap();
+        assert!((own.seconds - 0.275).abs() < 1e-9, "{own:?}");
+        let longer = find(&explanation, "path lengthening").unwrap();
+        assert!((longer.seconds - 0.325).abs() < 1e-9 && longer.basis == Basis::Sampled, "{longer:?}");
+        assert_eq!(longer.rows[0].cause, "checks of accesses");
+        assert!((explanation.sampled.unwrap() - 0.6).abs() < 1e-9);
+        assert_eq!(explanation.predicted, None);
     }
 
     #[test]
-    fn without_native_time_samples_say_what_translated_code_took() {
-        let explanation = explain(1.1, &account(), None);
-        let part = find(&explanation, "translated code").unwrap();
-        assert_eq!(part.basis, Basis::Sampled);
-        assert!((part.seconds - 0.6).abs() < 1e-9);
-        assert!((explanation.unexplained - 0.065).abs() < 1e-9, "{}", explanation.unexplained);
+    fn prediction_comes_from_native_time_and_has_a_remainder_of_its_own() {
+        let explanation = explain(1.1, &account(), Some(0.25));
+        let predicted = explanation.predicted.unwrap();
+        let factor = 600.0 / 550.0 / 0.5;
+        assert!((predicted.seconds - 0.25 * factor).abs() < 1e-9, "{predicted:?}");
+        assert_eq!(explanation.lengthening.by_instructions, Some(2.5));
+        assert!((predicted.unexplained - explanation.unexplained - (0.6 - predicted.seconds)).abs() < 1e-9);
+        // The measured parts do not know of native time.
+        assert_eq!(explanation.parts, explain(1.1, &account(), Some(0.5)).parts);
     }
 
     #[test]

@@ -41,7 +41,7 @@ use crate::symbols::Symbols;
 use crate::terminal::tell;
 
 /// What asks the translator for samples.
-const PROFILE: &[&str] = &[];
+const PROFILE: &[&str] = &["--profile"];
 /// Code stays where symbols say, in guests of ours.
 const FIXED: &str = " nokaslr norandmaps";
 
@@ -55,7 +55,7 @@ pub fn run(args: &BakeoffArgs) -> anyhow::Result<(String, ExitCode)> {
         signal_hook::flag::register(signal, Arc::clone(&interrupted)).context("cannot watch for signals")?;
     }
     let mut bakeoff =
-        if args.command.is_empty() { own_machine(args, &interrupted)? } else { command(args, &interrupted)? };
+        if args.is_machine() { own_machine(args, &interrupted)? } else { command(args, &interrupted)? };
     for mode in &bakeoff.modes {
         let reason = mode.error.as_ref().map(|error| format!("{} failed: {error}", mode.name));
         let reason =
@@ -166,7 +166,7 @@ fn names(
         }
     }
     if let Some(workload) = workload
-        && let Ok(symbols) = Symbols::read(&workload.program)
+        && let Ok(symbols) = Symbols::parse(&workload.program)
     {
         names.program = if symbols.is_relative() { symbols.shifted(PIE_BASE) } else { symbols };
     }

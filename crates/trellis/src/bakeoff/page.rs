@@ -121,6 +121,10 @@ fn bar(svg: &mut Svg, mode: &ModeResult, seconds: f64, y: f64, scale: &Scale) {
     }
 }
 
+fn shown_count(count: f64) -> String {
+    if count > 0.0 { format!("{count:.0}") } else { String::new() }
+}
+
 fn explained(mode: &ModeResult, explanation: &Explanation) -> String {
     let mut text = format!(
         "<h2>{}: where {} went</h2>\n<div class=\"scroll\"><table>\n<tr><th>part</th><th></th><th>time</th><th>share</th><th>count</th>\
@@ -137,7 +141,7 @@ fn explained(mode: &ModeResult, explanation: &Explanation) -> String {
     let each = |seconds: f64, count: f64| if count > 0.0 { time(seconds / count) } else { String::new() };
     for part in &explanation.parts {
         let count = part.count.unwrap_or(0.0);
-        let shown = if count > 0.0 { format!("{count:.0}") } else { String::new() };
+        let shown = shown_count(count);
         let basis = format!("{:?}", part.basis).to_lowercase();
         let cells = [
             part.what.clone(),
@@ -156,7 +160,7 @@ fn explained(mode: &ModeResult, explanation: &Explanation) -> String {
                 String::new(),
                 time(seconds),
                 share(seconds),
-                format!("{:.0}", r.count),
+                shown_count(r.count),
                 each(seconds, r.count),
             ];
             row("", cells);
@@ -197,6 +201,7 @@ mod tests {
         {
             assert!(text.contains(wanted), "{wanted}");
         }
+        assert!(!text.contains("<td>0</td>"), "what is not counted has no count");
         for element in ["table", "svg", "figure", "ul"] {
             let opened =
                 text.matches(&format!("<{element}>")).count() + text.matches(&format!("<{element} ")).count();

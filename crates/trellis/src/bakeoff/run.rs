@@ -131,7 +131,9 @@ fn one_run(lane: &mut Lane) -> Result<(), SessionError> {
     let Some(session) = &mut lane.session else { return Ok(()) };
     match session.measure(COMMAND, 1, 100) {
         Ok(Answer::Done(sample)) => {
-            lane.outcome.times.push(sample.host_ns / 1e9);
+            // A busy host lets us see the marks of a short command together; the program's own clock is there then.
+            let own = sample.guest_ns.filter(|_| sample.host_ns <= 0.0);
+            lane.outcome.times.push(own.unwrap_or(sample.host_ns) / 1e9);
             lane.outcome.cpu.extend(sample.cpu_ns.map(|cpu| cpu / 1e9));
         }
         Ok(Answer::Skipped(reason)) => {

@@ -44,8 +44,17 @@ pub fn render(bakeoff: &Bakeoff) -> String {
 /// The modes side by side.
 fn modes(bakeoff: &Bakeoff) -> Vec<Vec<String>> {
     let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<String>>();
-    let mut lines =
-        vec![words(&["mode", "", "median", "spread", "of native", "first run", "boot", "unexplained"])];
+    let mut lines = vec![words(&[
+        "mode",
+        "",
+        "median",
+        "spread",
+        "of native",
+        "first run",
+        "boot",
+        "unexplained",
+        "by prediction",
+    ])];
     for mode in &bakeoff.modes {
         let value = match (mode.seconds, &mode.error) {
             (_, Some(error)) if error.starts_with("no answer within") => "timed out".to_owned(),
@@ -92,7 +101,7 @@ fn explained(mode: &ModeResult, explanation: &Explanation) -> String {
     let rest = explanation.unexplained;
     lines.push(vec!["unexplained".to_owned(), String::new(), time(rest), share(rest)]);
     let mut text = align(&lines);
-    for line in about_code(mode, explanation) {
+    for line in about_code(explanation) {
         text.push_str(&format!("  {line}\n"));
     }
     if !mode.functions.is_empty() {
@@ -112,7 +121,6 @@ fn part_line(part: &Part, share: String) -> Vec<String> {
     let basis = match part.basis {
         Basis::Measured => "",
         Basis::Sampled => "sampled",
-        Basis::Predicted => "predicted",
     };
     let each = part.count.filter(|count| *count > 0.0).map(|count| time(part.seconds / count));
     let count = part.count.map_or_else(String::new, |count| format!("{count:.0}"));
@@ -126,31 +134,28 @@ fn row_line(row: &Row, share: &impl Fn(f64) -> String) -> Vec<String> {
         String::new(),
         time(seconds),
         share(seconds),
-        format!("{:.0}", row.count),
-        time(seconds / row.count.max(1.0)),
+        if row.count > 0.0 { format!("{:.0}", row.count) } else { String::new() },
+        if row.count > 0.0 { time(seconds / row.count) } else { String::new() },
     ]
 }
 
 /// What samples and fragments say of translated code.
-fn about_code(mode: &ModeResult, explanation: &Explanation) -> Vec<String> {
+fn about_code(explanation: &Explanation) -> Vec<String> {
     let mut lines = Vec::new();
     let lengthening = &explanation.lengthening;
     if let (Some(sampled), Some(factor)) = (explanation.sampled, lengthening.by_samples) {
         lines.push(format!(
-            "samples: {} in translated code; path lengthening {factor:.2} by samples{}",
+            "translated code took {}; path lengthening {factor:.2} by samples{}",
             time(sampled),
             lengthening.by_instructions.map_or_else(String::new, |f| format!(", {f:.2} by instructions")),
         ));
-    }
-    if let Some(profile) = &mode.profile {
-        let mut shares: Vec<(&String, f64)> =
-            profile.categories.keys().filter_map(|name| Some((name, profile.share(name)?))).collect();
-        shares.retain(|(_, share)| *share >= 0.005);
-        shares.sort_by(|a, b| b.1.total_cmp(&a.1));
-        if !shares.is_empty() {
-            let words: Vec<String> =
-                shares.iter().map(|(name, share)| format!("{name} {:.0} %", share * 100.0)).collect();
-            lines.push(format!("translated code by purpose: {}", words.join(", ")));
+        if let Some(predicted) = &explanation.predicted {
+            lines.push(format!(
+                "predicted: native {} × {factor:.2} = {}; with that {:+.1} % of the time are unexplained",
+                time(predicted.native),
+                time(predicted.seconds),
+                explanation.predicted_percent().unwrap_or(0.0)
+            ));
         }
     }
     lines
@@ -194,12 +199,12 @@ pub(super) mod tests {
             "timed out",
             "33 %",
             "bt: where 1.10 s of 3 runs went",
-            "native time (250 ms) × path lengthening (2.18)",
-            "predicted",
+            "the guest's own instructions",
+            "    checks of accesses",
+            "predicted: native 250 ms × 2.18 = 545 ms",
             "    CPUID",
             "unexplained",
             "2.18 by samples, 2.50 by instructions",
-            "check 50 %",
             "user    program, 0x401000",
             "Advice:\n  Take bt.",
             "tcg is left out",

@@ -20,6 +20,8 @@ use crate::bench::root::Entry;
 use crate::image::elf;
 use crate::prepare::PrepareError;
 
+/// Where a benchmark of ours lies.
+const BENCH: &str = "/bakeoff/bench";
 /// Interpreters of interpreters.
 const MAX_SCRIPTS: u32 = 4;
 /// What a root may hold: it lies in the guest's memory.
@@ -30,8 +32,8 @@ const MAX_LEN: u64 = 1 << 30;
 pub struct Workload {
     /// What the root holds.
     pub entries: Vec<Entry>,
-    /// The program's file on this host.
-    pub program: PathBuf,
+    /// The program's file.
+    pub program: Vec<u8>,
     /// The command, for people.
     pub name: String,
 }
@@ -50,6 +52,9 @@ impl Workload {
     /// # Errors
     /// There is no such program, or a file of it cannot be read: one line.
     pub fn new(args: &BakeoffArgs) -> anyhow::Result<Self> {
+        if let Some((name, count)) = &args.bench {
+            return Ok(Self::of_bench(name, *count, args.cpus));
+        }
         let [name, arguments @ ..] = args.command.as_slice() else { bail!("no command") };
         let program = find_program(name)?;
         let here = std::env::current_dir().context("there is no working directory")?;
@@ -62,13 +67,28 @@ impl Workload {
         for path in &args.with {
             collection.tree(&here.join(path))?;
         }
-        let pin = if args.cpus == 1 { &b"pin"[..] } else { b"" };
-        let mut words = vec![pin, here.as_os_str().as_bytes(), program.as_os_str().as_bytes()];
+        let content = collection.files.get(&program).cloned().unwrap_or_default();
+        let mut words = vec![pin(args.cpus), here.as_os_str().as_bytes(), program.as_os_str().as_bytes()];
         words.extend(args.command.iter().map(|word| word.as_bytes()));
         let input = args.input.as_ref().map(|file| read(file)).transpose()?.unwrap_or_default();
         let shown: Vec<String> =
             args.command.iter().map(|word| word.to_string_lossy().into_owned()).collect();
-        Ok(Self { entries: collection.entries(&words, input), program, name: shown.join(" ") })
+        Ok(Self { entries: collection.entries(&words, input), program: content, name: shown.join(" ") })
+    }
+
+    /// A benchmark of ours, as a command.
+    fn of_bench(name: &str, count: u64, cpus: u32) -> Self {
+        let program = guest_bench::PROGRAM.to_vec();
+        let mut collection = Collection::default();
+        collection.files.insert(PathBuf::from(BENCH), program.clone());
+        let count = count.to_string();
+        let words = ["/tmp", BENCH, "bench", "run", name, &count].map(str::as_bytes);
+        let words: Vec<&[u8]> = std::iter::once(pin(cpus)).chain(words).collect();
+        Self {
+            entries: collection.entries(&words, Vec::new()),
+            program,
+            name: format!("bench run {name} {count}"),
+        }
     }
 
     /// Bytes of all files.
@@ -83,6 +103,11 @@ impl Workload {
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
+}
+
+/// The word that keeps the native run on one CPU.
+const fn pin(cpus: u32) -> &'static [u8] {
+    if cpus == 1 { b"pin" } else { b"" }
 }
 
 /// A program by name or path.
@@ -272,7 +297,7 @@ mod tests {
     fn program_brings_loader_libraries_and_named_files() {
         let own = std::env::current_exe().unwrap();
         let found = workload(&["--", own.to_str().unwrap(), "/etc/hostname", "--list"]).unwrap();
-        assert!(has(&found, "ld-linux") && has(&found, "libc.so"), "{:?}", found.program);
+        assert!(has(&found, "ld-linux") && has(&found, "libc.so"));
         assert!(has(&found, "bakeoff/command") && has(&found, "bakeoff/input"));
         assert_eq!(has(&found, "etc/hostname"), Path::new("/etc/hostname").is_file());
         let place =
@@ -286,6 +311,19 @@ mod tests {
         assert!(parents.iter().enumerate().all(|(n, path)| {
             path.rsplit_once('/').is_none_or(|(parent, _)| parents[..n].contains(&parent))
         }));
+    }
+
+    #[test]
+    fn benchmark_of_ours_is_a_command() {
+        let found = workload(&["--bench", "forkwait:7"]).unwrap();
+        let command = Entry::File(
+            "bakeoff/command".into(),
+            b"pin\0/tmp\0/bakeoff/bench\0bench\0run\0forkwait\x007\0".to_vec(),
+        );
+        assert!(found.entries.contains(&command) && has(&found, "bakeoff/bench"));
+        for bad in ["forkwait", "forkwait:0", "gzip:3", "nosuch:1"] {
+            assert!(Line::try_parse_from(["bakeoff", "--bench", bad]).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -43,7 +43,9 @@ pub fn predict(
     let (mut all, mut notes) = (Vec::new(), Vec::new());
     let mut counter = Counter { plan, place, interrupted, session: None };
     for benchmark in plan.benchmarks.iter().filter(|benchmark| !benchmark.is_nano()) {
-        let native = report.row(benchmark.name, REFERENCE).and_then(|row| row.value);
+        // The run that other work on the host disturbed least; they are in the unit of the value.
+        let row = report.row(benchmark.name, REFERENCE).filter(|row| row.value.is_some());
+        let native = row.and_then(|row| row.samples.iter().copied().min_by(f64::total_cmp));
         let Some(nanoseconds) = native else {
             notes.push(format!("{}: nothing is predicted without a native time", benchmark.name));
             continue;

@@ -43,12 +43,21 @@ pub fn page(report: &Report) -> String {
         chase(report),
         operations(report),
         comparison(report),
+        predictions(report),
         table(report),
         facts(report),
     ];
     parts.iter().for_each(|part| text.push_str(part));
     text.push_str("</body>\n</html>\n");
     text
+}
+
+/// What the cost model says, if it was asked.
+fn predictions(report: &Report) -> String {
+    match crate::model::table::render(&report.predictions) {
+        text if text.is_empty() => text,
+        text => format!("<h2>Prediction</h2>\n<div class=\"scroll\"><pre>{}</pre></div>\n", escape(&text)),
+    }
 }
 
 /// The modes that were measured.
@@ -322,6 +331,17 @@ mod tests {
         let text = page(&example_of(&BENCHMARKS[first..first + 2]));
         assert!(text.contains("nano-syscall (interp):") && text.contains(" cyc per operation"), "{text}");
         assert!(!text.contains("Speed, in percent"), "a system call of the host's kernel is no measure");
+    }
+
+    #[test]
+    fn predictions_are_shown_if_there_are_any() {
+        let mut report = example();
+        assert!(!page(&report).contains("Prediction"));
+        let events = crate::model::events::Events { walks: 1.0, ..Default::default() };
+        report.predictions = vec![crate::model::table::Predicted::new("memsweep", "page", events, 40.0)];
+        assert!(
+            page(&report).contains("<h2>Prediction</h2>") && page(&report).contains("two-dimensional walk")
+        );
     }
 
     #[test]
