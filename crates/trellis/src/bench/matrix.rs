@@ -130,7 +130,7 @@ impl<'a> Matrix<'a> {
                 let may_go_on = cell.samples.is_empty() || cell.spent <= self.plan.patience;
                 if cell.error.is_none() && cell.skipped.is_none() && may_go_on {
                     self.say(benchmark, index, "measuring");
-                    match self.measure(benchmark, index, cell.count) {
+                    match self.measure_apart(benchmark, index, cell.count) {
                         Ok(answer) => take(cell, answer),
                         Err(error) => self.fail(index, cell, error)?,
                     }
@@ -186,6 +186,17 @@ impl<'a> Matrix<'a> {
     fn measure(&mut self, benchmark: &Benchmark, index: usize, count: u64) -> Result<Answer, SessionError> {
         let size_percent = self.plan.size_percent;
         self.session(index, root_of(benchmark))?.measure(benchmark.name, count, size_percent)
+    }
+
+    /// What was calibrated.
+    fn measure_apart(
+        &mut self,
+        benchmark: &Benchmark,
+        index: usize,
+        count: u64,
+    ) -> Result<Answer, SessionError> {
+        let size_percent = self.plan.size_percent;
+        self.session(index, root_of(benchmark))?.measure_apart(benchmark.name, count, size_percent)
     }
 
     /// The session of a mode in a root, started if need be; one in the other root is ended. A mode that does not start is

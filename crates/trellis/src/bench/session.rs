@@ -131,15 +131,19 @@ impl Session {
         Ok(session)
     }
 
-    /// Runs `count` iterations of the benchmark `name`, which if it is a real program is given `size_percent` to do. Marks that come
-    /// together, for the host was too busy to let us read the first in time, are no measurement where the program has no clock of its own: it is
-    /// repeated.
+    /// As [`Session::measure`], with enough to do that it can be seen. Marks that come together nevertheless, for the host was too busy to let
+    /// us read the first in time, are no measurement where the program has no clock of its own: it is repeated.
     ///
     /// # Errors
     /// The session is of no more use.
-    pub fn measure(&mut self, name: &str, count: u64, size_percent: u32) -> Result<Answer, SessionError> {
+    pub fn measure_apart(
+        &mut self,
+        name: &str,
+        count: u64,
+        size_percent: u32,
+    ) -> Result<Answer, SessionError> {
         for _ in 0..ATTEMPTS {
-            match self.measure_once(name, count, size_percent)? {
+            match self.measure(name, count, size_percent)? {
                 Answer::Done(sample) if sample.host_ns <= 0.0 && sample.guest_ns.is_none() => {}
                 answer => return Ok(answer),
             }
@@ -147,7 +151,11 @@ impl Session {
         Ok(Answer::Skipped("this host is too busy to see when it begins and when it ends".to_owned()))
     }
 
-    fn measure_once(&mut self, name: &str, count: u64, size_percent: u32) -> Result<Answer, SessionError> {
+    /// Runs `count` iterations of the benchmark `name`, which if it is a real program is given `size_percent` to do.
+    ///
+    /// # Errors
+    /// The session is of no more use.
+    pub fn measure(&mut self, name: &str, count: u64, size_percent: u32) -> Result<Answer, SessionError> {
         let deadline = Instant::now() + self.timeout;
         self.send(&format!("run {name} {count} {size_percent}\n"))?;
         let (mut start, mut end, mut cpu_ns) = (None, None, None);
@@ -408,7 +416,7 @@ mod tests {
             let script = format!(
                 r"echo READY >&2; while read run; do printf '\001\002DONE a 5 {clock} x\n' >&2; done"
             );
-            start(&script, 20_000).unwrap().measure("a", 1, 100).unwrap()
+            start(&script, 20_000).unwrap().measure_apart("a", 1, 100).unwrap()
         };
         assert!(matches!(answers("-"), Answer::Skipped(why) if why.contains("too busy")));
         assert!(matches!(answers("4000"), Answer::Done(sample) if sample.guest_ns == Some(4000.0)));
