@@ -1,6 +1,6 @@
 //! `trellis bakeoff`: the user's own workload in each mode, side by side, with the reason why.
 //!
-//! The way of the data: [`args`] → [`workload`] lays the command and its files as a root, for the host and for guests → [`run`] (a command) or
+//! The way of the data: [`args`] → [`workload`] lays the command and its files as a root, for the host and for guests → [`mod@run`] (a command) or
 //! [`machine`] (a machine of the user's) gives times and statistics → [`account`] takes the differences → [`explain`] → [`hot`] names code by
 //! [`crate::symbols`] → [`report`], with [`crate::model`]'s prediction and [`advice`] → [`text`], JSON, [`page`].
 //!
