@@ -45,8 +45,8 @@ fn image(input: &mut Input<'_>) -> Vec<u8> {
     put(100, &104u32.to_be_bytes());
     put(CLUSTER, &(2 * cluster).to_be_bytes());
     (0..6).for_each(|n| put(2 * CLUSTER + 2 * n, &1u16.to_be_bytes()));
-    put(3 * CLUSTER, &(4 * cluster | 1 << 63).to_be_bytes());
-    put(4 * CLUSTER, &(5 * cluster | 1 << 63).to_be_bytes());
+    put(3 * CLUSTER, &((4 * cluster) | (1 << 63)).to_be_bytes());
+    put(4 * CLUSTER, &((5 * cluster) | (1 << 63)).to_be_bytes());
     for _ in 0..input.byte() & 15 {
         let place = match input.byte() & 7 {
             0 => usize::from(input.half()) % 112,
@@ -55,7 +55,7 @@ fn image(input: &mut Input<'_>) -> Vec<u8> {
         };
         let entry = match input.byte() & 3 {
             0 => input.number(),
-            1 => u64::from(input.byte() % 10) << 12 | u64::from(input.byte() & 3) << 62,
+            1 => (u64::from(input.byte() % 10) << 12) | (u64::from(input.byte() & 3) << 62),
             2 => u64::from(input.byte()),
             _ => u64::MAX >> (input.byte() & 63),
         };
