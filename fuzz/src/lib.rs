@@ -8,5 +8,6 @@ pub mod decoder;
 pub mod input;
 pub mod interpreter;
 pub mod loaders;
+pub mod qcow2;
 pub mod translator;
 pub mod virtqueue;

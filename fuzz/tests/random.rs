@@ -1,7 +1,7 @@
 //! Every target on some thousand seeded random inputs. A failing input's number is printed; `TRELLIS_SEED=n` runs it
 //! alone, `TRELLIS_CASES=n` runs more of them.
 
-use trellis_fuzz::{decoder, interpreter, loaders, translator, virtqueue};
+use trellis_fuzz::{decoder, interpreter, loaders, qcow2, translator, virtqueue};
 
 /// Input number `n`: up to `longest` bytes.
 fn input(n: u64, longest: u64) -> Vec<u8> {
@@ -70,4 +70,9 @@ fn virtqueue_takes_any_rings() {
 #[test]
 fn translator_takes_any_bytes() {
     run("translator", translator::target, 60_000, 700);
+}
+
+#[test]
+fn qcow2_takes_any_image() {
+    run("qcow2", qcow2::target, 2_000, 300);
 }

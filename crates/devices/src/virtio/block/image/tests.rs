@@ -310,6 +310,16 @@ fn damaged_headers_are_errors() {
 }
 
 #[test]
+fn counts_that_do_not_cover_the_file_are_refused_to_a_writer() {
+    let mut content = qcow2(1 << 20, None);
+    content[CLUSTER..CLUSTER + 8].fill(0);
+    let file = Scratch::new("no-counts", &content);
+    let text = one_line(&open_qcow2(&file.0).unwrap_err());
+    assert!(text.contains("qemu-img check"), "{text}");
+    assert_eq!(get(&Image::open(&read_only(&file.0)).unwrap(), 0), 0, "it can be read");
+}
+
+#[test]
 fn tables_that_overlap_or_point_anywhere_are_survived() {
     let mut rng = crate::virtio::rng::SplitMix64::new(0x9c0);
     for _ in 0..300 {
