@@ -178,7 +178,12 @@ impl Wiring {
 
 /// The machine that was asked for.
 fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
-    let source = boot_source(prepared.kernel_name, prepared.kernel, prepared.modules, prepared.append)?;
+    let source = boot_source(
+        prepared.kernel_name,
+        (prepared.kernel, prepared.kernel_file),
+        prepared.modules,
+        prepared.append,
+    )?;
     let inside = prepared.inside;
     let trace_what = inside.trace.as_ref().map(|trace| TraceWhat {
         events: trace.events,
@@ -226,11 +231,12 @@ fn trace_sink(file: Option<File>) -> Sink {
 /// Initrd or modules, as the kernel's protocol has them.
 fn boot_source(
     kernel_name: String,
-    kernel: Vec<u8>,
+    (kernel, file): (Vec<u8>, Option<File>),
     modules: Vec<Module>,
     cmdline: String,
 ) -> anyhow::Result<BootSource> {
-    let mut source = BootSource { kernel, kernel_name, cmdline, ..BootSource::default() };
+    let mut source =
+        BootSource { kernel, kernel_file: file.map(Arc::new), kernel_name, cmdline, ..BootSource::default() };
     let protocol = boot::recognise(&source).with_context(|| format!("cannot boot {}", source.kernel_name))?;
     let mut modules = modules.into_iter();
     if protocol != Protocol::Multiboot {

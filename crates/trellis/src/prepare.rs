@@ -53,6 +53,8 @@ pub struct Prepared {
     pub kernel_name: String,
     /// The kernel file.
     pub kernel: Vec<u8>,
+    /// Where it can be read again.
+    pub kernel_file: Option<File>,
     /// Initrd (the first) or multiboot modules.
     pub modules: Vec<Module>,
     /// Kernel command line.
@@ -120,6 +122,7 @@ pub enum Output {
 struct Guest {
     name: String,
     kernel: Vec<u8>,
+    kernel_file: Option<File>,
     initrd: Option<String>,
     append: String,
     is_contract: bool,
@@ -175,6 +178,7 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
     Ok(Prepared {
         kernel_name: guest.name,
         kernel: guest.kernel,
+        kernel_file: guest.kernel_file,
         modules,
         append: options.append.unwrap_or(guest.append),
         memory_bytes: options.memory_bytes,
@@ -243,6 +247,7 @@ fn find_guest(options: &VmOptions) -> Result<Guest, PrepareError> {
         (None, Some(path)) => Ok(Guest {
             name: path.display().to_string(),
             kernel: read_file(path, "kernel", options.memory_bytes)?,
+            kernel_file: regular(path),
             initrd: None,
             append: String::new(),
             is_contract: false,
@@ -265,6 +270,7 @@ fn contract() -> Guest {
     Guest {
         name: "contract".to_owned(),
         kernel: guest_embed::CONTRACT.to_vec(),
+        kernel_file: None,
         initrd: None,
         append: String::new(),
         is_contract: true,
@@ -283,6 +289,7 @@ fn fetched(spec: &ImageSpec, options: &VmOptions) -> Result<Guest, PrepareError>
     Ok(Guest {
         name: spec.name(),
         kernel: read_file(&image.kernel, "kernel", options.memory_bytes)?,
+        kernel_file: regular(&image.kernel),
         initrd: image.initrd.map(|path| path.display().to_string()),
         append,
         is_contract: false,
@@ -298,6 +305,12 @@ fn terminal_size_word() -> String {
         }
         _ => String::new(),
     }
+}
+
+/// A file that can be read again, unlike a pipe.
+fn regular(path: &Path) -> Option<File> {
+    let is_file = std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
+    is_file.then(|| File::open(path).ok()).flatten()
 }
 
 /// Reads a whole file of at most `limit_bytes`; pipes will do.
@@ -454,6 +467,7 @@ fn root_modules(
         let image = image::ensure_module(&spec, "overlay", Progress::new);
         let image = image.map_err(|error| Failure(error.to_string()))?;
         guest.kernel = read_file(&image.kernel, "kernel", u64::MAX - 1)?;
+        guest.kernel_file = regular(&image.kernel);
         let path = image.initrd.unwrap_or(initrd.path);
         initrd = Module { content: read_file(&path, "initrd", u64::MAX - 1)?, path, ..initrd };
     }

@@ -172,7 +172,9 @@ impl Vm {
     /// Builds a machine with `mem` and starts its kernel, as firmware would.
     fn power_on(&mut self, mem: Arc<GuestMemory>, wall_base_ns: Option<u64>) -> Result<(), VmError> {
         let cpus = u32::try_from(self.plan.cpus).unwrap_or(u32::MAX);
+        self.source.recall()?;
         let entry = boot::load(&mem, &self.source, &Platform { cpus, vga: self.vga, ecam: None })?;
+        self.source.let_go();
         let clock = Arc::new(GuestClock::new(self.clock_mode, wall_base_ns));
         let machine = Machine::new(&self.plan, mem, clock)?;
         machine.firmware_setup();

@@ -56,6 +56,9 @@ pub enum BootError {
     #[error("{cpus} CPUs cannot be described; give 1 to {max}")]
     Cpus { cpus: u32, max: u32 },
 
+    #[error("cannot read the kernel file again for the reset: {0}; start the machine anew")]
+    Again(String),
+
     #[error("cannot write boot data: {0}")]
     Memory(#[from] guestmem::Unbacked),
 }

@@ -27,6 +27,10 @@ mod samples;
 pub mod state;
 mod zeropage;
 
+use std::fs::File;
+use std::io::{Read as _, Seek as _};
+use std::sync::Arc;
+
 use guestmem::{Gpa, GuestMemory};
 
 pub use error::BootError;
@@ -78,10 +82,12 @@ pub struct Module {
 }
 
 /// What to boot.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct BootSource {
     /// The kernel file.
     pub kernel: Vec<u8>,
+    /// The regular file that `kernel` was read from: it is read again at a reset, and not kept in memory meanwhile.
+    pub kernel_file: Option<Arc<File>>,
     /// What multiboot kernels get as the first word of their command line, as other loaders do it: the file's name.
     pub kernel_name: String,
     /// Initial RAM disk; for multiboot and PVH the first module.
@@ -95,6 +101,23 @@ pub struct BootSource {
 }
 
 impl BootSource {
+    /// Lets go of what can be read again.
+    pub(crate) fn let_go(&mut self) {
+        if self.kernel_file.is_some() {
+            self.kernel = Vec::new();
+        }
+    }
+
+    /// Reads again what was let go.
+    pub(crate) fn recall(&mut self) -> Result<(), BootError> {
+        if let (Some(file), true) = (&self.kernel_file, self.kernel.is_empty()) {
+            let mut file = &**file;
+            let read = file.rewind().and_then(|()| file.read_to_end(&mut self.kernel));
+            read.map_err(|error| BootError::Again(error.to_string()))?;
+        }
+        Ok(())
+    }
+
     /// The initrd, then the other modules, with their command lines.
     fn all_modules(&self) -> impl Iterator<Item = (&[u8], &str)> {
         let initrd = self.initrd.iter().map(|data| (&data[..], ""));

@@ -351,3 +351,20 @@ proptest! {
         let _ = boot(4 * MIB, &source(image));
     }
 }
+
+#[test]
+fn kernel_that_can_be_read_again_is_not_kept() {
+    let mut file = tempfile::tempfile().unwrap();
+    std::io::Write::write_all(&mut file, b"a kernel").unwrap();
+    let file = Some(std::sync::Arc::new(file));
+    let mut again = BootSource { kernel_file: file, ..source(b"a kernel".to_vec()) };
+    let mut kept = source(b"a kernel".to_vec());
+    for s in [&mut again, &mut kept] {
+        for _ in 0..2 {
+            s.let_go();
+            assert_eq!(s.kernel.is_empty(), s.kernel_file.is_some());
+            s.recall().unwrap();
+            assert_eq!(s.kernel, b"a kernel");
+        }
+    }
+}
