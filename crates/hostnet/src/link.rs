@@ -1,0 +1,237 @@
+//! A wire to another machine: a unix socket that carries frames, each behind its length in four bytes, big-endian. QEMU's
+//! `-netdev stream` and `passt --socket` speak the same.
+//!
+//! Who finds nobody at the path listens there; who finds somebody connects. When the other goes, the link is down until
+//! somebody comes again: who listened listens on, who had connected looks for the path again, and takes it over if nobody
+//! listens there.
+
+use std::collections::VecDeque;
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+
+use crate::{Backend, Header, MAX_FRAME, NetError, Offloads};
+
+/// Bytes that wait for the other end to take them; a frame that finds no room is lost.
+const WAITING: usize = 1 << 20;
+/// How often the other end is looked for.
+const LOOK: Duration = Duration::from_millis(500);
+/// Read at a time.
+const BLOCK: usize = 64 << 10;
+const LENGTH: usize = 4;
+
+/// A link to another machine.
+pub struct Link {
+    path: PathBuf,
+    listener: Option<UnixListener>,
+    stream: Option<UnixStream>,
+    looked: Instant,
+    outgoing: VecDeque<u8>,
+    incoming: Vec<u8>,
+    /// What of `incoming` is taken.
+    taken: usize,
+    lost: u64,
+}
+
+impl Link {
+    /// A link at `path`.
+    ///
+    /// # Errors
+    /// When one can neither connect nor listen there.
+    pub fn new(path: &Path) -> Result<Self, NetError> {
+        let mut link = Self {
+            path: path.to_owned(),
+            listener: None,
+            stream: None,
+            looked: Instant::now(),
+            outgoing: VecDeque::new(),
+            incoming: Vec::new(),
+            taken: 0,
+            lost: 0,
+        };
+        link.look().map_err(|source| {
+            let hint = match source.kind() {
+                io::ErrorKind::PermissionDenied => "; name a path that you may write",
+                io::ErrorKind::NotFound => "; name a path in a directory that exists",
+                io::ErrorKind::AlreadyExists => "; there is a file that is no socket, name another path",
+                _ => "",
+            };
+            NetError::Link { path: path.display().to_string(), source, hint }
+        })?;
+        Ok(link)
+    }
+
+    /// Connects, or listens.
+    fn look(&mut self) -> io::Result<()> {
+        self.looked = Instant::now();
+        match UnixStream::connect(&self.path) {
+            Ok(stream) => self.connected(stream),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                use std::os::unix::fs::FileTypeExt as _;
+                if !std::fs::symlink_metadata(&self.path)?.file_type().is_socket() {
+                    return Err(io::ErrorKind::AlreadyExists.into());
+                }
+                // Nobody listens there any more.
+                std::fs::remove_file(&self.path)?;
+                self.listen()
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.listen(),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn listen(&mut self) -> io::Result<()> {
+        let listener = UnixListener::bind(&self.path)?;
+        listener.set_nonblocking(true)?;
+        self.listener = Some(listener);
+        Ok(())
+    }
+
+    fn connected(&mut self, stream: UnixStream) -> io::Result<()> {
+        stream.set_nonblocking(true)?;
+        self.outgoing.clear();
+        self.incoming.clear();
+        self.taken = 0;
+        self.stream = Some(stream);
+        Ok(())
+    }
+
+    /// The other end went away, or is not to be understood.
+    fn disconnect(&mut self) {
+        self.stream = None;
+        self.outgoing.clear();
+        self.incoming.clear();
+        self.taken = 0;
+        self.looked = Instant::now();
+    }
+
+    fn flush(&mut self) {
+        while let (Some(stream), false) = (&mut self.stream, self.outgoing.is_empty()) {
+            match stream.write(self.outgoing.as_slices().0) {
+                Ok(0) => return,
+                Ok(len) => drop(self.outgoing.drain(..len)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => return self.disconnect(),
+            }
+        }
+    }
+
+    /// Reads one block, if the last was used up to less than a frame.
+    fn fill(&mut self) -> bool {
+        let Some(stream) = &mut self.stream else { return false };
+        self.incoming.drain(..self.taken);
+        self.taken = 0;
+        let old = self.incoming.len();
+        self.incoming.resize(old + BLOCK, 0);
+        let read = stream.read(&mut self.incoming[old..]);
+        self.incoming.truncate(old + read.as_ref().map_or(0, |&len| len));
+        match read {
+            Ok(0) => self.disconnect(),
+            Ok(_) => return true,
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(_) => self.disconnect(),
+        }
+        false
+    }
+
+    /// The next whole frame that was read.
+    fn next(&mut self) -> Option<std::ops::Range<usize>> {
+        let rest = &self.incoming[self.taken..];
+        let length = u32::from_be_bytes(rest.get(..LENGTH)?.try_into().ok()?);
+        let len = usize::try_from(length).unwrap_or(usize::MAX);
+        if len == 0 || len > MAX_FRAME {
+            tracing::warn!(path = %self.path.display(), len, "the other end of a link sends no frames");
+            self.disconnect();
+            return None;
+        }
+        let start = self.taken + LENGTH;
+        let end = start + len;
+        (end <= self.incoming.len()).then(|| {
+            self.taken = end;
+            start..end
+        })
+    }
+}
+
+impl Backend for Link {
+    fn offloads(&self) -> Offloads {
+        Offloads::default()
+    }
+
+    fn start(&mut self, _: Offloads) {}
+
+    fn send(&mut self, _: &Header, frame: &[u8]) {
+        if self.stream.is_none() || self.outgoing.len() + LENGTH + frame.len() > WAITING {
+            self.lost += 1;
+            return;
+        }
+        let length = u32::try_from(frame.len()).unwrap_or(0);
+        self.outgoing.extend(length.to_be_bytes());
+        self.outgoing.extend(frame);
+    }
+
+    fn receive(&mut self, to: &mut Vec<u8>) -> Option<Header> {
+        loop {
+            if let Some(frame) = self.next() {
+                to.extend_from_slice(&self.incoming[frame]);
+                return Some(Header::default());
+            }
+            if !self.fill() {
+                return None;
+            }
+        }
+    }
+
+    fn work(&mut self) {
+        if self.stream.is_none() {
+            let arrived = self.listener.as_ref().and_then(|listener| listener.accept().ok());
+            if let Some((stream, _)) = arrived {
+                let _retried = self.connected(stream);
+            } else if self.listener.is_none() && self.looked.elapsed() >= LOOK {
+                // It is looked for again and again.
+                let _retried = self.look();
+            }
+        }
+        self.flush();
+    }
+
+    fn sleep_on<'a>(&'a self, room: bool, list: &mut Vec<PollFd<'a>>) -> Option<Duration> {
+        match (&self.stream, &self.listener) {
+            (Some(stream), _) => {
+                let mut flags = if room { PollFlags::IN } else { PollFlags::empty() };
+                if !self.outgoing.is_empty() {
+                    flags |= PollFlags::OUT;
+                }
+                if !flags.is_empty() {
+                    list.push(PollFd::new(stream, flags));
+                }
+                None
+            }
+            (None, Some(listener)) => {
+                list.push(PollFd::new(listener, PollFlags::IN));
+                None
+            }
+            (None, None) => Some(LOOK),
+        }
+    }
+
+    fn is_up(&self) -> bool {
+        self.stream.is_some()
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![("lost", self.lost)]
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if self.listener.is_some() {
+            let _gone = std::fs::remove_file(&self.path);
+        }
+    }
+}
