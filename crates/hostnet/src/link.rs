@@ -235,3 +235,75 @@ impl Drop for Link {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn next(link: &mut Link, other: &mut Link) -> Vec<u8> {
+        let start = Instant::now();
+        loop {
+            let mut frame = Vec::new();
+            if link.receive(&mut frame).is_some() {
+                return frame;
+            }
+            assert!(start.elapsed() < Duration::from_secs(20), "no frame came");
+            link.work();
+            other.work();
+        }
+    }
+
+    #[test]
+    fn two_machines_talk_and_find_each_other_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("link");
+        let mut a = Link::new(&path).unwrap();
+        let mut b = Link::new(&path).unwrap();
+        a.work();
+        assert!(a.is_up() && b.is_up());
+        for len in [60, 1514, 65_000] {
+            b.send(&Header::default(), &vec![9; len]);
+            assert_eq!(next(&mut a, &mut b), vec![9; len]);
+            a.send(&Header::default(), &vec![8; len]);
+            assert_eq!(next(&mut b, &mut a), vec![8; len]);
+        }
+        // The listener goes; who had connected takes the path over.
+        drop(a);
+        assert!(b.receive(&mut Vec::new()).is_none() && !b.is_up());
+        std::thread::sleep(LOOK);
+        b.work();
+        let mut c = Link::new(&path).unwrap();
+        b.work();
+        c.send(&Header::default(), &[1; 60]);
+        assert_eq!(next(&mut b, &mut c), [1; 60]);
+    }
+
+    #[test]
+    fn garbage_ends_the_connection_and_a_deaf_peer_costs_frames_only() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("link");
+        let mut link = Link::new(&path).unwrap();
+        let mut peer = UnixStream::connect(&path).unwrap();
+        link.work();
+        for _ in 0..10_000 {
+            link.send(&Header::default(), &[5; 1500]);
+            link.work();
+        }
+        assert!(link.outgoing.len() <= WAITING && link.lost > 0);
+        peer.write_all(&[0xff; 64]).unwrap();
+        assert!(link.receive(&mut Vec::new()).is_none() && !link.is_up());
+        link.send(&Header::default(), &[5; 1500]);
+    }
+
+    #[test]
+    fn file_that_is_no_socket_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        std::fs::write(&path, b"mine").unwrap();
+        let error = Link::new(&path).err().unwrap().to_string();
+        assert!(error.contains("another path"), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"mine");
+        let error = Link::new(&directory.path().join("no/where")).err().unwrap().to_string();
+        assert!(error.contains("a directory that exists"), "{error}");
+    }
+}
