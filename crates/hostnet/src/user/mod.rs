@@ -152,10 +152,10 @@ impl UserNet {
         match ip.next_header() {
             IpProtocol::Tcp => {
                 let whole = &bytes[..usize::from(ip.total_len())];
-                self.tcp.from_guest(whole, packet, self.routes);
+                self.tcp.take(whole, packet, self.routes);
             }
-            IpProtocol::Udp => self.udp.from_guest(packet, self.routes),
-            IpProtocol::Icmp => self.pings.from_guest(packet, self.routes, &mut self.outbox),
+            IpProtocol::Udp => self.udp.take(packet, self.routes),
+            IpProtocol::Icmp => self.pings.take(packet, self.routes, &mut self.outbox),
             _ => {}
         }
     }

@@ -35,7 +35,7 @@ pub(super) struct Pings {
 
 impl Pings {
     /// A packet of the guest.
-    pub fn from_guest(&mut self, packet: Packet<'_>, routes: Routes, outbox: &mut Outbox) {
+    pub fn take(&mut self, packet: Packet<'_>, routes: Routes, outbox: &mut Outbox) {
         let Ok(icmp) = Icmpv4Packet::new_checked(packet.payload) else { return };
         let Ok(Icmpv4Repr::EchoRequest { ident, seq_no, data }) =
             Icmpv4Repr::parse(&icmp, &ChecksumCapabilities::default())

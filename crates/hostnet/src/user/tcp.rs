@@ -122,7 +122,7 @@ impl Tcp {
     }
 
     /// A packet of the guest.
-    pub fn from_guest(&mut self, bytes: &[u8], packet: Packet<'_>, routes: Routes) {
+    pub fn take(&mut self, bytes: &[u8], packet: Packet<'_>, routes: Routes) {
         let Ok(tcp) = TcpPacket::new_checked(packet.payload) else { return };
         let ends = Ends {
             guest: SocketAddrV4::new(packet.from, tcp.src_port()),
@@ -329,12 +329,12 @@ impl Flow {
     fn pump(&mut self, socket: &mut Socket<'_>) {
         if std::mem::take(&mut self.ready) {
             self.blocked = false;
-            self.to_guest(socket);
+            self.serve_guest(socket);
         }
-        self.to_host(socket);
+        self.serve_host(socket);
     }
 
-    fn to_guest(&mut self, socket: &mut Socket<'_>) {
+    fn serve_guest(&mut self, socket: &mut Socket<'_>) {
         while !self.host_ended && socket.can_send() {
             let host = &self.host;
             let receive = |room: &mut [u8]| match recv(host, &mut *room, RecvFlags::DONTWAIT) {
@@ -354,7 +354,7 @@ impl Flow {
         }
     }
 
-    fn to_host(&mut self, socket: &mut Socket<'_>) {
+    fn serve_host(&mut self, socket: &mut Socket<'_>) {
         while !self.blocked && socket.can_recv() {
             let host = &self.host;
             let give = |data: &mut [u8]| match send(host, data, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {

@@ -94,7 +94,7 @@ impl Udp {
     }
 
     /// A datagram of the guest.
-    pub fn from_guest(&mut self, packet: Packet<'_>, routes: Routes) {
+    pub fn take(&mut self, packet: Packet<'_>, routes: Routes) {
         let Ok(udp) = UdpPacket::new_checked(packet.payload) else { return };
         let guest = (packet.from, udp.src_port());
         let other = SocketAddrV4::new(packet.to, udp.dst_port());
