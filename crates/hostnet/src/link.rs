@@ -26,7 +26,8 @@ const LENGTH: usize = 4;
 /// A link to another machine.
 pub struct Link {
     path: PathBuf,
-    listener: Option<UnixListener>,
+    /// Listens, on a socket that is this file.
+    listener: Option<(UnixListener, Place)>,
     stream: Option<UnixStream>,
     looked: Instant,
     outgoing: VecDeque<u8>,
@@ -64,8 +65,27 @@ impl Link {
         Ok(link)
     }
 
-    /// Connects, or listens.
+    /// Connects, or listens. Two that begin at the same moment may find each other half way there: then again.
     fn look(&mut self) -> io::Result<()> {
+        const TRIES: u32 = 5;
+        for _ in 1..TRIES {
+            match self.look_once(false) {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::ConnectionRefused | io::ErrorKind::AddrInUse
+                    ) =>
+                {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                other => return other,
+            }
+        }
+        self.look_once(true)
+    }
+
+    /// Connects, or listens; at a socket to which nobody listens only if it is `abandoned`.
+    fn look_once(&mut self, abandoned: bool) -> io::Result<()> {
         self.looked = Instant::now();
         match UnixStream::connect(&self.path) {
             Ok(stream) => self.connected(stream),
@@ -74,7 +94,9 @@ impl Link {
                 if !std::fs::symlink_metadata(&self.path)?.file_type().is_socket() {
                     return Err(io::ErrorKind::AlreadyExists.into());
                 }
-                // Nobody listens there any more.
+                if !abandoned {
+                    return Err(error);
+                }
                 std::fs::remove_file(&self.path)?;
                 self.listen()
             }
@@ -86,7 +108,7 @@ impl Link {
     fn listen(&mut self) -> io::Result<()> {
         let listener = UnixListener::bind(&self.path)?;
         listener.set_nonblocking(true)?;
-        self.listener = Some(listener);
+        self.listener = Some((listener, place(&self.path)));
         Ok(())
     }
 
@@ -97,6 +119,17 @@ impl Link {
         self.taken = 0;
         self.stream = Some(stream);
         Ok(())
+    }
+
+    /// Nobody is there: looks for somebody, unless he will find us.
+    fn look_again(&mut self) {
+        self.looked = Instant::now();
+        if self.listener.as_ref().is_some_and(|(_, ours)| ours.is_some() && *ours == place(&self.path)) {
+            return;
+        }
+        self.listener = None;
+        // It is tried again and again.
+        let _retried = self.look_once(true);
     }
 
     /// The other end went away, or is not to be understood.
@@ -157,6 +190,14 @@ impl Link {
     }
 }
 
+/// Which file a path names: device and number.
+type Place = Option<(u64, u64)>;
+
+fn place(path: &Path) -> Place {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::symlink_metadata(path).ok().map(|file| (file.dev(), file.ino()))
+}
+
 impl Backend for Link {
     fn offloads(&self) -> Offloads {
         Offloads::default()
@@ -188,12 +229,11 @@ impl Backend for Link {
 
     fn work(&mut self) {
         if self.stream.is_none() {
-            let arrived = self.listener.as_ref().and_then(|listener| listener.accept().ok());
+            let arrived = self.listener.as_ref().and_then(|(listener, _)| listener.accept().ok());
             if let Some((stream, _)) = arrived {
                 let _retried = self.connected(stream);
-            } else if self.listener.is_none() && self.looked.elapsed() >= LOOK {
-                // It is looked for again and again.
-                let _retried = self.look();
+            } else if self.looked.elapsed() >= LOOK {
+                self.look_again();
             }
         }
         self.flush();
@@ -211,9 +251,9 @@ impl Backend for Link {
                 }
                 None
             }
-            (None, Some(listener)) => {
+            (None, Some((listener, _))) => {
                 list.push(PollFd::new(listener, PollFlags::IN));
-                None
+                Some(LOOK)
             }
             (None, None) => Some(LOOK),
         }
@@ -230,7 +270,7 @@ impl Backend for Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        if self.listener.is_some() {
+        if self.listener.as_ref().is_some_and(|(_, ours)| ours.is_some() && *ours == place(&self.path)) {
             let _gone = std::fs::remove_file(&self.path);
         }
     }
@@ -276,6 +316,39 @@ mod tests {
         b.work();
         c.send(&Header::default(), &[1; 60]);
         assert_eq!(next(&mut b, &mut c), [1; 60]);
+    }
+
+    #[test]
+    fn machines_that_begin_at_the_same_moment_meet() {
+        let directory = tempfile::tempdir().unwrap();
+        for round in 0..200 {
+            let path = directory.path().join(round.to_string());
+            let barrier = std::sync::Barrier::new(2);
+            let begin = || {
+                barrier.wait();
+                Link::new(&path).unwrap()
+            };
+            let (mut a, mut b) = std::thread::scope(|scope| {
+                let other = scope.spawn(begin);
+                (begin(), other.join().unwrap())
+            });
+            a.work();
+            b.work();
+            assert!(a.is_up() && b.is_up(), "round {round}");
+        }
+    }
+
+    #[test]
+    fn listener_whose_path_was_taken_looks_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("link");
+        let mut a = Link::new(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let mut b = Link::new(&path).unwrap();
+        std::thread::sleep(LOOK);
+        a.work();
+        b.work();
+        assert!(a.is_up() && b.is_up());
     }
 
     #[test]
