@@ -45,7 +45,7 @@ Examples:
   trellis boot --kernel vmlinuz --disk root.img --disk data.img,ro --append 'console=ttyS0 root=/dev/vda'
       A kernel and disks of your own; docs/guide/disks.md tells of qcow2, --snapshot and more.
   trellis boot debian --net user --forward tcp:2222:22
-      A network behind this host, without any rights; port 2222 here is port 22 there. In the shell: udhcpc.
+      A network behind this host, without any rights; port 2222 here is port 22 there. See docs/guide/network.md.
   trellis boot --kernel xen --initrd 'vmlinuz console=hvc0,initrd' --append com1=115200
       A multiboot kernel with modules: --initrd 'FILE ARGS,FILE ARGS'.
   trellis boot --gdb-wait
@@ -68,6 +68,8 @@ A file looks like this; every key is optional, and paths are relative to the fil
   cpu = \"max,-avx512f\"
   disk = [\"root.qcow2\", \"data.img,ro\"]
   snapshot = false
+  net = \"user\"                     # see docs/guide/network.md
+  forward = [\"tcp:2222:22\"]
   serial = \"stdio\"
   share = [\"src:src:ro\"]
   root = \"rootfs\"                   # a directory as root file system, with a kernel of ours
