@@ -131,7 +131,8 @@ impl UserNet {
 
     fn ipv4(&mut self, bytes: &[u8]) {
         let Ok(ip) = Ipv4Packet::new_checked(bytes) else { return };
-        if ip.version() != 4 || usize::from(ip.header_len()) < 20 {
+        // The header's sum is there even where those of TCP and UDP are left out; UDP's and TCP's data lay in no wire.
+        if ip.version() != 4 || usize::from(ip.header_len()) < outbox::IPV4 || !ip.verify_checksum() {
             return;
         }
         let (from, to) = (ip.src_addr(), ip.dst_addr());

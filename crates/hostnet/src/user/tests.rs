@@ -422,7 +422,7 @@ fn garbage_and_floods_neither_panic_nor_pile_up() {
             _ => frame(GUEST, to, protocols[(random() % 4) as usize], &noise),
         };
         if bytes.len() > 20 && random() & 1 == 0 {
-            let at = (random() as usize) % bytes.len();
+            let at = usize::from((random() & 0xffff) as u16) % bytes.len();
             bytes[at] = random().to_le_bytes()[0];
         }
         net.send(&Header::default(), &bytes);
