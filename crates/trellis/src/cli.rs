@@ -15,12 +15,14 @@ use crate::gdb::{self, GdbTarget};
 use crate::image::Arch;
 use crate::inside::InsideFlags;
 use crate::metrics;
+use crate::net::{NetFlags, NetSpec, parse_forward, parse_net};
 use crate::options::{
     CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, ShareSpec, StatsTarget, VgaChoice,
     VirtualExec, VmFlags, parse_char_target, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_root,
     parse_share, parse_stats, parse_timeout,
 };
 use crate::top::TopArgs;
+use hostnet::Forward;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -42,6 +44,8 @@ Examples:
       Runs one command in the guest, powers off, says where the time went.
   trellis boot --kernel vmlinuz --disk root.img --disk data.img,ro --append 'console=ttyS0 root=/dev/vda'
       A kernel and disks of your own; docs/guide/disks.md tells of qcow2, --snapshot and more.
+  trellis boot debian --net user --forward tcp:2222:22
+      A network behind this host, without any rights; port 2222 here is port 22 there. See docs/guide/network.md.
   trellis boot --kernel xen --initrd 'vmlinuz console=hvc0,initrd' --append com1=115200
       A multiboot kernel with modules: --initrd 'FILE ARGS,FILE ARGS'.
   trellis boot --gdb-wait
@@ -64,6 +68,8 @@ A file looks like this; every key is optional, and paths are relative to the fil
   cpu = \"max,-avx512f\"
   disk = [\"root.qcow2\", \"data.img,ro\"]
   snapshot = false
+  net = \"user\"                     # see docs/guide/network.md
+  forward = [\"tcp:2222:22\"]
   serial = \"stdio\"
   share = [\"src:src:ro\"]
   root = \"rootfs\"                   # a directory as root file system, with a kernel of ours
@@ -363,6 +369,12 @@ pub struct MachineArgs {
     /// A directory of this host as the guest's root file system; with :ro its changes are in guest memory
     #[arg(long, value_name = "DIR[:ro]", value_parser = parse_root, conflicts_with_all = ["kernel", "initrd"], help_heading = "Guest")]
     root: Option<ShareSpec>,
+    /// A network card: user (needs no rights), tap=NAME, socket=PATH or none; and ,mac=M; user has ,forward=tcp:2222:22 ,loopback=off [default: none]
+    #[arg(long = "net", value_name = "KIND[,OPTION…]", value_parser = parse_net, help_heading = "Guest")]
+    nets: Vec<NetSpec>,
+    /// A port of this host that leads to one of the guest, as in tcp:2222:22; --net user is assumed
+    #[arg(long = "forward", value_name = "PROTOCOL:[ADDRESS:]PORT:PORT", value_parser = parse_forward, help_heading = "Guest")]
+    forwards: Vec<Forward>,
     /// Guest memory, as in 512M or 2G; a number alone is MiB [default: 512M]
     #[arg(long, short = 'm', value_name = "SIZE", value_parser = parse_memory, allow_hyphen_values = true, help_heading = "Machine")]
     memory: Option<u64>,
@@ -443,6 +455,7 @@ impl MachineArgs {
             snapshot: self.snapshot,
             shares: self.shares,
             root: self.root,
+            net: NetFlags { nets: self.nets, forwards: self.forwards },
             memory_bytes: self.memory,
             cpus: self.cpus,
             cpu: self.cpu,

@@ -11,6 +11,7 @@ use crate::control::{self, ControlTarget};
 use crate::gdb::{self, GdbTarget, Place};
 use crate::inside::{self, InsideFlags, parse_range, parse_trace};
 use crate::metrics;
+use crate::net::{NetFlags, parse_forward, parse_net};
 use crate::options::{
     CharTarget, DiskSpec, MmuChoice, ShareSpec, StatsTarget, VirtualExec, VmFlags, parse_char_target,
     parse_choice, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_root, parse_share, parse_stats,
@@ -27,6 +28,8 @@ const KEYS: &[&str] = &[
     "snapshot",
     "share",
     "root",
+    "net",
+    "forward",
     "memory",
     "cpus",
     "cpu",
@@ -106,6 +109,8 @@ struct File {
     snapshot: bool,
     share: Option<OneOrMany>,
     root: Option<String>,
+    net: Option<OneOrMany>,
+    forward: Option<OneOrMany>,
     memory: Option<Number>,
     cpus: Option<Number>,
     cpu: Option<String>,
@@ -241,11 +246,7 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
     if mmu.is_some() && virtual_mmu.is_some() {
         return Err(format!("{}: 'mmu' and 'monitor.virtual_mmu' say the same; remove one", choice("mmu")));
     }
-    let disks = match file.disk {
-        None => Vec::new(),
-        Some(OneOrMany::One(disk)) => vec![disk],
-        Some(OneOrMany::Many(disks)) => disks,
-    };
+    let disks = file.disk.map(OneOrMany::list).unwrap_or_default();
     let disks: Result<Vec<DiskSpec>, String> = disks.iter().map(|disk| relative_disk(base, disk)).collect();
     let inside = InsideFlags {
         trace: value(text, "trace", file.trace, |name| parse_trace(&name))?,
@@ -263,6 +264,7 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         snapshot: file.snapshot,
         shares: value(text, "share", file.share, |shares| relative_shares(base, shares))?.unwrap_or_default(),
         root: value(text, "root", file.root, |root| parse_root(&joined(base, &root)))?,
+        net: net_flags(file.net, file.forward, base, text)?,
         memory_bytes: value(text, "memory", file.memory, |number| parse_memory(&number.text()))?,
         cpus: value(text, "cpus", file.cpus, |number| parse_cpus(&number.text()))?,
         cpu: value(text, "cpu", file.cpu, |name| parse_cpu(&name))?,
@@ -283,6 +285,31 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         inside: inside.relative_to(base),
         clock: value(text, "clock", file.clock, |name| parse_choice(&name))?,
         save_at_marker: false,
+    })
+}
+
+impl OneOrMany {
+    fn list(self) -> Vec<String> {
+        match self {
+            Self::One(text) => vec![text],
+            Self::Many(texts) => texts,
+        }
+    }
+}
+
+fn net_flags(
+    nets: Option<OneOrMany>,
+    forwards: Option<OneOrMany>,
+    base: &Path,
+    text: &str,
+) -> Result<NetFlags, String> {
+    let nets = nets.map(OneOrMany::list).unwrap_or_default();
+    let forwards = forwards.map(OneOrMany::list).unwrap_or_default();
+    let nets = nets.iter().map(|net| Ok(parse_net(net)?.relative_to(base))).collect::<Result<_, String>>();
+    let forwards = forwards.iter().map(|forward| parse_forward(forward)).collect::<Result<_, String>>();
+    Ok(NetFlags {
+        nets: nets.map_err(|reason| format!("{} net: {reason}", place(text, "net")))?,
+        forwards: forwards.map_err(|reason| format!("{} forward: {reason}", place(text, "forward")))?,
     })
 }
 

@@ -198,6 +198,7 @@ fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
         engine: prepared.engine,
         disks: prepared.disks,
         shares: prepared.shares,
+        nets: prepared.nets,
         serial: wiring.sink(prepared.serial),
         debugcon: wiring.sink(prepared.debugcon),
         vga: prepared.vga == VgaChoice::Text,

@@ -20,6 +20,7 @@ pub mod inside;
 pub mod launch;
 pub mod metrics;
 pub mod model;
+pub mod net;
 pub mod options;
 pub mod prepare;
 pub mod progress;

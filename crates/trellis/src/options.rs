@@ -13,6 +13,7 @@ use x86::cpuid::{CpuModel, ModelError};
 use crate::control::ControlTarget;
 use crate::gdb::GdbTarget;
 use crate::inside::InsideFlags;
+use crate::net::NetFlags;
 use crate::suggest;
 
 /// Guest memory without `--memory`.
@@ -169,6 +170,8 @@ pub struct VmFlags {
     pub shares: Vec<ShareSpec>,
     /// The directory that is the guest's root file system.
     pub root: Option<ShareSpec>,
+    /// Network cards.
+    pub net: NetFlags,
     /// Guest memory.
     pub memory_bytes: Option<u64>,
     /// vCPUs.
@@ -226,6 +229,7 @@ impl VmFlags {
             snapshot: self.snapshot || file.snapshot,
             shares: file.shares.into_iter().chain(self.shares).collect(),
             root: self.root.or(file.root),
+            net: self.net.or(file.net),
             memory_bytes: self.memory_bytes.or(file.memory_bytes),
             cpus: self.cpus.or(file.cpus),
             cpu: self.cpu.or(file.cpu),
@@ -261,6 +265,7 @@ impl VmFlags {
             snapshot: self.snapshot,
             shares: self.shares,
             root: self.root,
+            net: self.net,
             memory_bytes: self.memory_bytes.unwrap_or(DEFAULT_MEMORY_BYTES),
             cpus: self.cpus.unwrap_or(1),
             cpu: self.cpu.unwrap_or_else(|| "max".to_owned()),
@@ -298,6 +303,7 @@ pub struct VmOptions {
     pub snapshot: bool,
     pub shares: Vec<ShareSpec>,
     pub root: Option<ShareSpec>,
+    pub net: NetFlags,
     pub memory_bytes: u64,
     pub cpus: u32,
     pub cpu: String,

@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmm::{DiskConfig, EngineKind, Image, ImageOptions, ShareOptions, ShareProtocol};
+use vmm::{DiskConfig, EngineKind, Image, ImageOptions, NetConfig, ShareOptions, ShareProtocol};
 
 use crate::choice::{self, Wish};
 use crate::control::ControlTarget;
@@ -71,6 +71,8 @@ pub struct Prepared {
     pub disks: Vec<DiskConfig>,
     /// Shared directories.
     pub shares: Vec<ShareOptions>,
+    /// Network cards, plugged in.
+    pub nets: Vec<NetConfig>,
     /// COM1.
     pub serial: Output,
     /// Debug console.
@@ -155,6 +157,7 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
     let disks = disks.collect::<Result<Vec<_>, _>>()?;
     let mut guest = find_guest(&options)?;
     let shares = shares(&options)?;
+    let nets = options.net.plug_in(options.clock)?;
     let modules = match options.initrd.as_deref().or(guest.initrd.as_deref()) {
         Some(text) => read_modules(text, options.memory_bytes)?,
         None => Vec::new(),
@@ -187,6 +190,7 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         engine,
         disks,
         shares,
+        nets,
         serial: open_output(&options.serial)?,
         debugcon: open_output(&options.debugcon)?,
         vga: options.vga,

@@ -2,10 +2,11 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use devices::virtio::block::{Image, ImageError, ImageOptions};
+use devices::virtio::net::{Mac, Plug};
 use devices::virtio::share::ShareOptions;
 use engine_bt::trace::{AddressRange, Levels};
 
@@ -72,6 +73,29 @@ impl DiskConfig {
     }
 }
 
+/// A network card.
+#[derive(Clone)]
+pub struct NetConfig {
+    /// Its address.
+    pub mac: Mac,
+    /// What it is plugged into: it outlives resets of the machine.
+    pub plug: Plug,
+}
+
+impl NetConfig {
+    /// A card with the address `mac` on `backend`.
+    #[must_use]
+    pub fn new(mac: Mac, backend: Box<dyn hostnet::Backend>) -> Self {
+        Self { mac, plug: Arc::new(Mutex::new(backend)) }
+    }
+}
+
+impl std::fmt::Debug for NetConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NetConfig").field("mac", &self.mac).finish_non_exhaustive()
+    }
+}
+
 /// Where a device writes what the guest sends.
 pub type Sink = Box<dyn Write + Send>;
 
@@ -108,6 +132,8 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// Shared directories.
     pub shares: Vec<ShareOptions>,
+    /// Network cards, in order; not with [`ClockMode::Icount`], for packets come when they like.
+    pub nets: Vec<NetConfig>,
     /// A channel to a program in the guest: the name of its port, and where it goes that the program sends.
     pub channel: Option<(String, Sink)>,
     /// Output of COM1; without one it goes nowhere (the port is there all the same).
@@ -154,6 +180,7 @@ impl VmConfig {
             source,
             disks: Vec::new(),
             shares: Vec::new(),
+            nets: Vec::new(),
             channel: None,
             serial: None,
             debugcon: None,

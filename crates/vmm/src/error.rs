@@ -31,6 +31,12 @@ pub enum VmError {
         "the clock icount counts instructions, which the engine {0} does not; give --engine interp or --clock host"
     )]
     NoIcount(&'static str),
+    /// Packets are not reproducible.
+    #[error("the clock icount is reproducible, which a network is not; give --net none or --clock host")]
+    IcountNet,
+    /// A network card's thread.
+    #[error("cannot start a thread for a network card: {0}")]
+    Net(#[source] std::io::Error),
     /// The host's KVM.
     #[error(transparent)]
     Kvm(#[from] engine_kvm::KvmError),

@@ -19,7 +19,7 @@
 //! | 0xfed00000 | HPET | 2, 8, 16–23 |
 //! | 0xfee00000 | the accessing vCPU's local APIC ([`MachineIo`]) | |
 //! | PCI 00.0, 01.0 | host bridge, ISA bridge | |
-//! | PCI 02.0 … | virtio disks, shared directories, random generator, channel, console | 16–23 |
+//! | PCI 02.0 … | virtio disks, shared directories, network cards, random generator, channel, console | 16–23 |
 //!
 //! There are no cycles of owners: dropping the machine frees memory, disks and their locks.
 
@@ -49,6 +49,7 @@ use devices::snapshot::{RestoreError, Snapshot, StateBlob};
 use devices::virtio::block::{Block, BlockOptions};
 use devices::virtio::channel::{Channel, ChannelHandle};
 use devices::virtio::console::{Console, ConsoleHandle};
+use devices::virtio::net::Net;
 use devices::virtio::rng::{Entropy, Rng};
 use devices::virtio::share::{Share, ShareOptions};
 use devices::virtio::{Flavor, VirtioDevice, VirtioPci};
@@ -61,7 +62,7 @@ use x86::cpuid::{CpuModel, Feature};
 use x86_interp::{Interp, Parts};
 
 use crate::clock::GuestClock;
-use crate::config::{ClockMode, DiskConfig, EngineKind, TraceWhat};
+use crate::config::{ClockMode, DiskConfig, EngineKind, NetConfig, TraceWhat};
 use crate::control::Control;
 use crate::error::VmError;
 use crate::input::Input;
@@ -80,6 +81,7 @@ pub(crate) struct Blueprint {
     pub engine: EngineKind,
     pub disks: Vec<DiskConfig>,
     pub shares: Vec<ShareOptions>,
+    pub nets: Vec<NetConfig>,
     pub channel: Option<(String, SharedSink)>,
     pub serial: Option<SharedSink>,
     pub debugcon: Option<SharedSink>,
@@ -249,6 +251,10 @@ impl Builder<'_> {
         }
         for (index, share) in self.plan.shares.iter().enumerate() {
             devices.push(Box::new(Share::new(&format!("share.{index}"), share, icount)?));
+        }
+        for (index, net) in self.plan.nets.iter().enumerate() {
+            let card = Net::new(&format!("virtio-net.{index}"), net.mac, &net.plug).map_err(VmError::Net)?;
+            devices.push(Box::new(card));
         }
         let entropy =
             if icount { Entropy::seeded(ICOUNT_SEED) } else { Entropy::host().map_err(VmError::Entropy)? };

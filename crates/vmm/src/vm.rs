@@ -122,6 +122,9 @@ impl Vm {
         if config.engine != crate::EngineKind::Interp && config.clock == ClockMode::Icount {
             return Err(VmError::NoIcount(config.engine.name()));
         }
+        if !config.nets.is_empty() && config.clock == ClockMode::Icount {
+            return Err(VmError::IcountNet);
+        }
         let mut model = CpuModel::parse(&config.cpu)?;
         if config.engine == crate::EngineKind::Kvm {
             engine_kvm::cpuid::limit(&mut model)?;
@@ -133,6 +136,7 @@ impl Vm {
             engine: config.engine,
             disks: config.disks,
             shares: config.shares,
+            nets: config.nets,
             channel: config.channel.map(|(port, sink)| (port, SharedSink::new(sink))),
             serial: config.serial.map(SharedSink::new),
             debugcon: config.debugcon.map(SharedSink::new),

@@ -74,6 +74,19 @@ impl ActiveQueue {
         }
     }
 
+    /// Undoes the last `count` [`ActiveQueue::pop`]s: their chains are the driver's again, as if they had not been looked at.
+    pub fn rewind(&mut self, count: u16) {
+        self.queue.rewind(count);
+    }
+
+    /// Gives several chains back at once: the driver sees all of them or none.
+    pub fn push_all(&mut self, chains: impl Iterator<Item = (u16, u32)>) {
+        if !self.broken {
+            let pushed = self.queue.push_all(&self.memory, chains);
+            self.check(pushed);
+        }
+    }
+
     /// Interrupts the driver if it wants to know of what was pushed.
     pub fn signal(&mut self) {
         if self.broken {
@@ -95,10 +108,15 @@ impl ActiveQueue {
 
     /// Asks for a notification; true when there is work already.
     pub fn listen(&mut self) -> bool {
+        self.listen_beyond(0)
+    }
+
+    /// The same for chains beyond the next `seen`, which do not suffice.
+    pub fn listen_beyond(&mut self, seen: u16) -> bool {
         if self.broken {
             return false;
         }
-        let more = self.queue.want_notifications(&self.memory);
+        let more = self.queue.want_notifications_beyond(&self.memory, seen);
         self.check(more)
     }
 

@@ -17,6 +17,7 @@ pub mod channel;
 pub mod console;
 pub mod interrupt;
 mod legacy;
+pub mod net;
 pub mod pci;
 mod pool;
 pub mod queue;

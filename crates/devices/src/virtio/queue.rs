@@ -319,13 +319,35 @@ impl Queue {
     /// # Errors
     /// When the used ring is not in RAM.
     pub fn push(&mut self, mem: &GuestMemory, head: u16, written: u32) -> Result<(), QueueError> {
+        self.push_all(mem, std::iter::once((head, written)))
+    }
+
+    /// Hands chains back, each with the number of bytes written to it; the driver sees all of them or none, as it must where
+    /// one packet fills several (virtio 1.2 5.1.6.4).
+    ///
+    /// # Errors
+    /// When the used ring is not in RAM.
+    pub fn push_all(
+        &mut self,
+        mem: &GuestMemory,
+        chains: impl Iterator<Item = (u16, u32)>,
+    ) -> Result<(), QueueError> {
         let used = Gpa(self.layout.used);
-        let element = used.add(4 + 8 * self.slot(self.position.next_used));
-        // Two stores: the element is not the driver's before the index says so, and its halves never cross a page.
-        store(mem, element, u32::from(head))?;
-        store(mem, element.add(4), written)?;
-        self.position.next_used = self.position.next_used.wrapping_add(1);
-        store(mem, used.add(2), self.position.next_used)
+        let mut next = self.position.next_used;
+        for (head, written) in chains {
+            let element = used.add(4 + 8 * self.slot(next));
+            // Two stores: the element is not the driver's before the index says so, and its halves never cross a page.
+            store(mem, element, u32::from(head))?;
+            store(mem, element.add(4), written)?;
+            next = next.wrapping_add(1);
+        }
+        self.position.next_used = next;
+        store(mem, used.add(2), next)
+    }
+
+    /// Undoes the last `count` takings of [`Queue::pop`]. What they read is read again, so the caller has used nothing of it.
+    pub const fn rewind(&mut self, count: u16) {
+        self.position.next_avail = self.position.next_avail.wrapping_sub(count);
     }
 
     /// Whether the driver wants an interrupt for what was pushed since the last question (2.7.7.2, 2.7.10).
@@ -363,14 +385,23 @@ impl Queue {
     /// # Errors
     /// When a ring is not in RAM.
     pub fn want_notifications(&self, mem: &GuestMemory) -> Result<bool, QueueError> {
+        self.want_notifications_beyond(mem, 0)
+    }
+
+    /// The same for a chain beyond the next `seen`, which are known and not taken, as they do not suffice.
+    ///
+    /// # Errors
+    /// When a ring is not in RAM.
+    pub fn want_notifications_beyond(&self, mem: &GuestMemory, seen: u16) -> Result<bool, QueueError> {
         let used = Gpa(self.layout.used);
+        let known = self.position.next_avail.wrapping_add(seen);
         if self.event_idx {
-            store(mem, used.add(4 + 8 * u64::from(self.layout.size)), self.position.next_avail)?;
+            store(mem, used.add(4 + 8 * u64::from(self.layout.size)), known)?;
         } else {
             store(mem, used, 0u16)?;
         }
         fence(Ordering::SeqCst);
-        self.has_work(mem)
+        Ok(self.avail_idx(mem)? != known)
     }
 }
 

@@ -28,6 +28,7 @@ fn devices(file: &Scratch, synchronous: bool) -> Vec<Box<dyn VirtioDevice>> {
         Box::new(Block::new("virtio-blk.0", &options).unwrap()),
         Box::new(Console::new("virtio-console.0", Box::new(std::io::sink()), 80, 25).0),
         Box::new(Channel::new("channel", "port", Box::new(std::io::sink())).0),
+        Box::new(super::net::card()),
         Box::new(Rng::new("virtio-rng.0", Entropy::seeded(3))),
         share(ShareProtocol::P9),
         share(ShareProtocol::Fuse),

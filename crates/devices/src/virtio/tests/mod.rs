@@ -5,5 +5,6 @@
 mod block;
 pub(super) mod driver;
 mod hostile;
+mod net;
 mod small;
 mod transport;

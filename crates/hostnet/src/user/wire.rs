@@ -1,0 +1,149 @@
+//! The wire between smoltcp and the guest: packets in, frames out.
+
+use std::collections::VecDeque;
+use std::num::NonZeroUsize;
+
+use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, PacketMeta, RxToken, TxToken};
+use smoltcp::time::Instant;
+use smoltcp::wire::{EthernetProtocol, Ipv4Packet, TcpPacket};
+
+use super::outbox::{ETHERNET, IPV4, MTU, Outbox};
+use crate::{Header, Offloads};
+
+/// Packets of the guest that wait (INV-USER-1): a round of its card brings fewer.
+const WAITING: usize = 512;
+/// Offset of the checksum in a TCP header.
+const TCP_CHECKSUM: u16 = 16;
+
+/// What the guest sent and smoltcp has not looked at.
+#[derive(Default)]
+pub(super) struct Wire {
+    waiting: VecDeque<Vec<u8>>,
+    accepts: Offloads,
+}
+
+impl Wire {
+    pub fn new(accepts: Offloads) -> Self {
+        Self { waiting: VecDeque::new(), accepts }
+    }
+
+    /// An IP packet of the guest; too many are lost.
+    pub fn receive(&mut self, packet: &[u8]) {
+        if self.waiting.len() < WAITING {
+            self.waiting.push_back(packet.to_vec());
+        }
+    }
+}
+
+/// The wire with the outbox at its end.
+pub(super) struct Wired<'a> {
+    pub wire: &'a mut Wire,
+    pub outbox: &'a mut Outbox,
+}
+
+pub(super) struct Received(Vec<u8>);
+
+impl RxToken for Received {
+    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
+        f(&self.0)
+    }
+}
+
+pub(super) struct Sending<'a> {
+    outbox: &'a mut Outbox,
+    accepts: Offloads,
+    meta: PacketMeta,
+}
+
+impl TxToken for Sending<'_> {
+    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
+        let mut frame = vec![0; ETHERNET + len];
+        let result = f(&mut frame[ETHERNET..]);
+        let header = if self.accepts.checksum {
+            leave_to_guest(&mut frame[ETHERNET..], self.meta)
+        } else {
+            Header::default()
+        };
+        self.outbox.push(header, EthernetProtocol::Ipv4, frame);
+        result
+    }
+
+    fn set_meta(&mut self, meta: PacketMeta) {
+        self.meta = meta;
+    }
+}
+
+impl Device for Wired<'_> {
+    type RxToken<'a>
+        = Received
+    where
+        Self: 'a;
+    type TxToken<'a>
+        = Sending<'a>
+    where
+        Self: 'a;
+
+    fn receive(&mut self, _: Instant) -> Option<(Received, Sending<'_>)> {
+        if !self.outbox.has_room_for_answers() {
+            return None;
+        }
+        let packet = self.wire.waiting.pop_front()?;
+        let (outbox, accepts) = (&mut *self.outbox, self.wire.accepts);
+        Some((Received(packet), Sending { outbox, accepts, meta: PacketMeta::default() }))
+    }
+
+    fn transmit(&mut self, _: Instant) -> Option<Sending<'_>> {
+        let (outbox, accepts) = (&mut *self.outbox, self.wire.accepts);
+        outbox.has_room().then_some(Sending { outbox, accepts, meta: PacketMeta::default() })
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        let mut capabilities = DeviceCapabilities::default();
+        capabilities.medium = Medium::Ip;
+        capabilities.max_transmission_unit = MTU;
+        // What the guest sends lay in no wire, only in its memory; its card may leave sums out.
+        capabilities.checksum.tcp = if self.wire.accepts.checksum { Checksum::None } else { Checksum::Tx };
+        capabilities.segmentation.tcpv4 =
+            self.wire.accepts.tso4.then(|| NonZeroUsize::new(LONGEST)).flatten();
+        capabilities
+    }
+}
+
+/// The longest packet that the guest may be given to segment.
+const LONGEST: usize = 65_535;
+
+/// Prepares a TCP packet whose checksum the guest completes, and which it segments if that is asked for.
+fn leave_to_guest(packet: &mut [u8], meta: PacketMeta) -> Header {
+    let Ok(mut ip) = Ipv4Packet::new_checked(packet) else { return Header::default() };
+    let (from, to) = (ip.src_addr().octets(), ip.dst_addr().octets());
+    if ip.next_header() != smoltcp::wire::IpProtocol::Tcp {
+        return Header::default();
+    }
+    let mut tcp = TcpPacket::new_unchecked(ip.payload_mut());
+    let len = u32::try_from(tcp.payload_mut().len()).unwrap_or(0) + u32::from(tcp.header_len());
+    tcp.set_checksum(pseudo_header(from, to, len));
+    let headers = u16::try_from(ETHERNET + IPV4).unwrap_or(0);
+    let mut header = Header {
+        flags: Header::NEEDS_CHECKSUM,
+        checksum_start: headers,
+        checksum_offset: TCP_CHECKSUM,
+        ..Header::default()
+    };
+    if let Some(size) = meta.segmentation_offload_size {
+        header.gso_type = Header::TCP4;
+        header.gso_size = size.get();
+        header.header_len = headers + u16::from(tcp.header_len());
+    }
+    header
+}
+
+/// The sum of TCP's pseudo header (RFC 9293 3.1), folded and not complemented.
+fn pseudo_header(from: [u8; 4], to: [u8; 4], len: u32) -> u16 {
+    const TCP: u32 = 6;
+    let words = from.chunks(2).chain(to.chunks(2)).map(|w| u32::from(w[0]) << 8 | u32::from(w[1]));
+    let mut sum: u32 = words.sum::<u32>() + TCP + len;
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    u16::try_from(sum).unwrap_or(0)
+}
