@@ -44,7 +44,7 @@ fn minimal_init_is_reached_with_a_stable_clock_on_one_cpu() {
     ] {
         assert!(!ended.output.contains(bad), "{bad:?} in:\n{}", ended.output);
     }
-    for cause in ["port-write", "tlb-fill", "interrupt"] {
+    for cause in ["port-write", "miss fill", "interrupt"] {
         assert!(ended.errors.contains(cause), "no {cause} in --stats:\n{}", ended.errors);
     }
 }
