@@ -144,6 +144,10 @@ pub const DO_XRSTOR: i32 = 0x418;
 pub const DO_SWITCH: i32 = 0x420;
 /// Of [`HELPERS`]: INVLPG of the address in S0.
 pub const DO_INVLPG: i32 = 0x428;
+/// Of [`HELPERS`]: RDMSR.
+pub const DO_RDMSR: i32 = 0x430;
+/// Of [`HELPERS`]: WRMSR.
+pub const DO_WRMSR: i32 = 0x438;
 /// XCR0, if the host has all its components and IA32_XSS is 0, else 0: four bytes.
 pub const XCR0: i32 = 0x498;
 /// Bits that a value for CR3 may not have.
@@ -214,6 +218,8 @@ pub const COUNT_PASSED: i32 = 0xb10;
 pub const PAIRS: i32 = 0xb18;
 /// See [`PAIRS`].
 pub const PAIRS_END: i32 = 0xb20;
+/// Addresses of the code that goes on at the guest address in [`crate::emit::S0`] where the pair on top is another's, or the alarm is set; as [`LOOKUP`].
+pub const RETURN: i32 = 0xb28;
 /// What fragments that check themselves have read of their guest code ([`crate::unit::MAX_CHECKED_BYTES`], and up to 7 before and behind).
 pub const CODE_COPY: i32 = 0xb80;
 /// Entries of fragments that check themselves until the engine looks at them, four bytes each.

@@ -12,6 +12,6 @@ pub mod normal;
 pub mod unit;
 
 pub use lower::{
-    Checked, Exit, Facts, FpLevel, Fragment, Legacy, Own, Place, Site, SiteKind, TRAP, TimeStamp, Variant,
-    translate, translate_checked,
+    Checked, Exit, Facts, FpLevel, Fragment, Legacy, Own, Place, Site, SiteKind, TRAP, TimeStamp, Touch,
+    Variant, translate, translate_checked,
 };

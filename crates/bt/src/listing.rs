@@ -43,7 +43,7 @@ fn number_behind(i: &Instruction) -> Option<usize> {
     }
     let refills = frame::REFILL..frame::REFILL + 16 * frame::VARIANTS;
     let group_refills = frame::REFILL_GROUP..frame::REFILL_GROUP + 16 * frame::VARIANTS;
-    let lookups = [frame::LOOKUP, frame::LOOKUP_LEGACY].map(|at| at..at + 8 * frame::VARIANTS);
+    let lookups = [frame::LOOKUP, frame::LOOKUP_LEGACY, frame::RETURN].map(|at| at..at + 8 * frame::VARIANTS);
     let splits = frame::SPLIT..frame::SPLIT + 16 * frame::VARIANTS;
     match frame_field(i)? {
         frame::CALLOUT | frame::TAKE_EXIT => Some(0),
@@ -103,6 +103,8 @@ pub fn field_name(at: i32) -> String {
         (frame::DO_XRSTOR, "DO_XRSTOR"),
         (frame::DO_SWITCH, "DO_SWITCH"),
         (frame::DO_INVLPG, "DO_INVLPG"),
+        (frame::DO_RDMSR, "DO_RDMSR"),
+        (frame::DO_WRMSR, "DO_WRMSR"),
         (frame::NULLED, "NULLED"),
         (frame::CR0, "CR0"),
         (frame::CR3, "CR3"),
@@ -154,6 +156,9 @@ pub fn field_name(at: i32) -> String {
     }
     if let Some((n, 0)) = within(frame::LOOKUP, 8, frame::VARIANTS) {
         return format!("LOOKUP_{}", rights(n));
+    }
+    if let Some((n, 0)) = within(frame::RETURN, 8, frame::VARIANTS) {
+        return format!("LOOKUP_RETURN_{}", rights(n));
     }
     if let Some((n, 0)) = within(frame::LOOKUP_LEGACY, 8, frame::VARIANTS) {
         return format!("LOOKUP_LEGACY_{}", rights(n));

@@ -1,7 +1,8 @@
 //! Port and memory-mapped I/O: who answers which address.
 
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex};
 
+use arc_swap::ArcSwap;
 use x86::addr::Gpa;
 
 /// A device that answers I/O ports. `offset` counts from the first port it was registered at.
@@ -50,31 +51,44 @@ impl<D: ?Sized> Clone for Range<D> {
     }
 }
 
-/// Sorted, non-overlapping ranges.
-struct Map<D: ?Sized>(RwLock<Vec<Range<D>>>);
+/// Sorted, non-overlapping ranges. Accesses look at them without a lock; who changes them puts others in their place.
+struct Map<D: ?Sized> {
+    ranges: ArcSwap<Vec<Range<D>>>,
+    /// Held by who changes them.
+    change: Mutex<()>,
+}
 
 impl<D: ?Sized> Map<D> {
+    fn new() -> Self {
+        Self { ranges: ArcSwap::from_pointee(Vec::new()), change: Mutex::new(()) }
+    }
+
     fn insert(&self, start: u64, len: u64, device: Arc<Mutex<D>>) -> Result<(), Overlap> {
-        let mut ranges = self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _changing = lock(&self.change);
+        let mut ranges = Vec::clone(&self.ranges.load());
         if let Some(r) = ranges.iter().find(|r| start < r.start + r.len && r.start < start + len) {
             return Err(Overlap { start, len, other: r.start });
         }
         let at = ranges.partition_point(|r| r.start < start);
         ranges.insert(at, Range { start, len, device });
+        self.ranges.store(Arc::new(ranges));
         Ok(())
     }
 
     fn remove(&self, start: u64) {
-        let mut ranges = self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _changing = lock(&self.change);
+        let mut ranges = Vec::clone(&self.ranges.load());
         ranges.retain(|r| r.start != start);
+        self.ranges.store(Arc::new(ranges));
     }
 
-    fn find(&self, address: u64) -> Option<(u64, u64, Arc<Mutex<D>>)> {
-        let ranges = self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+    /// Has the device that answers all of `len` units from an address do something, from an offset of its range on. None if no single one does.
+    fn whole<T>(&self, address: u64, len: u64, act: impl FnOnce(u64, &mut D) -> T) -> Option<T> {
+        let ranges = self.ranges.load();
         let at = ranges.partition_point(|r| r.start <= address);
         let r = ranges.get(at.checked_sub(1)?)?;
-        (address < r.start + r.len)
-            .then(|| (address - r.start, r.start + r.len - address, Arc::clone(&r.device)))
+        let offset = address - r.start;
+        (offset < r.len && len <= r.len - offset).then(|| act(offset, &mut lock(&r.device)))
     }
 }
 
@@ -86,7 +100,7 @@ pub struct Bus {
 
 impl Default for Bus {
     fn default() -> Self {
-        Self { ports: Map(RwLock::new(Vec::new())), mmio: Map(RwLock::new(Vec::new())) }
+        Self { ports: Map::new(), mmio: Map::new() }
     }
 }
 
@@ -125,60 +139,49 @@ impl Bus {
 
     /// IN. A port that nobody answers reads as all ones. An access that straddles two devices, or the
     /// end of one, is split into bytes, as a bridge would split it.
+    #[expect(clippy::cast_possible_truncation, reason = "port offsets fit 16 bits")]
     pub fn port_read(&self, port: u16, size: u8) -> u32 {
-        match self.ports.find(u64::from(port)) {
-            #[expect(clippy::cast_possible_truncation, reason = "port offsets fit 16 bits")]
-            Some((offset, room, device)) if room >= u64::from(size) => {
-                lock(&device).port_read(offset as u16, size)
-            }
-            None if size == 1 => 0xff,
+        let whole = self.ports.whole(u64::from(port), u64::from(size), |at, d| d.port_read(at as u16, size));
+        whole.unwrap_or_else(|| match size {
+            1 => 0xff,
             _ => (0..size).fold(0, |value, i| {
                 value | (self.port_read(port.wrapping_add(u16::from(i)), 1) & 0xff) << (8 * i)
             }),
-        }
+        })
     }
 
     /// OUT. See [`Bus::port_read`].
+    #[expect(clippy::cast_possible_truncation, reason = "port offsets fit 16 bits")]
     pub fn port_write(&self, port: u16, size: u8, value: u32) {
-        match self.ports.find(u64::from(port)) {
-            #[expect(clippy::cast_possible_truncation, reason = "port offsets fit 16 bits")]
-            Some((offset, room, device)) if room >= u64::from(size) => {
-                lock(&device).port_write(offset as u16, size, value);
-            }
-            None if size == 1 => {}
-            _ => (0..size).for_each(|i| {
+        let whole =
+            self.ports.whole(u64::from(port), u64::from(size), |at, d| d.port_write(at as u16, size, value));
+        if whole.is_none() && size > 1 {
+            (0..size).for_each(|i| {
                 self.port_write(port.wrapping_add(u16::from(i)), 1, value >> (8 * i) & 0xff);
-            }),
+            });
         }
     }
 
     /// A read of memory that is not RAM. Bytes that nobody answers read as 0xff.
     /// Returns whether a device answered.
     pub fn mmio_read(&self, gpa: Gpa, data: &mut [u8]) -> bool {
-        match self.mmio.find(gpa.0) {
-            Some((offset, room, device)) if room >= data.len() as u64 => {
-                lock(&device).mmio_read(offset, data);
-                true
-            }
-            None if data.len() <= 1 => {
-                data.fill(0xff);
-                false
-            }
-            _ => (0..data.len())
-                .fold(false, |any, i| self.mmio_read(gpa.add(i as u64), &mut data[i..=i]) | any),
+        if self.mmio.whole(gpa.0, data.len() as u64, |at, d| d.mmio_read(at, data)).is_some() {
+            return true;
         }
+        if data.len() <= 1 {
+            data.fill(0xff);
+            return false;
+        }
+        (0..data.len()).fold(false, |any, i| self.mmio_read(gpa.add(i as u64), &mut data[i..=i]) | any)
     }
 
     /// A write to memory that is not RAM. Returns whether a device answered.
     pub fn mmio_write(&self, gpa: Gpa, data: &[u8]) -> bool {
-        match self.mmio.find(gpa.0) {
-            Some((offset, room, device)) if room >= data.len() as u64 => {
-                lock(&device).mmio_write(offset, data);
-                true
-            }
-            None if data.len() <= 1 => false,
-            _ => (0..data.len()).fold(false, |any, i| self.mmio_write(gpa.add(i as u64), &data[i..=i]) | any),
+        if self.mmio.whole(gpa.0, data.len() as u64, |at, d| d.mmio_write(at, data)).is_some() {
+            return true;
         }
+        data.len() > 1
+            && (0..data.len()).fold(false, |any, i| self.mmio_write(gpa.add(i as u64), &data[i..=i]) | any)
     }
 }
 

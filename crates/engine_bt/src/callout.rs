@@ -217,7 +217,7 @@ impl BtVcpu {
 }
 
 /// How translated code goes on behind an instruction that was done for it.
-const fn behind(site: &bt::Site) -> u64 {
+pub const fn behind(site: &bt::Site) -> u64 {
     (if site.flags_in_host { action::FLAGS } else { 0 }) | again(site)
 }
 
@@ -320,7 +320,7 @@ impl BtVcpu {
 
     /// An instruction for the interpreter. The [`action`].
     fn called_out(&mut self, placed: &PlacedSite) -> u64 {
-        state::read(self.interp.cpu(), &self.frame);
+        state::read_mode(self.interp.cpu(), &self.frame);
         match placed.site.kind {
             SiteKind::Direct { size, write } => {
                 let la = self.frame.get(frame::ADDRESS);
@@ -337,6 +337,10 @@ impl BtVcpu {
             }
             _ => {}
         }
+        if let Some(action) = self.quick(placed) {
+            return action;
+        }
+        state::read(self.interp.cpu(), &self.frame);
         let mnemonic = placed.site.code.mnemonic();
         let leaf = cpuid::key(&self.frame);
         xstate::learn(self.interp.cpu(), &self.frame, mnemonic);

@@ -17,6 +17,7 @@ mod classify;
 mod code_memory;
 mod content;
 mod cpuid;
+mod deliver;
 mod exec;
 mod fp;
 mod huge;
@@ -25,12 +26,16 @@ mod iret;
 mod knobs;
 mod legacy;
 pub mod listing;
+mod lookup;
+mod msr;
 mod observe;
 mod onward;
 mod page_filter;
 pub mod perf_map;
 mod places;
 mod profile;
+mod quick;
+mod refill;
 mod report;
 mod sample;
 mod state;
@@ -94,8 +99,12 @@ pub struct BtStats {
     pub exits: u64,
     /// Instructions executed by the interpreter for a fragment.
     pub callouts: u64,
+    /// Of those: done without the interpreter (`quick`).
+    pub quick: u64,
     /// Times translated code went on elsewhere from an instruction that the interpreter did for it.
     pub onward: u64,
+    /// Page faults delivered without the interpreter (`deliver`).
+    pub delivered: u64,
     /// Page faults delivered where an access missed.
     pub faults: u64,
     /// TLB misses that came to Rust.

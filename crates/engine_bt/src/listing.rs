@@ -274,6 +274,7 @@ const REFILLS: [std::ops::Range<i32>; 3] = [
 ];
 
 /// Addresses of the code that looks up targets of 16- and 32-bit code.
+const RETURNS: std::ops::Range<i32> = frame::RETURN..frame::RETURN + 8 * frame::VARIANTS;
 const LEGACY_LOOKUPS: std::ops::Range<i32> = frame::LOOKUP_LEGACY..frame::LOOKUP_LEGACY + 8 * frame::VARIANTS;
 
 /// The number of a site or an exit that stands in the code behind some calls: after how many more instructions, and what it is. See
@@ -287,7 +288,7 @@ fn number_behind(i: &Instruction) -> Option<(u8, &'static str)> {
         frame::CALLOUT => Some((0, "site")),
         d if frame::HELPERS.contains(&d) => Some((0, "site")),
         d if (frame::LOOKUP..frame::REFILL).contains(&d) => Some((0, "site")),
-        d if LEGACY_LOOKUPS.contains(&d) => Some((0, "site")),
+        d if LEGACY_LOOKUPS.contains(&d) || RETURNS.contains(&d) => Some((0, "site")),
         d if REFILLS.iter().any(|refills| refills.contains(&d)) => Some((1, "site")),
         _ => None,
     }
@@ -386,6 +387,8 @@ fn frame_field(disp: i32) -> String {
         format!("temporary {}", (disp - frame::TEMP) / 8)
     } else if lookups.contains(&disp) {
         format!("look up, {}", rights((disp - frame::LOOKUP) / 8))
+    } else if RETURNS.contains(&disp) {
+        format!("return elsewhere, {}", rights((disp - frame::RETURN) / 8))
     } else if LEGACY_LOOKUPS.contains(&disp) {
         format!("look up legacy, {}", rights((disp - frame::LOOKUP_LEGACY) / 8))
     } else if let Some(note) = segment_field(disp) {

@@ -6,7 +6,6 @@
 //! fragment that called out is not returned to: it may be gone.
 
 use bt::frame;
-use x86::Exception;
 use x86::bits::is_canonical;
 
 use crate::exec::action;
@@ -27,7 +26,7 @@ impl BtVcpu {
     }
 
     /// What happens between two fragments. False: the dispatcher has to see to something.
-    fn may_go_on(&mut self) -> bool {
+    pub(crate) fn may_go_on(&mut self) -> bool {
         if self.interp.cpu().poll() {
             return false;
         }
@@ -51,16 +50,5 @@ impl BtVcpu {
         let same = self.environments.number(facts) == Some(known);
         // Only canonical addresses have tags of their own (`bt::frame::second_tag`).
         if same && is_canonical(rip) { self.tables.find_jump(rip, facts.variant, is_legacy) } else { None }
-    }
-
-    /// Delivers the page fault of an access that the guest's tables, just walked, do not allow.
-    pub(crate) fn deliver_page_fault(&mut self, rip: u64, la: u64, exception: Exception) -> u64 {
-        self.bt.faults += 1;
-        let cpu = self.interp.cpu();
-        state::read(cpu, &self.frame);
-        cpu.rip = legacy::pointer(cpu, rip);
-        cpu.s.cr2 = la;
-        x86_interp::system::interrupt::deliver_exception(cpu, exception);
-        self.go_on()
     }
 }

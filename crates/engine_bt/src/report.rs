@@ -73,11 +73,13 @@ impl BtVcpu {
         r.count("TLB second-level hits", Unit::Count, self.frame.get(frame::COUNT_REFILLS));
         r.count("TLB misses", Unit::Count, s.misses);
         r.count("callouts", Unit::Count, s.callouts);
+        r.count("callouts that only reach a device", Unit::Count, s.quick);
         for (what, at) in HELPED.iter().zip((frame::COUNT_HELPED..).step_by(8)) {
             r.count(what, Unit::Count, self.frame.get(at));
         }
         r.count("went on elsewhere", Unit::Count, s.onward);
         r.count("page faults at misses", Unit::Count, s.faults);
+        r.count("page faults delivered on the frame", Unit::Count, s.delivered);
         r.count("groups not checked", Unit::Count, s.plain_exits);
         r.count("adaptations", Unit::Count, self.adapt.counts.adaptations.iter().sum());
         r.count("blocks interpreted", Unit::Count, s.blocks);

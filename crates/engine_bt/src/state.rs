@@ -154,10 +154,7 @@ pub fn fill(cpu: &mut Cpu, frame: &Frame, counter: Option<u64>) {
     if cpu.code_size != CodeSize::Bits64 {
         legacy::fill(cpu, frame);
     }
-    let selectors = syscall::selectors(cpu);
-    for (at, selector) in (frame::SYSCALL_SELECTORS..).step_by(4).zip(selectors) {
-        frame.set32(at, u32::from(selector));
-    }
+    fill_system_calls(cpu, frame);
     fill_iret(cpu, frame);
     xstate::fill(cpu, frame);
     cpuid::forget_if_changed(cpu, frame);
@@ -167,15 +164,8 @@ pub fn fill(cpu: &mut Cpu, frame: &Frame, counter: Option<u64>) {
     frame.set(frame::CR4, cpu.s.cr4);
     frame.set(frame::CONTEXT, cpu.tlb.context[0]);
     frame.set(frame::CONTEXT + 8, cpu.tlb.context[1]);
-    let m = &cpu.s.msr;
-    frame.set(frame::KERNEL_GS_BASE, m.kernel_gs_base);
-    frame.set(frame::LSTAR, m.lstar);
-    frame.set(frame::SYSCALL_KEEP, !m.sfmask | rflags::FIXED);
-    let masked = m.sfmask;
-    let keep = !((masked & 0xd5) << 8 | (masked >> 11 & 1));
-    frame.set(frame::SYSCALL_KEEP_STATUS, keep);
-    frame.set(frame::TSC_OFFSET, counter.unwrap_or(0).wrapping_add(m.tsc_offset));
-    frame.set(frame::TSC_AUX, m.tsc_aux);
+    frame.set(frame::KERNEL_GS_BASE, cpu.s.msr.kernel_gs_base);
+    frame.set(frame::TSC_OFFSET, counter.unwrap_or(0).wrapping_add(cpu.s.msr.tsc_offset));
     frame.set(
         frame::FP_AREA,
         std::ptr::from_ref::<x86::state::FpuArea>(&cpu.s.fpu).expose_provenance() as u64,
@@ -183,6 +173,21 @@ pub fn fill(cpu: &mut Cpu, frame: &Frame, counter: Option<u64>) {
     if std::mem::take(&mut cpu.fpu_touched) {
         vector::prepare_restore(&mut cpu.s.fpu);
     }
+}
+
+/// What SYSCALL, SYSRET and RDTSCP in fragments take from model-specific registers.
+pub fn fill_system_calls(cpu: &Cpu, frame: &Frame) {
+    let selectors = syscall::selectors(cpu);
+    for (at, selector) in (frame::SYSCALL_SELECTORS..).step_by(4).zip(selectors) {
+        frame.set32(at, u32::from(selector));
+    }
+    let m = &cpu.s.msr;
+    frame.set(frame::LSTAR, m.lstar);
+    frame.set(frame::SYSCALL_KEEP, !m.sfmask | rflags::FIXED);
+    let masked = m.sfmask;
+    let keep = !((masked & 0xd5) << 8 | (masked >> 11 & 1));
+    frame.set(frame::SYSCALL_KEEP_STATUS, keep);
+    frame.set(frame::TSC_AUX, m.tsc_aux);
 }
 
 /// What IRETQ in the cache needs to know.

@@ -162,7 +162,7 @@ fn is_jump(i: &Instruction) -> bool {
 
 /// A call that does not come back.
 fn is_way_out(i: &Instruction) -> bool {
-    let lookups = [frame::LOOKUP, frame::LOOKUP_LEGACY].map(|at| at..at + 8 * frame::VARIANTS);
+    let lookups = [frame::LOOKUP, frame::LOOKUP_LEGACY, frame::RETURN].map(|at| at..at + 8 * frame::VARIANTS);
     i.is_call_near_indirect()
         && frame_field(i).is_some_and(|f| f == frame::TAKE_EXIT || lookups.iter().any(|l| l.contains(&f)))
 }
@@ -175,6 +175,7 @@ fn is_engine_code(field: i32) -> bool {
         frame::REFILL_GROUP..frame::REFILL_GROUP + 16 * rights,
         frame::LOOKUP..frame::LOOKUP + 8 * rights,
         frame::LOOKUP_LEGACY..frame::LOOKUP_LEGACY + 8 * rights,
+        frame::RETURN..frame::RETURN + 8 * rights,
         frame::SPLIT..frame::SPLIT + 16 * rights,
     ];
     matches!(field, frame::JOIN | frame::LEAVE | frame::CALLOUT | frame::FP_LOAD | frame::TAKE_EXIT)

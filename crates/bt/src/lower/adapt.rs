@@ -135,7 +135,7 @@ impl Lowering<'_, '_> {
             let Some(site) = self.miss_site(p.miss) else { continue };
             let mark = self.mark();
             let at = self.asm.here();
-            (self.number, self.code) = (p.number, i.code());
+            (self.number, self.code, self.touch) = (p.number, i.code(), None);
             (self.current, self.next) = (i.ip(), i.next_ip());
             (self.variant, self.in_host, self.fp_loaded) = (p.variant, false, site.fp_loaded);
             (self.held, self.kept) = (Scratch::default(), Scratch::default());

@@ -170,8 +170,8 @@ impl Lowering<'_, '_> {
         if self.is_bounded() && !in_page(target) {
             return self.call_bounded(i);
         }
-        self.push_value(i, Value::Rip(i.next_ip()), 0);
-        let landing = self.push_pair(i.next_ip());
+        let pushed = self.push_value(i, Value::Rip(i.next_ip()), 0);
+        let landing = self.push_pair(i.next_ip(), pushed.held);
         self.transfer(target, 0, landing);
     }
 
@@ -187,8 +187,8 @@ impl Lowering<'_, '_> {
         }
         // The push needs both scratch registers.
         self.asm.store(frame::TEMP, S0);
-        self.push_value(i, Value::Rip(i.next_ip()), 0);
-        let landing = self.push_pair(i.next_ip());
+        let pushed = self.push_value(i, Value::Rip(i.next_ip()), 0);
+        let landing = self.push_pair(i.next_ip(), pushed.held);
         self.asm.load(S0, frame::TEMP);
         self.look_up(self.facts.legacy.is_none().then_some(-8), true, landing);
         true
@@ -238,8 +238,12 @@ impl Lowering<'_, '_> {
         self.asm.load_from(8, S0, top.place());
         self.asm.lea(SP, SP, None, 8 + more);
         let poll = self.poll();
-        self.return_by_pair();
-        self.inline_lookup(Some(8 + more as i8), Some(poll), None);
+        let popped = 8 + more as i8;
+        if self.has_pairs() {
+            self.return_by_pair(poll, popped);
+        } else {
+            self.inline_lookup(Some(popped), Some(poll), None);
+        }
     }
 
     /// Goes on at the guest address in [`S0`]: inline lookup, if `polls` after a poll. `popped`: what the instruction added to RSP, if it is one

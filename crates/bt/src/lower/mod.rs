@@ -25,6 +25,7 @@ mod segment;
 mod stack;
 mod string;
 mod system;
+mod touch;
 mod vector;
 
 use iced_x86::{Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic};
@@ -40,6 +41,7 @@ pub use legacy::Legacy;
 use memory::Miss;
 use scratch::Scratch;
 pub use system::TRAP;
+pub use touch::Touch;
 
 /// Rights with which code accesses memory: which of the TLBs, and of the jump caches, it asks.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -213,6 +215,8 @@ pub struct Site {
     pub done: u16,
     /// A page fault of this access is what the instruction does: nothing comes before it.
     pub faults_first: bool,
+    /// What the instruction does to a device, if it does nothing else.
+    pub touch: Option<Touch>,
     /// Why.
     pub kind: SiteKind,
 }
@@ -304,8 +308,8 @@ struct Lowering<'a, 'p> {
     /// What the scratch registers hold before the current instruction, as far as it has not clobbered them, and behind it.
     held: Scratch,
     kept: Scratch,
-    /// The scratch register with the return address that was just pushed.
-    rip_in: Option<u8>,
+    /// What stands behind the straight line.
+    seldom: Vec<pair::Seldom>,
     /// Misses of groups: they go on in code without groups.
     plain_exits: Vec<usize>,
     hints: &'a Hints,
@@ -320,6 +324,8 @@ struct Lowering<'a, 'p> {
     /// Control falls through the unit's end.
     falls: bool,
     code: Code,
+    /// See [`Site::touch`].
+    touch: Option<Touch>,
     /// See [`Site::faults_first`].
     faults_first: bool,
     /// Offset of the instruction that is being translated.
@@ -386,7 +392,7 @@ fn translate_as(
         number: 0,
         held: Scratch::default(),
         kept: Scratch::default(),
-        rip_in: None,
+        seldom: Vec::new(),
         plain_exits: Vec::new(),
         hints: &unit.hints,
         making: adapt::Making::Plain,
@@ -396,6 +402,7 @@ fn translate_as(
         last: false,
         falls: false,
         code: Code::INVALID,
+        touch: None,
         faults_first: false,
         current: 0,
         next: 0,
@@ -428,6 +435,7 @@ fn translate_as(
     let accesses = l.asm.here();
     l.finish_plain_exits();
     l.finish_misses();
+    l.finish_seldom();
     l.finish_exits();
     let stale_inner = l.asm.here();
     l.take_exit(None, start, facts.variant, facts.plain);
@@ -541,6 +549,7 @@ impl Lowering<'_, '_> {
             code: self.code,
             done: 0,
             faults_first: self.faults_first,
+            touch: self.touch,
             kind,
         });
         self.site_base + self.sites.len() as u32 - 1
@@ -551,6 +560,7 @@ impl Lowering<'_, '_> {
         self.current = i.ip();
         self.next = i.next_ip();
         self.code = i.code();
+        self.touch = Touch::of(i);
         // A masked access may leave its first elements out; the target of an indirect call is checked before the push.
         self.faults_first = !i.has_op_mask() && i.flow_control() != FlowControl::IndirectCall;
         let (read, written) = unit::flag_effects(i);

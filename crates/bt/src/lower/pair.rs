@@ -13,32 +13,50 @@
 //! [`frame::PAIRS_END`] bound, whatever the guest returns to.
 
 use super::branch::in_page;
-use super::{Lowering, Variant};
-use crate::emit::{HOST_SP, Op, S0, S1, cc};
+use super::{Lowering, SiteKind, Variant};
+use crate::emit::{Fixup, HOST_SP, Op, S0, S1, cc};
 use crate::frame;
 
 /// The offset in the page of a call's return address.
 #[derive(Clone, Copy)]
 pub(super) struct Landing(u64);
 
+/// What stands behind the straight line, for what is seldom.
+pub(super) enum Seldom {
+    /// There is no room for one more pair.
+    NoRoom {
+        /// The jump that is taken then.
+        jump: Fixup,
+        /// Where the code goes on without the others.
+        back: usize,
+    },
+    /// A return whose pair is not on top, or that is to poll.
+    Return {
+        /// The jumps that are taken then.
+        jumps: [Fixup; 2],
+        /// The number of the site.
+        site: u32,
+        variant: Variant,
+    },
+}
+
 impl Lowering<'_, '_> {
     /// Whether calls and returns here have pairs.
-    const fn has_pairs(&self) -> bool {
+    pub(super) const fn has_pairs(&self) -> bool {
         self.facts.legacy.is_none() && !matches!(self.variant, Variant::SupervisorAc)
     }
 
-    /// The guest's half of a call's pair, if it is to have one, behind the push on the guest's stack. Clobbers flags and both scratch registers.
-    pub(super) fn push_pair(&mut self, next: u64) -> Option<Landing> {
-        let pushed = self.rip_in.take();
+    /// The guest's half of a call's pair, if it is to have one, behind the push on the guest's stack, which may have the address in a register. Clobbers flags
+    /// and both scratch registers.
+    pub(super) fn push_pair(&mut self, next: u64, held: Option<u8>) -> Option<Landing> {
         if !self.has_pairs() || !in_page(next) {
             return None;
         }
         self.asm.gs(Op::Cmp, HOST_SP, frame::PAIRS_END);
-        let room = self.asm.jcc(cc::A);
-        self.drop_pairs();
-        self.asm.bind(room);
+        let jump = self.asm.jcc(cc::BE);
+        self.seldom.push(Seldom::NoRoom { jump, back: self.asm.here() });
         let known = self.facts.page_rip.and_then(|rip| i32::try_from(rip.wrapping_add(next) as i64).ok());
-        match (known, pushed) {
+        match (known, held) {
             (Some(rip), _) => self.asm.push_imm(rip),
             (None, Some(register)) => self.asm.push(register),
             (None, None) => {
@@ -69,15 +87,31 @@ impl Lowering<'_, '_> {
         self.asm.load(HOST_SP, frame::PAIRS);
     }
 
-    /// Returns to the guest address in [`S0`] if the pair on top is its call's; else drops all and goes on here. Clobbers flags.
-    pub(super) fn return_by_pair(&mut self) {
-        if !self.has_pairs() {
-            return;
-        }
+    /// Returns to the guest address in [`S0`] if the pair on top is its call's; else the engine drops all and looks the address up, also where `poll` says so.
+    /// Clobbers flags.
+    pub(super) fn return_by_pair(&mut self, poll: Fixup, popped: i8) {
         self.asm.cmp_below_top(S0);
         let other = self.asm.jcc(cc::NE);
         self.asm.ret();
-        self.asm.bind(other);
-        self.drop_pairs();
+        let site = self.site(SiteKind::Branch { popped });
+        self.seldom.push(Seldom::Return { jumps: [poll, other], site, variant: self.variant });
+    }
+
+    /// What is seldom, behind the straight line.
+    pub(super) fn finish_seldom(&mut self) {
+        for seldom in std::mem::take(&mut self.seldom) {
+            match seldom {
+                Seldom::NoRoom { jump, back } => {
+                    self.asm.bind(jump);
+                    self.drop_pairs();
+                    self.asm.jmp_to(back);
+                }
+                Seldom::Return { jumps, site, variant } => {
+                    jumps.into_iter().for_each(|jump| self.asm.bind(jump));
+                    self.asm.call_gs(frame::RETURN + 8 * variant as i32);
+                    self.asm.bytes(&site.to_le_bytes());
+                }
+            }
+        }
     }
 }

@@ -79,8 +79,8 @@ impl Lowering<'_, '_> {
 
     /// An instruction that does nothing but push a value.
     pub(super) fn push_one(&mut self, i: &Instruction, value: Value, live_before: u32) {
-        let first = self.push_value(i, value, live_before);
-        self.complete(first, false);
+        let pushed = self.push_value(i, value, live_before);
+        self.complete(pushed.first, false);
     }
 
     /// The linear address `disp` above the stack pointer into [`S0`], checked for an access of `size` bytes.
@@ -111,9 +111,8 @@ impl Lowering<'_, '_> {
         }
     }
 
-    /// Pushes a value, with a check shared with others if there are any. What the frame holds of it stays there until the push is done. The
-    /// number of its first miss.
-    pub(super) fn push_value(&mut self, i: &Instruction, value: Value, live_before: u32) -> usize {
+    /// Pushes a value, with a check shared with others if there are any. What the frame holds of it stays there until the push is done.
+    pub(super) fn push_value(&mut self, i: &Instruction, value: Value, live_before: u32) -> Pushed {
         let size = item(i);
         let grouped = self.grouped(i, live_before);
         let mut to = grouped.unwrap_or_else(|| {
@@ -135,6 +134,7 @@ impl Lowering<'_, '_> {
             scratch = S1;
             (self.held, self.kept) = (Scratch::default(), Scratch::default());
         }
+        let mut held = None;
         match immediate {
             Some(v) => self.asm.store_imm_to(size, to.place(), v),
             None => {
@@ -143,7 +143,7 @@ impl Lowering<'_, '_> {
                     Value::Frame(slot) => self.asm.load(from, slot),
                     Value::Rip(offset) => {
                         self.pointer_to(from, offset);
-                        self.rip_in = Some(from);
+                        held = Some(from);
                     }
                     Value::Host(_) | Value::Immediate(_) => {}
                 }
@@ -151,7 +151,7 @@ impl Lowering<'_, '_> {
             }
         }
         self.move_stack(-(size as i32));
-        first
+        Pushed { first, held }
     }
 
     /// The value as an immediate, if it is one that fits.
@@ -227,6 +227,14 @@ impl Lowering<'_, '_> {
         self.complete(miss, false);
         true
     }
+}
+
+/// How something was pushed.
+pub(super) struct Pushed {
+    /// The number of its first miss.
+    first: usize,
+    /// The scratch register that still has it, if it is an address of code.
+    pub held: Option<u8>,
 }
 
 /// What is pushed.

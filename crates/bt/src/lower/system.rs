@@ -72,6 +72,8 @@ impl Lowering<'_, '_> {
             Mnemonic::Mov if unit::switches_space(i) && supervisor => return self.switch_space(i),
             Mnemonic::Invlpg if supervisor => return self.invalidate_page(i),
             Mnemonic::Cpuid => self.call_out_by(frame::DO_CPUID),
+            Mnemonic::Rdmsr if supervisor && self.facts.legacy.is_none() => self.call_out_by(frame::DO_RDMSR),
+            Mnemonic::Wrmsr if supervisor && self.facts.legacy.is_none() => self.call_out_by(frame::DO_WRMSR),
             Mnemonic::Xsavec | Mnemonic::Xsavec64 => return self.extended_state(i, frame::DO_XSAVE, true),
             Mnemonic::Xrstor | Mnemonic::Xrstor64 => return self.extended_state(i, frame::DO_XRSTOR, false),
             Mnemonic::Xsaves | Mnemonic::Xsaves64 if supervisor => {
