@@ -457,11 +457,7 @@ fn set_disk_option(disk: &mut DiskSpec, option: &str) -> Result<(), String> {
         "rw" => disk.read_only = !switch()?,
         "snapshot" => disk.snapshot = switch()?,
         "format" => {
-            disk.format = Some(match value {
-                "raw" => ImageFormat::Raw,
-                "qcow2" => ImageFormat::Qcow2,
-                _ => return Err(format!("a disk's format is raw or qcow2, not '{value}'")),
-            });
+            disk.format = Some(parse_disk_format(value)?);
         }
         "serial" if !value.is_empty() && value.len() <= 20 => disk.serial = Some(value.to_owned()),
         "serial" => return Err("a disk's serial number has 1 to 20 characters; write serial=S".to_owned()),
@@ -476,6 +472,26 @@ fn set_disk_option(disk: &mut DiskSpec, option: &str) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Parses the size of a disk, as in `4G`; returns bytes.
+///
+/// # Errors
+/// One line with an example.
+pub fn parse_disk_size(text: &str) -> Result<u64, String> {
+    parse_memory(text).map_err(|_reason| format!("'{text}' is no size of a disk; give one as in 4G or 800M"))
+}
+
+/// Parses `raw` or `qcow2`.
+///
+/// # Errors
+/// One line for anything else.
+pub fn parse_disk_format(text: &str) -> Result<ImageFormat, String> {
+    match text {
+        "raw" => Ok(ImageFormat::Raw),
+        "qcow2" => Ok(ImageFormat::Qcow2),
+        _ => Err(format!("a disk's format is raw or qcow2, not '{text}'")),
+    }
 }
 
 /// Parses `DIR[:TAG][:ro][:9p]`. A colon may be part of the name of a directory that exists.

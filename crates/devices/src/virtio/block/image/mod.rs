@@ -201,6 +201,14 @@ impl Image {
         Ok(Self { medium, path: path.clone(), len_bytes, read_only: options.read_only })
     }
 
+    /// Makes an empty qcow2 image of `len_bytes`, where nothing is yet.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn make_qcow2(path: &Path, len_bytes: u64) -> Result<(), ImageError> {
+        qcow2::make(path, len_bytes).map_err(|source| ImageError::Host { path: path.to_owned(), source })
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {

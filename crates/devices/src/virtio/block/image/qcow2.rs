@@ -142,6 +142,13 @@ fn on_top(base: Access) -> io::Result<Access> {
     Ok(FormatAccess::new(qcow2))
 }
 
+/// Makes an empty image.
+pub(super) fn make(path: &Path, len_bytes: u64) -> io::Result<()> {
+    let file = File::options().read(true).write(true).create_new(true).open(path)?;
+    let image = Qcow2::<Storage>::create_builder(storage(file, path.to_owned(), true)?);
+    image.size(len_bytes).create()
+}
+
 impl Qcow2Image {
     /// Opens a qcow2 image.
     pub fn open(host: HostFile, read_only: bool) -> Result<Self, ImageError> {
