@@ -20,7 +20,7 @@ use crate::net::{NetFlags, NetSpec, parse_forward, parse_net};
 use crate::options::{
     CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, ShareSpec, StatsTarget, VgaChoice,
     VirtualExec, VmFlags, parse_char_target, parse_cpu, parse_cpus, parse_disk, parse_disk_format,
-    parse_memory, parse_root, parse_share, parse_stats, parse_timeout,
+    parse_disk_size, parse_memory, parse_root, parse_share, parse_stats, parse_timeout,
 };
 use crate::top::TopArgs;
 use hostnet::Forward;
@@ -411,9 +411,12 @@ pub struct MachineArgs {
     /// Kernel command line
     #[arg(long, value_name = "STRING", allow_hyphen_values = true, help_heading = "Guest")]
     append: Option<String>,
-    /// A disk: an image file or block device, and ,ro ,format=raw|qcow2 ,snapshot=on ,serial=S ,queues=N; again for more
+    /// A disk: an image file or block device, and ,ro ,format=raw|qcow2 ,snapshot=on ,serial=S ,queues=N ,if=virtio|ahci; again for more
     #[arg(long = "disk", value_name = "FILE[,OPTION…]", value_parser = parse_disk, help_heading = "Guest")]
     disks: Vec<DiskSpec>,
+    /// A CD-ROM with this image in it, on the AHCI controller; again for more
+    #[arg(long = "cdrom", value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Guest")]
+    cdroms: Vec<PathBuf>,
     /// What the guest writes to disks goes to temporary files and is lost at the end
     #[arg(long, help_heading = "Guest")]
     snapshot: bool,
@@ -505,7 +508,7 @@ impl MachineArgs {
             kernel: self.kernel,
             initrd: self.initrd,
             append: self.append,
-            disks: self.disks,
+            disks: self.disks.into_iter().chain(self.cdroms.into_iter().map(DiskSpec::cdrom)).collect(),
             snapshot: self.snapshot,
             shares: self.shares,
             root: self.root,

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use vmm::{ImageFormat, MAX_DISK_QUEUES, MAX_SHARE_TAG};
+use vmm::{DiskBus, ImageFormat, MAX_DISK_QUEUES, MAX_SHARE_TAG};
 use x86::cpuid::{CpuModel, ModelError};
 
 use crate::control::ControlTarget;
@@ -136,6 +136,16 @@ pub struct DiskSpec {
     pub serial: Option<String>,
     /// Request queues; one for each vCPU if that is not said.
     pub queues: Option<u16>,
+    /// How it is attached.
+    pub bus: DiskBus,
+}
+
+impl DiskSpec {
+    /// `--cdrom FILE`.
+    #[must_use]
+    pub fn cdrom(path: PathBuf) -> Self {
+        Self { path, read_only: true, format: Some(ImageFormat::Raw), bus: DiskBus::Cdrom, ..Self::default() }
+    }
 }
 
 /// One `--share`, or `--root`.
@@ -418,9 +428,9 @@ pub fn parse_cpu(text: &str) -> Result<String, String> {
 }
 
 const DISK_USAGE: &str =
-    "write --disk FILE, and behind it ,ro ,format=raw|qcow2 ,snapshot=on ,serial=S ,queues=N";
+    "write --disk FILE, and behind it ,ro ,format=raw|qcow2 ,snapshot=on ,serial=S ,queues=N ,if=virtio|ahci";
 
-/// Parses `FILE[,ro][,format=raw|qcow2][,snapshot=on][,serial=S][,queues=N]`; `path=FILE` will do, too. A comma may be part of
+/// Parses `FILE[,ro][,format=raw|qcow2][,snapshot=on][,serial=S][,queues=N][,if=virtio|ahci]`; `path=FILE` will do, too. A comma may be part of
 /// the name of a file that exists.
 ///
 /// # Errors
@@ -440,12 +450,15 @@ pub fn parse_disk(text: &str) -> Result<DiskSpec, String> {
     if name.is_empty() {
         return Err(format!("a disk needs a file; {DISK_USAGE}"));
     }
+    if disk.bus == DiskBus::Ahci && disk.queues.is_some() {
+        return Err("a disk with if=ahci has one queue; drop queues= or if=ahci".to_owned());
+    }
     disk.path = PathBuf::from(name);
     Ok(disk)
 }
 
 fn set_disk_option(disk: &mut DiskSpec, option: &str) -> Result<(), String> {
-    const NAMES: [&str; 7] = ["ro", "rw", "readonly", "format", "snapshot", "serial", "queues"];
+    const NAMES: [&str; 8] = ["ro", "rw", "readonly", "format", "snapshot", "serial", "queues", "if"];
     let (name, value) = option.split_once('=').unwrap_or((option, ""));
     let switch = || match value {
         "" | "on" | "true" => Ok(true),
@@ -456,6 +469,13 @@ fn set_disk_option(disk: &mut DiskSpec, option: &str) -> Result<(), String> {
         "ro" | "readonly" => disk.read_only = switch()?,
         "rw" => disk.read_only = !switch()?,
         "snapshot" => disk.snapshot = switch()?,
+        "if" => {
+            disk.bus = match value {
+                "virtio" => DiskBus::Virtio,
+                "ahci" | "sata" => DiskBus::Ahci,
+                _ => return Err(format!("a disk's if is virtio or ahci, not '{value}'")),
+            };
+        }
         "format" => {
             disk.format = Some(parse_disk_format(value)?);
         }

@@ -8,7 +8,10 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmm::{DiskConfig, EngineKind, Image, ImageOptions, NetConfig, ShareOptions, ShareProtocol};
+use vmm::{
+    DiskBus, DiskConfig, EngineKind, Image, ImageOptions, MAX_AHCI_DRIVES, NetConfig, ShareOptions,
+    ShareProtocol,
+};
 
 use crate::choice::{self, Wish};
 use crate::control::ControlTarget;
@@ -154,6 +157,12 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
     check_memory(options.memory_bytes, host_memory_bytes())?;
     if options.serial == CharTarget::Stdio && options.debugcon == CharTarget::Stdio {
         tracing::info!("serial port and debug console share the terminal");
+    }
+    let on_ahci = options.disks.iter().filter(|disk| disk.bus != DiskBus::Virtio).count();
+    if on_ahci > MAX_AHCI_DRIVES {
+        return Err(Usage(format!(
+            "the AHCI controller has {MAX_AHCI_DRIVES} ports, not {on_ahci}; attach some disks without if=ahci"
+        )));
     }
     let disks = options.disks.iter().map(|disk| open_disk(disk, options.snapshot));
     let mut disks = disks.collect::<Result<Vec<_>, _>>()?;
@@ -430,7 +439,12 @@ fn open_disk(spec: &DiskSpec, snapshot: bool) -> Result<DiskConfig, PrepareError
         snapshot: (snapshot || spec.snapshot) && !spec.read_only,
     });
     let image = image.map_err(|error| Failure(error.to_string()))?;
-    Ok(DiskConfig { serial: spec.serial.clone(), queues: spec.queues, ..DiskConfig::new(image) })
+    Ok(DiskConfig {
+        serial: spec.serial.clone(),
+        queues: spec.queues,
+        bus: spec.bus,
+        ..DiskConfig::new(image)
+    })
 }
 
 /// What `--share` and `--root` name.

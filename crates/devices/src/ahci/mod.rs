@@ -284,7 +284,11 @@ impl Snapshot for Ahci {
         let state: State = from_blob(NAME, STATE_VERSION, blob)?;
         let unfit = |why: String| RestoreError::Unfit { name: NAME.to_owned(), why };
         if state.ports.len() != self.ports.len() {
-            return Err(unfit(format!("{} drives, this controller has {}", state.ports.len(), self.ports.len())));
+            return Err(unfit(format!(
+                "{} drives, this controller has {}",
+                state.ports.len(),
+                self.ports.len()
+            )));
         }
         for (port, saved) in self.ports.iter().zip(&state.ports) {
             port.fits(saved).map_err(unfit)?;
