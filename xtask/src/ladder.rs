@@ -13,6 +13,9 @@ use crate::steps::{Step, cargo, step, summary, target_directory, trellis_binary}
 /// Images that the machine tests boot.
 const IMAGES: &[&str] = &["debian-cloud-amd64", "debian-memtest86+-amd64"];
 
+/// What the distribution's test uses beyond what every disk has.
+const DISTRIBUTION_PACKAGES: &str = "gcc,libc6-dev,iperf3,stress-ng";
+
 /// Runs the ladders.
 pub fn run() -> anyhow::Result<()> {
     let mut steps = vec![build()?];
@@ -51,6 +54,34 @@ pub fn machine_tests(arguments: &[&str]) -> anyhow::Result<Step> {
     let mut command = cargo(&["test", "--package", "machine_tests", "--no-fail-fast"]);
     command.args(["--", "--test-threads=2"]).args(arguments).env("TRELLIS_BINARY", trellis_binary());
     step("machine tests", command)
+}
+
+/// The distribution's disk, and the test that works in it. Both have a cache of their own: a disk of the user's is his.
+pub fn distribution() -> anyhow::Result<()> {
+    let mut steps = vec![build()?];
+    if steps[0].passed {
+        steps.extend(distribution_steps()?);
+    }
+    summary(&steps)
+}
+
+/// The steps of [`distribution`] after the build.
+pub fn distribution_steps() -> anyhow::Result<Vec<Step>> {
+    let cache = target_directory().join("distribution");
+    let mut fetch = Command::new(trellis_binary());
+    fetch.args(["image", "fetch", "debian", "--rootfs", "--size", "4G", "--include", DISTRIBUTION_PACKAGES]);
+    let fetch = step("image debian-rootfs-amd64", fetch_into(fetch, &cache))?;
+    if !fetch.passed {
+        return Ok(vec![fetch]);
+    }
+    let mut test = cargo(&["test", "--package", "machine_tests", "--test", "distribution"]);
+    test.args(["--", "--ignored"]).env("TRELLIS_BINARY", trellis_binary());
+    Ok(vec![fetch, step("distribution", fetch_into(test, &cache))?])
+}
+
+fn fetch_into(mut command: Command, cache: &std::path::Path) -> Command {
+    command.env("XDG_CACHE_HOME", cache);
+    command
 }
 
 /// Fetches an image unless it is there.

@@ -28,6 +28,8 @@ enum Task {
     Test,
     /// The long suite: generic and 686-pae kernels, memtest86+'s full pass, a long differential run
     Long,
+    /// Builds a Debian system on a disk (once), boots it and works in it: login, apt, ssh, gcc, iperf3, stress-ng
+    Distribution,
     /// Formatting, clippy with warnings denied, documentation
     Lint,
     /// Licences, duplicate and foreign-source dependencies, by cargo-deny where it is installed
@@ -59,6 +61,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Test => ladder::run(),
         Task::Long => long::run(),
+        Task::Distribution => ladder::distribution(),
         Task::Lint => steps::lint(),
         Task::Deny => deny::run(),
         Task::Soak { options } => steps::tool(&["trellis", "soak"], &options),

@@ -5,6 +5,7 @@
 //! bus table → device → interrupt controllers (PIC, IO-APIC) → local APIC. A device never holds its
 //! own lock while it is called back by another device of the same rank.
 
+pub mod ahci;
 pub mod bus;
 pub mod chipset;
 pub mod clock;

@@ -13,16 +13,18 @@ use crate::dump::DumpArgs;
 use crate::exec::ExecArgs;
 use crate::gdb::{self, GdbTarget};
 use crate::image::Arch;
+use crate::image::rootfs::RootfsOptions;
 use crate::inside::InsideFlags;
 use crate::metrics;
 use crate::net::{NetFlags, NetSpec, parse_forward, parse_net};
 use crate::options::{
     CharTarget, ClockChoice, DiskSpec, EngineChoice, MmuChoice, ShareSpec, StatsTarget, VgaChoice,
-    VirtualExec, VmFlags, parse_char_target, parse_cpu, parse_cpus, parse_disk, parse_memory, parse_root,
-    parse_share, parse_stats, parse_timeout,
+    VirtualExec, VmFlags, parse_char_target, parse_cpu, parse_cpus, parse_disk, parse_disk_format,
+    parse_disk_size, parse_memory, parse_root, parse_share, parse_stats, parse_timeout,
 };
 use crate::top::TopArgs;
 use hostnet::Forward;
+use vmm::ImageFormat;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -46,6 +48,8 @@ Examples:
       A kernel and disks of your own; docs/guide/disks.md tells of qcow2, --snapshot and more.
   trellis boot debian --net user --forward tcp:2222:22
       A network behind this host, without any rights; port 2222 here is port 22 there. See docs/guide/network.md.
+  trellis boot debian-rootfs --cpus 2 --memory 1G --forward tcp:2222:22
+      A whole Debian on a disk of its own (built first, once); then: ssh -p 2222 root@127.0.0.1
   trellis boot --kernel xen --initrd 'vmlinuz console=hvc0,initrd' --append com1=115200
       A multiboot kernel with modules: --initrd 'FILE ARGS,FILE ARGS'.
   trellis boot --gdb-wait
@@ -96,6 +100,9 @@ Examples:
   trellis image fetch debian --flavour memtest86+  the memory tester
   trellis image fetch debian --flavour 6.12-cloud  any linux-image-FLAVOUR-ARCH that your package sources have
   trellis image fetch debian --mirror http://mirror.example/debian --suite bookworm
+  trellis image fetch debian --rootfs              a whole system on a disk; then: trellis boot debian-rootfs
+  trellis image fetch debian --rootfs --size 20G --include gcc,libc6-dev,git
+                                                   a larger one, with a compiler; see docs/guide/distribution.md
 
 Packages come from the sources in /etc/apt, through a private apt state: no root, and nothing of the machine's own
 apt changes. Images are kept in $XDG_CACHE_HOME/trellis (~/.cache/trellis).";
@@ -342,7 +349,54 @@ pub enum ImageCommand {
         /// Which kernel: cloud, generic, rt, 686-pae, 686, memtest86+, or the middle of a package name
         #[arg(long)]
         flavour: Option<String>,
+        /// The disk.
+        #[command(flatten)]
+        disk: RootfsArgs,
     },
+}
+
+/// The options of a disk that is built.
+#[derive(Args, Debug, Default)]
+pub struct RootfsArgs {
+    /// Build a disk with the whole system: systemd, network, ssh, apt
+    #[arg(long, help_heading = "System on a disk")]
+    pub rootfs: bool,
+    /// Size of the disk, as in 4G; its file takes what is written [default: 8G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_disk_size, requires = "rootfs", help_heading = "System on a disk")]
+    size: Option<u64>,
+    /// How the disk lies in its file: raw or qcow2 [default: raw]
+    #[arg(long, value_name = "FORMAT", value_parser = parse_disk_format, requires = "rootfs", help_heading = "System on a disk")]
+    format: Option<ImageFormat>,
+    /// Packages to install beyond the usual, as in gcc,libc6-dev
+    #[arg(
+        long,
+        value_name = "PACKAGE,…",
+        value_delimiter = ',',
+        requires = "rootfs",
+        help_heading = "System on a disk"
+    )]
+    include: Vec<String>,
+    /// A public key that may log in by ssh as root; again for more [default: those in ~/.ssh]
+    #[arg(long = "ssh-key", value_name = "FILE", value_hint = ValueHint::FilePath, requires = "rootfs", help_heading = "System on a disk")]
+    ssh_keys: Vec<PathBuf>,
+    /// Build it again if it is there; what guests wrote to the old disk is lost
+    #[arg(long, requires = "rootfs", help_heading = "System on a disk")]
+    anew: bool,
+}
+
+impl RootfsArgs {
+    /// What is to be built.
+    #[must_use]
+    pub fn into_options(self) -> RootfsOptions {
+        let default = RootfsOptions::default();
+        RootfsOptions {
+            size_bytes: self.size.unwrap_or(default.size_bytes),
+            format: self.format.unwrap_or(default.format),
+            include: self.include,
+            ssh_keys: self.ssh_keys,
+            anew: self.anew,
+        }
+    }
 }
 
 /// The options that describe a machine.
@@ -357,9 +411,12 @@ pub struct MachineArgs {
     /// Kernel command line
     #[arg(long, value_name = "STRING", allow_hyphen_values = true, help_heading = "Guest")]
     append: Option<String>,
-    /// A disk: an image file or block device, and ,ro ,format=raw|qcow2 ,snapshot=on ,serial=S ,queues=N; again for more
+    /// A disk: an image file or block device, and ,ro ,format=raw|qcow2 ,snapshot=on ,serial=S ,queues=N ,if=virtio|ahci; again for more
     #[arg(long = "disk", value_name = "FILE[,OPTION…]", value_parser = parse_disk, help_heading = "Guest")]
     disks: Vec<DiskSpec>,
+    /// A CD-ROM with this image in it, on the AHCI controller; again for more
+    #[arg(long = "cdrom", value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Guest")]
+    cdroms: Vec<PathBuf>,
     /// What the guest writes to disks goes to temporary files and is lost at the end
     #[arg(long, help_heading = "Guest")]
     snapshot: bool,
@@ -451,7 +508,7 @@ impl MachineArgs {
             kernel: self.kernel,
             initrd: self.initrd,
             append: self.append,
-            disks: self.disks,
+            disks: self.disks.into_iter().chain(self.cdroms.into_iter().map(DiskSpec::cdrom)).collect(),
             snapshot: self.snapshot,
             shares: self.shares,
             root: self.root,

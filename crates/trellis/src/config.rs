@@ -25,6 +25,7 @@ const KEYS: &[&str] = &[
     "initrd",
     "append",
     "disk",
+    "cdrom",
     "snapshot",
     "share",
     "root",
@@ -105,6 +106,7 @@ struct File {
     initrd: Option<String>,
     append: Option<String>,
     disk: Option<OneOrMany>,
+    cdrom: Option<OneOrMany>,
     #[serde(default)]
     snapshot: bool,
     share: Option<OneOrMany>,
@@ -248,6 +250,9 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
     }
     let disks = file.disk.map(OneOrMany::list).unwrap_or_default();
     let disks: Result<Vec<DiskSpec>, String> = disks.iter().map(|disk| relative_disk(base, disk)).collect();
+    let cdroms = file.cdrom.map(OneOrMany::list).unwrap_or_default();
+    let cdroms = cdroms.iter().map(|path| DiskSpec::cdrom(base.join(path)));
+    let disks = disks.map(|disks| disks.into_iter().chain(cdroms).collect());
     let inside = InsideFlags {
         trace: value(text, "trace", file.trace, |name| parse_trace(&name))?,
         trace_range: value(text, "trace_range", file.trace_range, |range| parse_range(&range))?,
@@ -383,6 +388,7 @@ fn stats_of(base: &Path, switch: Switch) -> Result<Option<StatsTarget>, String> 
 mod tests {
     use super::*;
     use crate::options::{EngineChoice, VgaChoice};
+    use vmm::DiskBus;
 
     fn parsed(text: &str) -> Result<VmFlags, String> {
         parse(text, Path::new("/vm"))
@@ -404,6 +410,9 @@ mod tests {
             flags.disks[1],
             DiskSpec { path: "/b.img".into(), read_only: true, ..DiskSpec::default() }
         );
+        let cdrom = parsed("disk = 'a.img,if=ahci'\ncdrom = 'c.iso'").unwrap();
+        assert_eq!((cdrom.disks[0].bus, cdrom.disks[1].bus), (DiskBus::Ahci, DiskBus::Cdrom));
+        assert_eq!(cdrom.disks[1].path, Path::new("/vm/c.iso"));
         assert_eq!(flags.serial, Some(CharTarget::File("/vm/log".into())));
         assert_eq!(flags.vga, Some(VgaChoice::Text));
         assert_eq!(flags.timeout_seconds, Some(1.5));

@@ -187,16 +187,30 @@ fn image_command(command: ImageCommand) -> anyhow::Result<ExitCode> {
         ImageCommand::List { json: true } => {
             print_out(format!("{:#}\n", image::list::json(&Cache::of_user()?)).as_bytes())
         }
-        ImageCommand::Fetch { image, mirror, suite, arch, flavour } => {
+        ImageCommand::Fetch { image, mirror, suite, arch, flavour, disk } => {
             let spec =
                 image_spec(&image, arch, flavour.as_deref()).map_err(|error| usage(error.to_string()))?;
             let sources = mirror.map_or(Sources::Host, |url| Sources::Mirror { url, suite });
-            let fetched = image::fetch(&spec, &sources, &Progress::new()).map_err(|error| match error {
+            let explain = |error| match error {
                 ImageError::Unknown(text) => usage(text),
                 other => other.into(),
-            })?;
+            };
+            let wants_disk = disk.rootfs || spec.rootfs;
+            let spec = if wants_disk { spec.with_rootfs().map_err(explain)? } else { spec };
+            let progress = Progress::new();
+            let fetched = if wants_disk {
+                image::rootfs::fetch(&spec, &sources, &disk.into_options(), &progress)
+            } else {
+                image::fetch(&spec, &sources, &progress)
+            };
+            drop(progress);
+            let fetched = fetched.map_err(explain)?;
             let (manifest, directory) = (&fetched.manifest, fetched.directory.display());
-            print_out(format!("{} {} is in {directory}\n", manifest.name, manifest.version()).as_bytes())
+            let mut text = format!("{} {} is in {directory}\n", manifest.name, manifest.version());
+            if wants_disk {
+                text += &image::rootfs::greeting(&fetched, manifest);
+            }
+            print_out(text.as_bytes())
         }
     }
 }

@@ -78,6 +78,15 @@ impl NetFlags {
         Self { nets, forwards: file.forwards.into_iter().chain(self.forwards).collect() }
     }
 
+    /// A user network where nothing is said: for guests that expect one.
+    #[must_use]
+    pub fn or_user(mut self) -> Self {
+        if self.nets.is_empty() && self.forwards.is_empty() {
+            self.nets.extend(parse_net("user").ok());
+        }
+        self
+    }
+
     /// Makes what the cards are plugged into.
     ///
     /// # Errors

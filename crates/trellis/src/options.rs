@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use vmm::{ImageFormat, MAX_DISK_QUEUES, MAX_SHARE_TAG};
+use vmm::{DiskBus, ImageFormat, MAX_DISK_QUEUES, MAX_SHARE_TAG};
 use x86::cpuid::{CpuModel, ModelError};
 
 use crate::control::ControlTarget;
@@ -136,6 +136,16 @@ pub struct DiskSpec {
     pub serial: Option<String>,
     /// Request queues; one for each vCPU if that is not said.
     pub queues: Option<u16>,
+    /// How it is attached.
+    pub bus: DiskBus,
+}
+
+impl DiskSpec {
+    /// `--cdrom FILE`.
+    #[must_use]
+    pub fn cdrom(path: PathBuf) -> Self {
+        Self { path, read_only: true, format: Some(ImageFormat::Raw), bus: DiskBus::Cdrom, ..Self::default() }
+    }
 }
 
 /// One `--share`, or `--root`.
@@ -418,9 +428,9 @@ pub fn parse_cpu(text: &str) -> Result<String, String> {
 }
 
 const DISK_USAGE: &str =
-    "write --disk FILE, and behind it ,ro ,format=raw|qcow2 ,snapshot=on ,serial=S ,queues=N";
+    "write --disk FILE, and behind it ,ro ,format=raw|qcow2 ,snapshot=on ,serial=S ,queues=N ,if=virtio|ahci";
 
-/// Parses `FILE[,ro][,format=raw|qcow2][,snapshot=on][,serial=S][,queues=N]`; `path=FILE` will do, too. A comma may be part of
+/// Parses `FILE[,ro][,format=raw|qcow2][,snapshot=on][,serial=S][,queues=N][,if=virtio|ahci]`; `path=FILE` will do, too. A comma may be part of
 /// the name of a file that exists.
 ///
 /// # Errors
@@ -440,12 +450,15 @@ pub fn parse_disk(text: &str) -> Result<DiskSpec, String> {
     if name.is_empty() {
         return Err(format!("a disk needs a file; {DISK_USAGE}"));
     }
+    if disk.bus == DiskBus::Ahci && disk.queues.is_some() {
+        return Err("a disk with if=ahci has one queue; drop queues= or if=ahci".to_owned());
+    }
     disk.path = PathBuf::from(name);
     Ok(disk)
 }
 
 fn set_disk_option(disk: &mut DiskSpec, option: &str) -> Result<(), String> {
-    const NAMES: [&str; 7] = ["ro", "rw", "readonly", "format", "snapshot", "serial", "queues"];
+    const NAMES: [&str; 8] = ["ro", "rw", "readonly", "format", "snapshot", "serial", "queues", "if"];
     let (name, value) = option.split_once('=').unwrap_or((option, ""));
     let switch = || match value {
         "" | "on" | "true" => Ok(true),
@@ -456,12 +469,15 @@ fn set_disk_option(disk: &mut DiskSpec, option: &str) -> Result<(), String> {
         "ro" | "readonly" => disk.read_only = switch()?,
         "rw" => disk.read_only = !switch()?,
         "snapshot" => disk.snapshot = switch()?,
+        "if" => {
+            disk.bus = match value {
+                "virtio" => DiskBus::Virtio,
+                "ahci" | "sata" => DiskBus::Ahci,
+                _ => return Err(format!("a disk's if is virtio or ahci, not '{value}'")),
+            };
+        }
         "format" => {
-            disk.format = Some(match value {
-                "raw" => ImageFormat::Raw,
-                "qcow2" => ImageFormat::Qcow2,
-                _ => return Err(format!("a disk's format is raw or qcow2, not '{value}'")),
-            });
+            disk.format = Some(parse_disk_format(value)?);
         }
         "serial" if !value.is_empty() && value.len() <= 20 => disk.serial = Some(value.to_owned()),
         "serial" => return Err("a disk's serial number has 1 to 20 characters; write serial=S".to_owned()),
@@ -476,6 +492,26 @@ fn set_disk_option(disk: &mut DiskSpec, option: &str) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Parses the size of a disk, as in `4G`; returns bytes.
+///
+/// # Errors
+/// One line with an example.
+pub fn parse_disk_size(text: &str) -> Result<u64, String> {
+    parse_memory(text).map_err(|_reason| format!("'{text}' is no size of a disk; give one as in 4G or 800M"))
+}
+
+/// Parses `raw` or `qcow2`.
+///
+/// # Errors
+/// One line for anything else.
+pub fn parse_disk_format(text: &str) -> Result<ImageFormat, String> {
+    match text {
+        "raw" => Ok(ImageFormat::Raw),
+        "qcow2" => Ok(ImageFormat::Qcow2),
+        _ => Err(format!("a disk's format is raw or qcow2, not '{text}'")),
+    }
 }
 
 /// Parses `DIR[:TAG][:ro][:9p]`. A colon may be part of the name of a directory that exists.

@@ -8,7 +8,10 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmm::{DiskConfig, EngineKind, Image, ImageOptions, NetConfig, ShareOptions, ShareProtocol};
+use vmm::{
+    DiskBus, DiskConfig, EngineKind, Image, ImageOptions, MAX_AHCI_DRIVES, NetConfig, ShareOptions,
+    ShareProtocol,
+};
 
 use crate::choice::{self, Wish};
 use crate::control::ControlTarget;
@@ -127,6 +130,8 @@ struct Guest {
     kernel_file: Option<File>,
     initrd: Option<String>,
     append: String,
+    /// The disk that it starts from.
+    disk: Option<DiskSpec>,
     is_contract: bool,
 }
 
@@ -153,17 +158,29 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
     if options.serial == CharTarget::Stdio && options.debugcon == CharTarget::Stdio {
         tracing::info!("serial port and debug console share the terminal");
     }
+    let on_ahci = options.disks.iter().filter(|disk| disk.bus != DiskBus::Virtio).count();
+    if on_ahci > MAX_AHCI_DRIVES {
+        return Err(Usage(format!(
+            "the AHCI controller has {MAX_AHCI_DRIVES} ports, not {on_ahci}; attach some disks without if=ahci"
+        )));
+    }
     let disks = options.disks.iter().map(|disk| open_disk(disk, options.snapshot));
-    let disks = disks.collect::<Result<Vec<_>, _>>()?;
+    let mut disks = disks.collect::<Result<Vec<_>, _>>()?;
     let mut guest = find_guest(&options)?;
     let shares = shares(&options)?;
-    let nets = options.net.plug_in(options.clock)?;
+    let mut net = options.net.clone();
+    if let Some(disk) = &guest.disk {
+        disks.insert(0, open_disk(disk, options.snapshot)?);
+        net = if options.clock == ClockChoice::Host { net.or_user() } else { net };
+    }
+    let nets = net.plug_in(options.clock)?;
     let modules = match options.initrd.as_deref().or(guest.initrd.as_deref()) {
         Some(text) => read_modules(text, options.memory_bytes)?,
         None => Vec::new(),
     };
     let modules = match &options.root {
         Some(root) => root_modules(root, &mut guest, modules)?,
+        None if guest.disk.is_some() && options.initrd.is_none() => disk_modules(modules),
         None => modules,
     };
     check_fits(&guest, &modules, options.memory_bytes)?;
@@ -254,6 +271,7 @@ fn find_guest(options: &VmOptions) -> Result<Guest, PrepareError> {
             kernel_file: regular(path),
             initrd: None,
             append: String::new(),
+            disk: None,
             is_contract: false,
         }),
         (Some("contract"), None) => Ok(contract()),
@@ -277,6 +295,7 @@ fn contract() -> Guest {
         kernel_file: None,
         initrd: None,
         append: String::new(),
+        disk: None,
         is_contract: true,
     }
 }
@@ -285,10 +304,10 @@ fn contract() -> Guest {
 fn fetched(spec: &ImageSpec, options: &VmOptions) -> Result<Guest, PrepareError> {
     let image = image::ensure(spec, Progress::new).map_err(|error| Failure(error.to_string()))?;
     let mut append = image.manifest.append.clone();
-    if spec.is_linux() && options.serial == CharTarget::Stdio && options.vga == VgaChoice::None {
+    if spec.is_linux() && options.vga == VgaChoice::Text {
+        append = append.replace("console=ttyS0", "console=ttyS0 console=tty0");
+    } else if spec.is_linux() && options.serial == CharTarget::Stdio && !spec.rootfs {
         append.push_str(&terminal_size_word());
-    } else if spec.is_linux() && options.vga == VgaChoice::Text {
-        append = "console=ttyS0 console=tty0".to_owned();
     }
     Ok(Guest {
         name: spec.name(),
@@ -296,6 +315,7 @@ fn fetched(spec: &ImageSpec, options: &VmOptions) -> Result<Guest, PrepareError>
         kernel_file: regular(&image.kernel),
         initrd: image.initrd.map(|path| path.display().to_string()),
         append,
+        disk: image.disk.map(|path| DiskSpec { path, ..DiskSpec::default() }),
         is_contract: false,
     })
 }
@@ -419,7 +439,12 @@ fn open_disk(spec: &DiskSpec, snapshot: bool) -> Result<DiskConfig, PrepareError
         snapshot: (snapshot || spec.snapshot) && !spec.read_only,
     });
     let image = image.map_err(|error| Failure(error.to_string()))?;
-    Ok(DiskConfig { serial: spec.serial.clone(), queues: spec.queues, ..DiskConfig::new(image) })
+    Ok(DiskConfig {
+        serial: spec.serial.clone(),
+        queues: spec.queues,
+        bus: spec.bus,
+        ..DiskConfig::new(image)
+    })
 }
 
 /// What `--share` and `--root` name.
@@ -479,6 +504,12 @@ fn root_modules(
     let plan = image::root::RootPlan { overlay, program, ..Default::default() };
     initrd.content = plan.initramfs(&initrd.content);
     Ok(vec![initrd])
+}
+
+/// The initrd of a guest whose root is its own disk.
+fn disk_modules(modules: Vec<Module>) -> Vec<Module> {
+    let on_disk = |module: Module| Module { content: image::rootfs::initramfs(&module.content), ..module };
+    modules.into_iter().map(on_disk).collect()
 }
 
 /// Opens what `--serial` or `--debugcon` names.

@@ -46,6 +46,18 @@ pub enum ClockMode {
     Icount,
 }
 
+/// How a disk is attached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum DiskBus {
+    /// A virtio block device.
+    #[default]
+    Virtio,
+    /// A SATA disk of the AHCI controller.
+    Ahci,
+    /// A CD-ROM of the AHCI controller.
+    Cdrom,
+}
+
 /// A disk.
 #[derive(Clone, Debug)]
 pub struct DiskConfig {
@@ -55,13 +67,15 @@ pub struct DiskConfig {
     pub serial: Option<String>,
     /// Request queues; without a number one for each vCPU.
     pub queues: Option<u16>,
+    /// How it is attached.
+    pub bus: DiskBus,
 }
 
 impl DiskConfig {
     /// A disk on `image`.
     #[must_use]
     pub fn new(image: Image) -> Self {
-        Self { image: Arc::new(image), serial: None, queues: None }
+        Self { image: Arc::new(image), serial: None, queues: None, bus: DiskBus::Virtio }
     }
 
     /// A disk on an image that is opened and locked now.

@@ -28,8 +28,9 @@ mod vcpu;
 mod vm;
 
 pub use clock::host_tsc_hz;
-pub use config::{ClockMode, DiskConfig, EngineKind, NetConfig, Sink, TraceWhat, VmConfig};
+pub use config::{ClockMode, DiskBus, DiskConfig, EngineKind, NetConfig, Sink, TraceWhat, VmConfig};
 pub use control::SAVE_MARKER;
+pub use devices::ahci::MAX_DRIVES as MAX_AHCI_DRIVES;
 pub use devices::chipset::i8042::Key;
 pub use devices::chipset::text_screen::{TextScreen, render_ansi};
 pub use devices::virtio::block::{

@@ -19,12 +19,13 @@
 //! | 0xfed00000 | HPET | 2, 8, 16–23 |
 //! | 0xfee00000 | the accessing vCPU's local APIC ([`MachineIo`]) | |
 //! | PCI 00.0, 01.0 | host bridge, ISA bridge | |
-//! | PCI 02.0 … | virtio disks, shared directories, network cards, random generator, channel, console | 16–23 |
+//! | PCI 02.0 … | virtio disks, shared directories, network cards, random generator, channel, console; AHCI | 16–23 |
 //!
 //! There are no cycles of owners: dropping the machine frees memory, disks and their locks.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use devices::ahci::{Ahci, Drive};
 use devices::bus::{Bus, lock};
 use devices::chipset::acpi_pm::{AcpiPm, ResetRegister};
 use devices::chipset::debug_ports::{DebugConsole, ExitPort, PostPorts};
@@ -62,7 +63,7 @@ use x86::cpuid::{CpuModel, Feature};
 use x86_interp::{Interp, Parts};
 
 use crate::clock::GuestClock;
-use crate::config::{ClockMode, DiskConfig, EngineKind, NetConfig, TraceWhat};
+use crate::config::{ClockMode, DiskBus, DiskConfig, EngineKind, NetConfig, TraceWhat};
 use crate::control::Control;
 use crate::error::VmError;
 use crate::input::Input;
@@ -131,6 +132,7 @@ pub(crate) struct Machine {
     router: Arc<IrqRouter>,
     pic: Shared<Pic>,
     virtio: Vec<Shared<VirtioPci>>,
+    ahci: Option<Shared<Ahci>>,
     io: Arc<MachineIo>,
     /// Everything with state, in the order of restoring (see `devices::chipset::irq_router`).
     stateful: Vec<Shared<dyn Snapshot>>,
@@ -239,7 +241,8 @@ impl Builder<'_> {
     fn virtio(&self) -> Result<Virtio, VmError> {
         let icount = self.clock.mode() == ClockMode::Icount;
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
-        for (index, disk) in self.plan.disks.iter().enumerate() {
+        let virtio = |(_, disk): &(usize, &DiskConfig)| disk.bus == DiskBus::Virtio;
+        for (index, disk) in self.plan.disks.iter().enumerate().filter(virtio) {
             let cpus = u16::try_from(self.plan.cpus).unwrap_or(u16::MAX);
             let options = BlockOptions {
                 synchronous: icount,
@@ -280,8 +283,25 @@ impl Builder<'_> {
         Ok((devices.into_iter().map(behind_pci).collect(), handle, end))
     }
 
+    /// The AHCI controller, if there is a drive for it.
+    fn ahci(&self) -> Result<Option<Shared<Ahci>>, VmError> {
+        let drive = |(index, disk): (usize, &DiskConfig)| Drive {
+            image: Arc::clone(&disk.image),
+            cdrom: disk.bus == DiskBus::Cdrom,
+            serial: disk.serial.clone().unwrap_or_else(|| format!("trellis{index}")),
+        };
+        let disks = self.plan.disks.iter().enumerate().filter(|(_, disk)| disk.bus != DiskBus::Virtio);
+        let drives: Vec<Drive> = disks.map(drive).collect();
+        if drives.is_empty() {
+            return Ok(None);
+        }
+        let icount = self.clock.mode() == ClockMode::Icount;
+        let controller = Ahci::new(&drives, &self.mem, icount).map_err(VmError::Thread)?;
+        Ok(Some(Arc::new(Mutex::new(controller))))
+    }
+
     /// PCI bus 0, set up as firmware leaves it.
-    fn pci(&mut self, virtio: &[Shared<VirtioPci>]) -> Result<(), VmError> {
+    fn pci(&mut self, virtio: &[Shared<VirtioPci>], ahci: Option<&Shared<Ahci>>) -> Result<(), VmError> {
         let (messages, pins) = (Arc::clone(&self.router) as _, Arc::clone(&self.router) as _);
         let host = PciHost::new(&self.bus, messages, pins, self.mem.ram().to_vec());
         let reset = ResetRegister::new(Arc::clone(&self.power));
@@ -294,6 +314,10 @@ impl Builder<'_> {
         for device in virtio {
             host.add(None, Arc::clone(device) as _)?;
             self.keep(device);
+        }
+        if let Some(controller) = ahci {
+            host.add(None, Arc::clone(controller) as _)?;
+            self.keep(controller);
         }
         host.place_bars()?;
         self.keep(&reset);
@@ -338,7 +362,8 @@ impl Machine {
             stateful: Vec::new(),
         };
         let (virtio, console, channel) = build.virtio()?;
-        build.pci(&virtio)?;
+        let ahci = build.ahci()?;
+        build.pci(&virtio, ahci.as_ref())?;
         let (rtc, power_button) = build.timers_and_power()?;
         let (serial, keyboard, vga) = build.consoles()?;
         build.firmware_devices()?;
@@ -365,6 +390,7 @@ impl Machine {
             router,
             pic,
             virtio,
+            ahci,
             io,
             stateful,
         })
@@ -464,15 +490,19 @@ impl Machine {
     /// Ends disk requests and makes what was written durable.
     pub fn shutdown(&self) {
         self.virtio.iter().for_each(|device| lock(device).shutdown());
+        if let Some(controller) = &self.ahci {
+            lock(controller).shutdown();
+        }
     }
 
-    /// Counters of the virtio devices.
+    /// Counters of the virtio devices and the AHCI controller.
     pub fn counters(&self) -> Vec<(String, Vec<(&'static str, u64)>)> {
         let of = |device: &Shared<VirtioPci>| {
             let device = lock(device);
             (device.device().name().to_owned(), device.counters())
         };
-        self.virtio.iter().map(of).collect()
+        let ahci = self.ahci.iter().map(|controller| ("ahci".to_owned(), lock(controller).counters()));
+        self.virtio.iter().map(of).chain(ahci).collect()
     }
 }
 

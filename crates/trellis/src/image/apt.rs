@@ -164,6 +164,23 @@ impl Apt {
         }
     }
 
+    /// The archives that the lists are of, a line each in `format` (`apt-get indextargets`, sources.list(5)).
+    ///
+    /// # Errors
+    /// apt cannot be started.
+    pub fn index_targets(&self, format: &str) -> Result<String, ImageError> {
+        let mut command = self.command("apt-get");
+        command.args(["indextargets", "--format", format, "Created-By: Packages"]);
+        let output = command.output().at("running", Path::new("apt-get"))?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Why there is no archive of `distribution` among the sources.
+    #[must_use]
+    pub fn no_archive(&self, distribution: &str) -> ImageError {
+        self.not_found(&[format!("the archive of {distribution}")])
+    }
+
     fn not_found(&self, names: &[String]) -> ImageError {
         if is_network_trouble(&self.complaints) {
             return ImageError::NoNetwork { detail: first_line(&self.complaints) };
@@ -267,12 +284,15 @@ fn mirror_line(url: &str, suite: Option<&str>, os_release: &str) -> Result<Strin
     let Some(suite) = suite else {
         return Err(ImageError::Unknown("--mirror needs a suite here, as in --suite bookworm".to_owned()));
     };
+    Ok(format!("deb {}{url} {suite} main\n", signed_by()))
+}
+
+/// The option of a line of sources.list that names the distributions' own keys, as far as this host has them.
+pub(super) fn signed_by() -> String {
     let keyrings =
         ["/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/ubuntu-archive-keyring.gpg"];
     let present: Vec<&str> = keyrings.into_iter().filter(|path| Path::new(path).is_file()).collect();
-    let options =
-        if present.is_empty() { String::new() } else { format!("[signed-by={}] ", present.join(",")) };
-    Ok(format!("deb {options}{url} {suite} main\n"))
+    if present.is_empty() { String::new() } else { format!("[signed-by={}] ", present.join(",")) }
 }
 
 /// Parses the first paragraph of `apt-cache show` (deb822).
@@ -330,7 +350,7 @@ fn download_percent(line: &str) -> Option<f64> {
 }
 
 /// Whether apt's words speak of the network rather than of packages.
-fn is_network_trouble(complaints: &[String]) -> bool {
+pub(super) fn is_network_trouble(complaints: &[String]) -> bool {
     const SIGNS: &[&str] = &[
         "Could not resolve",
         "Temporary failure resolving",
@@ -348,7 +368,7 @@ fn is_network_trouble(complaints: &[String]) -> bool {
 }
 
 /// The complaint to show: the first that names a cause, errors before warnings, without apt's prefix.
-fn first_line(complaints: &[String]) -> String {
+pub(super) fn first_line(complaints: &[String]) -> String {
     let specific = |line: &&String| line.contains("Failed to fetch") || line.contains("Could not");
     let chosen = complaints
         .iter()

@@ -54,6 +54,9 @@ pub struct Manifest {
     pub packages: Vec<PackageEntry>,
     /// The files.
     pub files: Vec<FileEntry>,
+    /// The disk that holds the whole system, if it has one. Guests write to it, so that nothing is said of its content.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
 }
 
 impl Manifest {
@@ -155,8 +158,9 @@ impl Cache {
         let whole = |file: &FileEntry| {
             fs::metadata(directory.join(&file.name)).is_ok_and(|data| data.len() == file.len_bytes)
         };
-        (manifest.format == initramfs::FORMAT && manifest.name == name && manifest.files.iter().all(whole))
-            .then_some(manifest)
+        let disk = manifest.disk.as_ref().is_none_or(|disk| directory.join(disk).is_file());
+        let fits = manifest.format == initramfs::FORMAT && manifest.name == name;
+        (fits && disk && manifest.files.iter().all(whole)).then_some(manifest)
     }
 
     /// All whole images, by name.
@@ -167,6 +171,14 @@ impl Cache {
             entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
         names.sort();
         names.iter().filter(|name| !name.starts_with('.')).filter_map(|name| self.load(name)).collect()
+    }
+
+    /// What an image's disk takes on this host; what was never written takes nothing.
+    #[must_use]
+    pub fn disk_bytes(&self, manifest: &Manifest) -> u64 {
+        use std::os::unix::fs::MetadataExt as _;
+        let path = manifest.disk.as_ref().map(|disk| self.image_directory(&manifest.name).join(disk));
+        path.and_then(|path| fs::metadata(path).ok()).map_or(0, |data| data.blocks() * 512)
     }
 
     fn images(&self) -> PathBuf {
@@ -220,6 +232,7 @@ mod tests {
                 sha256: String::new(),
             }],
             files: vec![file],
+            disk: None,
         };
         fs::write(built.join("manifest.json"), serde_json::to_string(&manifest).unwrap()).unwrap();
         cache.install(&built, "debian-test-amd64").unwrap();

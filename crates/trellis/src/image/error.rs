@@ -71,6 +71,42 @@ pub enum ImageError {
         /// What it should be.
         what: &'static str,
     },
+    /// A program that building a system relies on is not installed.
+    #[error("{program} is not installed here, so no system can be built; install the package {package}")]
+    NoTool {
+        /// The program.
+        program: &'static str,
+        /// The package that has it.
+        package: &'static str,
+    },
+    /// Files of a system belong to several users, and we are one.
+    #[error(
+        "building a system needs root, user namespaces (the package uidmap, and your lines in /etc/subuid and /etc/subgid), or the packages fakechroot and fakeroot; provide one of them"
+    )]
+    NoRights,
+    /// A disk without the room that is needed.
+    #[error(
+        "building takes {} MiB in {}, which has {} MiB left; free some, or set {variable} to another directory",
+        needed_bytes >> 20, directory.display(), free_bytes >> 20
+    )]
+    NoRoom {
+        /// Where.
+        directory: PathBuf,
+        /// How much is needed.
+        needed_bytes: u64,
+        /// How much there is.
+        free_bytes: u64,
+        /// What chooses another place.
+        variable: &'static str,
+    },
+    /// A disk was full in the middle, or the image too small.
+    #[error(
+        "the system did not fit: the disk is full, or the image too small; free some space, set TMPDIR or XDG_CACHE_HOME to another disk, or give a larger --size"
+    )]
+    Full,
+    /// A disk image could not be made.
+    #[error("{0}")]
+    Disk(String),
     /// There is no place to keep images.
     #[error("no place to keep images: neither XDG_CACHE_HOME nor HOME is set; set one of them")]
     NoCacheDirectory,

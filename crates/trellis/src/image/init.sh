@@ -33,6 +33,8 @@ load_bus() {
 read -r cmdline < /proc/cmdline
 load_bus pci
 load_bus virtio
+# Drives behind a controller are found later; their drivers take them then.
+[ -d /sys/bus/scsi ] && modprobe -q sd_mod 2>/dev/null && modprobe -q sr_mod 2>/dev/null
 
 # A console whose driver is a module (hvc0) exists only now.
 exec < /dev/console > /dev/console 2>&1

@@ -25,7 +25,10 @@ pub fn table(cache: &Cache) -> String {
     for manifest in cache.list() {
         rows.push(Row {
             version: manifest.version().to_owned(),
-            size: format!("{:.1} MiB", manifest.len_bytes() as f64 / f64::from(1 << 20)),
+            size: format!(
+                "{:.1} MiB",
+                (manifest.len_bytes() + cache.disk_bytes(&manifest)) as f64 / f64::from(1 << 20)
+            ),
             place: cache.image_directory(&manifest.name).display().to_string(),
             name: manifest.name,
         });
@@ -70,10 +73,13 @@ pub fn json(cache: &Cache) -> serde_json::Value {
 /// How to fetch `spec`.
 fn fetch_command(spec: &ImageSpec) -> String {
     let mut command = "trellis image fetch debian".to_owned();
+    if spec.rootfs {
+        command.push_str(" --rootfs");
+    }
     if spec.flavour != "cloud" {
         command.push_str(&format!(" --flavour {}", spec.flavour));
     }
-    if ImageSpec::from_options(None, Some(&spec.flavour)).ok().as_ref() != Some(spec) {
+    if ImageSpec::from_options(None, Some(&spec.flavour)).is_ok_and(|implied| implied.arch != spec.arch) {
         command.push_str(&format!(" --arch {}", spec.arch));
     }
     command

@@ -3,7 +3,7 @@
 //!
 //! The way of the data: [`spec`] names the packages → [`apt`] refreshes, resolves and downloads on a private state →
 //! `dpkg-deb` unpacks → [`modules`] picks drivers → [`initramfs`] builds, through [`cpio`] → [`cache`] keeps.
-//! [`programs`] fetches in the same way what `trellis bench` runs.
+//! [`rootfs`] adds a disk with a whole system. [`programs`] fetches in the same way what `trellis bench` runs.
 
 pub mod apt;
 pub mod cache;
@@ -15,6 +15,7 @@ pub mod list;
 pub mod modules;
 pub mod programs;
 pub mod root;
+pub mod rootfs;
 pub mod spec;
 pub mod tiny_init;
 
@@ -43,6 +44,8 @@ pub struct Image {
     pub kernel: PathBuf,
     /// The initramfs that ends in a shell; `None` for what is no Linux.
     pub initrd: Option<PathBuf>,
+    /// The disk with the whole system, if it has one.
+    pub disk: Option<PathBuf>,
 }
 
 impl Image {
@@ -51,7 +54,8 @@ impl Image {
         let directory = cache.image_directory(name);
         let initrd =
             manifest.files.iter().any(|file| file.name == "initrd").then(|| directory.join("initrd"));
-        Some(Self { kernel: directory.join("vmlinuz"), manifest, directory, initrd })
+        let disk = manifest.disk.as_ref().map(|disk| directory.join(disk));
+        Some(Self { kernel: directory.join("vmlinuz"), manifest, directory, initrd, disk })
     }
 }
 
@@ -105,6 +109,9 @@ pub fn ensure_module(
 /// # Errors
 /// See [`ImageError`].
 pub fn fetch(spec: &ImageSpec, sources: &Sources, progress: &Progress) -> Result<Image, ImageError> {
+    if spec.rootfs {
+        return rootfs::fetch(spec, sources, &rootfs::RootfsOptions::default(), progress);
+    }
     fetch_anew(spec, sources, progress, false)
 }
 
@@ -132,11 +139,30 @@ fn fetch_anew(
     let entries = download(&apt, &packages, scratch.path(), &tree, progress)?;
     progress.stage("building the initramfs");
     let built = scratch.path().join("image");
-    build(spec, distribution, entries, &tree, &built)?;
+    let manifest = build(spec, distribution, entries, &tree, &built)?;
+    write_manifest(&manifest, &built)?;
     cache.install(&built, &spec.name())?;
     progress.percent(100.0);
     Image::cached(&cache, &spec.name())
         .ok_or(ImageError::BadPackage { package: spec.name(), what: "readable manifest" })
+}
+
+/// The kernel and initramfs of `spec` in the directory `built`, and the tree that they were unpacked to.
+fn build_kernel(
+    spec: &ImageSpec,
+    sources: &Sources,
+    apt: &mut Apt,
+    scratch: &Path,
+    built: &Path,
+    progress: &Progress,
+) -> Result<(Manifest, PathBuf), ImageError> {
+    progress.stage(&format!("refreshing package lists for {}", spec.arch));
+    apt.update(progress)?;
+    let distribution = sources.distribution();
+    let packages = resolve(apt, spec, distribution)?;
+    let tree = scratch.join("tree");
+    let entries = download(apt, &packages, scratch, &tree, progress)?;
+    Ok((build(spec, distribution, entries, &tree, built)?, tree))
 }
 
 /// The name of apt's private state: lists of different sources must not mix.
@@ -222,7 +248,7 @@ fn build(
     packages: Vec<PackageEntry>,
     tree: &Path,
     built: &Path,
-) -> Result<(), ImageError> {
+) -> Result<Manifest, ImageError> {
     fs::create_dir_all(built).at("creating", built)?;
     let package = packages.first().map_or_else(|| spec.name(), |package| package.name.clone());
     let kernel = find_kernel(spec, tree).ok_or(ImageError::BadPackage { package, what: "kernel" })?;
@@ -234,7 +260,7 @@ fn build(
         release = name.trim_start_matches("vmlinuz-").to_owned();
         files.extend(build_initramfs(spec, &release, tree, built)?);
     }
-    let manifest = Manifest {
+    Ok(Manifest {
         format: initramfs::FORMAT,
         name: spec.name(),
         distribution: distribution.name().to_owned(),
@@ -244,8 +270,13 @@ fn build(
         append: if spec.is_linux() { "console=ttyS0" } else { "console=ttyS0,115200" }.to_owned(),
         packages,
         files,
-    };
-    let text = serde_json::to_string_pretty(&manifest).expect("a manifest is plain data");
+        disk: None,
+    })
+}
+
+/// Puts the manifest into an image's directory, which makes it whole.
+fn write_manifest(manifest: &Manifest, built: &Path) -> Result<(), ImageError> {
+    let text = serde_json::to_string_pretty(manifest).expect("a manifest is plain data");
     write_file(built, "manifest.json", text.as_bytes()).map(drop)
 }
 
@@ -326,7 +357,9 @@ mod tests {
         let cache = Cache::at(&directory.path().join("cache"));
         let _lock = cache.lock().unwrap();
         let built = directory.path().join("built");
-        build(&ImageSpec::default_debian(), Distribution::Debian, Vec::new(), &tree, &built).unwrap();
+        let manifest =
+            build(&ImageSpec::default_debian(), Distribution::Debian, Vec::new(), &tree, &built).unwrap();
+        write_manifest(&manifest, &built).unwrap();
         cache.install(&built, "debian-cloud-amd64").unwrap();
         let image = Image::cached(&cache, "debian-cloud-amd64").unwrap();
         assert_eq!(image.manifest.release, "6.1");

@@ -286,6 +286,7 @@ fn write_manifest(
         append: String::new(),
         packages,
         files,
+        disk: None,
     };
     let text = serde_json::to_string_pretty(&manifest).expect("a manifest is plain data");
     write_file(built, "manifest.json", text.as_bytes()).map(drop)

@@ -105,6 +105,8 @@ pub struct ImageSpec {
     pub arch: Arch,
     /// `cloud`, `generic`, `rt`, `686-pae`, `686`, `memtest86+`, or the middle of a package name (`6.12-cloud`).
     pub flavour: String,
+    /// With a disk that holds the whole system, not the kernel alone.
+    pub rootfs: bool,
 }
 
 /// The flavours with a name of their own, and what `trellis image list` says about them.
@@ -118,6 +120,9 @@ const FLAVOURS: &[(Arch, &str, &str)] = &[
     (Arch::I386, "memtest86+", "memory test, 32-bit"),
 ];
 
+/// What stands in the name of an image that has a disk.
+const ROOTFS: &str = "rootfs";
+
 /// The flavour of a memory tester, which has neither modules nor an initramfs.
 pub const MEMTEST: &str = "memtest86+";
 
@@ -125,7 +130,7 @@ impl ImageSpec {
     /// The image that `trellis boot` takes by itself.
     #[must_use]
     pub fn default_debian() -> Self {
-        Self { arch: Arch::Amd64, flavour: "cloud".to_owned() }
+        Self { arch: Arch::Amd64, flavour: "cloud".to_owned(), rootfs: false }
     }
 
     /// From `--arch` and `--flavour`, each optional.
@@ -152,7 +157,7 @@ impl ImageSpec {
                 "there is no cloud kernel for i386; use --flavour 686-pae".to_owned(),
             ));
         }
-        Ok(Self { arch, flavour: flavour.to_owned() })
+        Ok(Self { arch, flavour: flavour.to_owned(), rootfs: false })
     }
 
     /// From a name as `trellis image list` shows it (`debian-generic-amd64`), from `debian` alone, or from a known
@@ -164,6 +169,9 @@ impl ImageSpec {
         if name == "debian" {
             return Ok(Self::default_debian());
         }
+        if let "rootfs" | "debian-rootfs" = name {
+            return Self::default_debian().with_rootfs();
+        }
         if FLAVOURS.iter().any(|&(_, flavour, _)| flavour == name) {
             return Self::from_options(None, Some(name));
         }
@@ -173,13 +181,37 @@ impl ImageSpec {
             Some((_, "i386")) => Arch::I386,
             _ => return Err(ImageError::Unknown(format!("'{name}' is no image{}", name_suggestion(name)))),
         };
-        Self::from_options(Some(arch), parts.map(|(flavour, _)| flavour))
+        match parts.and_then(|(flavour, _)| flavour.strip_prefix(ROOTFS)) {
+            Some("") => Self::from_options(Some(arch), None)?.with_rootfs(),
+            Some(flavour) if flavour.starts_with('-') => {
+                Self::from_options(Some(arch), Some(&flavour[1..]))?.with_rootfs()
+            }
+            _ => Self::from_options(Some(arch), parts.map(|(flavour, _)| flavour)),
+        }
+    }
+
+    /// The same with a disk that holds the whole system.
+    ///
+    /// # Errors
+    /// What is no Linux for amd64.
+    pub fn with_rootfs(self) -> Result<Self, ImageError> {
+        if self.arch != Arch::Amd64 || !self.is_linux() {
+            return Err(ImageError::Unknown(format!(
+                "a system on a disk is made for amd64 with a Linux kernel, not for {}; drop --arch, or take another --flavour",
+                self.name()
+            )));
+        }
+        Ok(Self { rootfs: true, ..self })
     }
 
     /// The name of the image and of its directory.
     #[must_use]
     pub fn name(&self) -> String {
-        format!("debian-{}-{}", self.flavour, self.arch)
+        match (self.rootfs, self.flavour.as_str()) {
+            (false, flavour) => format!("debian-{flavour}-{}", self.arch),
+            (true, "cloud") => format!("debian-{ROOTFS}-{}", self.arch),
+            (true, flavour) => format!("debian-{ROOTFS}-{flavour}-{}", self.arch),
+        }
     }
 
     /// Whether it is a Linux kernel, that is whether it wants an initramfs.
@@ -211,7 +243,10 @@ impl ImageSpec {
     pub fn known() -> Vec<(Self, &'static str)> {
         FLAVOURS
             .iter()
-            .map(|(arch, flavour, about)| (Self { arch: *arch, flavour: (*flavour).to_owned() }, *about))
+            .map(|(arch, flavour, about)| {
+                (Self { arch: *arch, flavour: (*flavour).to_owned(), rootfs: false }, *about)
+            })
+            .chain([(Self { rootfs: true, ..Self::default_debian() }, "a whole Debian system on a disk")])
             .collect()
     }
 }
@@ -246,6 +281,11 @@ mod tests {
         let name = |n| ImageSpec::from_name(n).map(|spec| spec.name());
         assert_eq!(name("memtest86+").unwrap(), "debian-memtest86+-amd64");
         assert_eq!(name("686-pae").unwrap(), "debian-686-pae-i386");
+        assert_eq!(name("debian-rootfs").unwrap(), "debian-rootfs-amd64");
+        assert_eq!(name("debian-rootfs-generic-amd64").unwrap(), "debian-rootfs-generic-amd64");
+        assert!(
+            name("debian-rootfs-686-pae-i386").is_err() && name("debian-rootfs-memtest86+-amd64").is_err()
+        );
         assert!(name("686-pea").is_err());
     }
 

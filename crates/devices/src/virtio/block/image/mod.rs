@@ -6,6 +6,7 @@
 //! What a file is, is never guessed from what a guest can write: a qcow2 header in a file that is called raw would give the
 //! guest every file of the host that the header names. The name decides, or the user.
 
+mod held;
 mod host_file;
 mod qcow2;
 mod raw;
@@ -199,6 +200,14 @@ impl Image {
             return Err(ImageError::PartialSector { path: path.clone(), len: len_bytes });
         }
         Ok(Self { medium, path: path.clone(), len_bytes, read_only: options.read_only })
+    }
+
+    /// Makes an empty qcow2 image of `len_bytes`, where nothing is yet.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn make_qcow2(path: &Path, len_bytes: u64) -> Result<(), ImageError> {
+        qcow2::make(path, len_bytes).map_err(|source| ImageError::Host { path: path.to_owned(), source })
     }
 
     /// Where it is.

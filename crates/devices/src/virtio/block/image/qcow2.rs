@@ -15,10 +15,11 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use imago::format::gate::ImplicitOpenGate;
 use imago::qcow2::{Qcow2, Qcow2OpenBuilder};
@@ -27,10 +28,11 @@ use imago::{
     DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, StorageOpenOptions,
 };
 
+use super::held::{Held, HeldFile};
 use super::host_file::{HostFile, Identity};
 use super::{ImageError, ImageFormat, write_zeros};
 
-type Storage = imago::file::File;
+type Storage = HeldFile;
 type Access = FormatAccess<Storage>;
 
 /// Most files in a chain of backing files.
@@ -45,6 +47,8 @@ const BROKEN: &str = "its structure contradicts itself";
 pub(super) struct Qcow2Image {
     /// INV-QCOW-0. `None` once it is being dropped.
     access: Option<RwLock<Access>>,
+    /// INV-QCOW-3; nothing is held of a temporary image.
+    held: Option<Arc<Held>>,
     broken: AtomicBool,
     len_bytes: u64,
 }
@@ -76,13 +80,24 @@ impl ImplicitOpenGate<Storage> for Gate {
             )));
         }
         self.chain.push(host.identity);
-        Storage::from_open_file(host.file, options)
+        Storage::new(host.file, options, 0..0)
     }
 }
 
 /// The file as `imago` has it.
 fn storage(file: File, path: PathBuf, writable: bool) -> io::Result<Storage> {
-    Storage::from_open_file(file, StorageOpenOptions::new().filename(path).write(writable))
+    Storage::new(file, StorageOpenOptions::new().filename(path).write(writable), 0..0)
+}
+
+/// Where the L1 table of an image lies (qcow2 specification, "Header": 36 entries, 40 offset). A header that says nonsense is
+/// refused by what opens the image.
+fn l1_table(host: &HostFile) -> io::Result<Range<u64>> {
+    let mut header = [0; 48];
+    host.read(0, &mut header)?;
+    let [.., s0, s1, s2, s3, o0, o1, o2, o3, o4, o5, o6, o7] = header;
+    let (entries, offset) =
+        (u32::from_be_bytes([s0, s1, s2, s3]), u64::from_be_bytes([o0, o1, o2, o3, o4, o5, o6, o7]));
+    Ok(offset..offset.saturating_add(8 * u64::from(entries)))
 }
 
 /// Runs what may panic on a malformed image.
@@ -118,13 +133,19 @@ fn check_counts(host: &HostFile) -> io::Result<()> {
     if missing { Err(uncovered()) } else { Ok(()) }
 }
 
-fn open_qcow2(host: HostFile, writable: bool) -> io::Result<Access> {
+/// Opens an image; gives what it holds back beside it.
+fn open_qcow2(host: HostFile, writable: bool) -> io::Result<(Access, Arc<Held>)> {
+    let mut table = 0..0;
     if writable {
         check_counts(&host)?;
+        table = l1_table(&host)?;
     }
     let gate = Gate { chain: vec![host.identity] };
-    let builder: Qcow2OpenBuilder<Storage> = Qcow2::builder(storage(host.file, host.path, writable)?);
-    Ok(FormatAccess::new(builder.write(writable).open(gate)?))
+    let options = StorageOpenOptions::new().filename(host.path).write(writable);
+    let storage = Storage::new(host.file, options, table)?;
+    let held = storage.held();
+    let builder: Qcow2OpenBuilder<Storage> = Qcow2::builder(storage);
+    Ok((FormatAccess::new(builder.write(writable).open(gate)?), held))
 }
 
 fn open_raw(host: HostFile) -> io::Result<Access> {
@@ -142,36 +163,47 @@ fn on_top(base: Access) -> io::Result<Access> {
     Ok(FormatAccess::new(qcow2))
 }
 
+/// Makes an empty image.
+pub(super) fn make(path: &Path, len_bytes: u64) -> io::Result<()> {
+    let file = File::options().read(true).write(true).create_new(true).open(path)?;
+    let image = Qcow2::<Storage>::create_builder(storage(file, path.to_owned(), true)?);
+    image.size(len_bytes).create()
+}
+
 impl Qcow2Image {
     /// Opens a qcow2 image.
     pub fn open(host: HostFile, read_only: bool) -> Result<Self, ImageError> {
         let path = host.path.clone();
-        Self::make(&path, ImageFormat::Qcow2, || open_qcow2(host, !read_only))
+        Self::make(&path, ImageFormat::Qcow2, || {
+            let (access, held) = open_qcow2(host, !read_only)?;
+            Ok((access, Some(held)))
+        })
     }
 
     /// A temporary image on top of one that is only read.
     pub fn overlay(host: HostFile, format: ImageFormat) -> Result<Self, ImageError> {
         let path = host.path.clone();
         Self::make(&path, format, || {
-            on_top(match format {
+            let access = on_top(match format {
                 ImageFormat::Raw => open_raw(host)?,
-                ImageFormat::Qcow2 => open_qcow2(host, false)?,
-            })
+                ImageFormat::Qcow2 => open_qcow2(host, false)?.0,
+            })?;
+            Ok((access, None))
         })
     }
 
     fn make(
         path: &Path,
         format: ImageFormat,
-        open: impl FnOnce() -> io::Result<Access>,
+        open: impl FnOnce() -> io::Result<(Access, Option<Arc<Held>>)>,
     ) -> Result<Self, ImageError> {
-        let access = caught(open).map_err(|error| {
+        let (access, held) = caught(open).map_err(|error| {
             // Whatever a header contains may stand in it.
             let why = error.to_string().escape_debug().to_string().replace("\\\"", "\"").replace("\\'", "'");
             ImageError::Format { path: path.to_owned(), format, why }
         })?;
         let len_bytes = access.size();
-        Ok(Self { access: Some(RwLock::new(access)), broken: AtomicBool::new(false), len_bytes })
+        Ok(Self { access: Some(RwLock::new(access)), held, broken: AtomicBool::new(false), len_bytes })
     }
 
     pub const fn len_bytes(&self) -> u64 {
@@ -206,8 +238,17 @@ impl Qcow2Image {
     }
 
     pub fn sync(&self) -> io::Result<()> {
-        self.alone(|access| access.flush())?;
+        self.alone(|access| self.flush(access))?;
         self.shared(Access::sync)
+    }
+
+    /// Writes out the tables, and then what refers to them.
+    fn flush(&self, access: &mut Access) -> io::Result<()> {
+        access.flush()?;
+        let Some(held) = self.held.as_ref().filter(|held| !held.is_empty()) else { return Ok(()) };
+        // For a host that loses its power, too. Seldom: a table covers half a gigabyte.
+        access.sync()?;
+        held.release()
     }
 
     /// Whole clusters become zeros without storage. Version 2 of the format cannot say that: nothing happens there.
@@ -237,8 +278,14 @@ fn is_unsupported(error: &io::Error) -> bool {
 
 impl Drop for Qcow2Image {
     fn drop(&mut self) {
-        // Dropping writes the tables that are still in memory.
-        let access = self.access.take();
-        let _broken = catch_unwind(AssertUnwindSafe(|| drop(access)));
+        // What is still in memory goes out, in order.
+        let access = self.access.take().filter(|_| !self.broken.load(Ordering::SeqCst));
+        let _broken = catch_unwind(AssertUnwindSafe(|| {
+            let Some(access) = access else { return };
+            let mut access = access.into_inner().unwrap_or_else(PoisonError::into_inner);
+            if let Err(error) = self.flush(&mut access) {
+                tracing::warn!(%error, "the last tables of a disk image could not be written");
+            }
+        }));
     }
 }
