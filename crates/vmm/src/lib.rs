@@ -28,14 +28,14 @@ mod vcpu;
 mod vm;
 
 pub use clock::host_tsc_hz;
-pub use config::{ClockMode, DiskConfig, EngineKind, NetConfig, Sink, TraceWhat, VmConfig};
+pub use config::{CardModel, ClockMode, DiskConfig, EngineKind, NetConfig, Sink, TraceWhat, VmConfig};
 pub use control::SAVE_MARKER;
 pub use devices::chipset::i8042::Key;
 pub use devices::chipset::text_screen::{TextScreen, render_ansi};
+pub use devices::net::{CardOptions, Doorbell, Mac};
 pub use devices::virtio::block::{
     Image, ImageError, ImageFormat, ImageOptions, MAX_QUEUES as MAX_DISK_QUEUES,
 };
-pub use devices::virtio::net::Mac;
 pub use devices::virtio::share::{MAX_TAG as MAX_SHARE_TAG, ShareOptions, ShareProtocol};
 pub use engine_bt::trace::{AddressRange, Levels};
 pub use error::VmError;

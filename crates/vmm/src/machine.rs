@@ -44,6 +44,7 @@ use devices::chipset::{A20, LegacyGate, PowerControl, TimeBase};
 use devices::clock::{Clock, TimerQueue};
 use devices::dma::DmaMemory;
 use devices::irq::{CpuSignal, IrqLine};
+use devices::net::e1000::E1000;
 use devices::pci::{Bdf, HostBridge, ISA_BRIDGE, IsaBridge, PciHost, PciPorts, SharedPci};
 use devices::snapshot::{RestoreError, Snapshot, StateBlob};
 use devices::virtio::block::{Block, BlockOptions};
@@ -62,7 +63,7 @@ use x86::cpuid::{CpuModel, Feature};
 use x86_interp::{Interp, Parts};
 
 use crate::clock::GuestClock;
-use crate::config::{ClockMode, DiskConfig, EngineKind, NetConfig, TraceWhat};
+use crate::config::{CardModel, ClockMode, DiskConfig, EngineKind, NetConfig, TraceWhat};
 use crate::control::Control;
 use crate::error::VmError;
 use crate::input::Input;
@@ -131,6 +132,7 @@ pub(crate) struct Machine {
     router: Arc<IrqRouter>,
     pic: Shared<Pic>,
     virtio: Vec<Shared<VirtioPci>>,
+    e1000: Vec<Shared<E1000>>,
     io: Arc<MachineIo>,
     /// Everything with state, in the order of restoring (see `devices::chipset::irq_router`).
     stateful: Vec<Shared<dyn Snapshot>>,
@@ -252,8 +254,9 @@ impl Builder<'_> {
         for (index, share) in self.plan.shares.iter().enumerate() {
             devices.push(Box::new(Share::new(&format!("share.{index}"), share, icount)?));
         }
-        for (index, net) in self.plan.nets.iter().enumerate() {
-            let card = Net::new(&format!("virtio-net.{index}"), net.mac, &net.plug).map_err(VmError::Net)?;
+        for (index, net) in self.cards_of(CardModel::Virtio) {
+            let name = format!("virtio-net.{index}");
+            let card = Net::new(&name, net.mac, &net.plug, net.options).map_err(VmError::Net)?;
             devices.push(Box::new(card));
         }
         let entropy =
@@ -280,8 +283,22 @@ impl Builder<'_> {
         Ok((devices.into_iter().map(behind_pci).collect(), handle, end))
     }
 
+    /// Network cards of a model, with their numbers.
+    fn cards_of(&self, model: CardModel) -> impl Iterator<Item = (usize, &NetConfig)> {
+        self.plan.nets.iter().enumerate().filter(move |(_, net)| net.model == model)
+    }
+
+    fn e1000(&self) -> Result<Vec<Shared<E1000>>, VmError> {
+        let card = |(index, net): (usize, &NetConfig)| {
+            let memory = Arc::clone(&self.mem);
+            let card = E1000::new(&format!("e1000.{index}"), net.mac, &net.plug, net.options, memory);
+            card.map(|card| Arc::new(Mutex::new(card))).map_err(VmError::Net)
+        };
+        self.cards_of(CardModel::E1000).map(card).collect()
+    }
+
     /// PCI bus 0, set up as firmware leaves it.
-    fn pci(&mut self, virtio: &[Shared<VirtioPci>]) -> Result<(), VmError> {
+    fn pci(&mut self, virtio: &[Shared<VirtioPci>], e1000: &[Shared<E1000>]) -> Result<(), VmError> {
         let (messages, pins) = (Arc::clone(&self.router) as _, Arc::clone(&self.router) as _);
         let host = PciHost::new(&self.bus, messages, pins, self.mem.ram().to_vec());
         let reset = ResetRegister::new(Arc::clone(&self.power));
@@ -294,6 +311,10 @@ impl Builder<'_> {
         for device in virtio {
             host.add(None, Arc::clone(device) as _)?;
             self.keep(device);
+        }
+        for card in e1000 {
+            host.add(None, Arc::clone(card) as _)?;
+            self.keep(card);
         }
         host.place_bars()?;
         self.keep(&reset);
@@ -338,7 +359,8 @@ impl Machine {
             stateful: Vec::new(),
         };
         let (virtio, console, channel) = build.virtio()?;
-        build.pci(&virtio)?;
+        let e1000 = build.e1000()?;
+        build.pci(&virtio, &e1000)?;
         let (rtc, power_button) = build.timers_and_power()?;
         let (serial, keyboard, vga) = build.consoles()?;
         build.firmware_devices()?;
@@ -365,6 +387,7 @@ impl Machine {
             router,
             pic,
             virtio,
+            e1000,
             io,
             stateful,
         })
@@ -464,15 +487,20 @@ impl Machine {
     /// Ends disk requests and makes what was written durable.
     pub fn shutdown(&self) {
         self.virtio.iter().for_each(|device| lock(device).shutdown());
+        self.e1000.iter().for_each(|card| lock(card).shutdown());
     }
 
-    /// Counters of the virtio devices.
+    /// Counters of the virtio devices and network cards.
     pub fn counters(&self) -> Vec<(String, Vec<(&'static str, u64)>)> {
         let of = |device: &Shared<VirtioPci>| {
             let device = lock(device);
             (device.device().name().to_owned(), device.counters())
         };
-        self.virtio.iter().map(of).collect()
+        let of_card = |card: &Shared<E1000>| {
+            let card = lock(card);
+            (card.name().to_owned(), card.counters())
+        };
+        self.virtio.iter().map(of).chain(self.e1000.iter().map(of_card)).collect()
     }
 }
 

@@ -27,10 +27,10 @@ mod tests;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::PollFlags;
 use smoltcp::wire::{EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet};
 
-use crate::{Backend, Forward, Header, Mac, NetError, Offloads, Protocol};
+use crate::{Backend, Forward, Header, Interest, Mac, NetError, Offloads, Protocol};
 use outbox::Outbox;
 use ping::Pings;
 use tcp::Tcp;
@@ -201,11 +201,11 @@ impl Backend for UserNet {
         self.pings.work(&mut self.outbox, now);
     }
 
-    fn sleep_on<'a>(&'a self, _room: bool, list: &mut Vec<PollFd<'a>>) -> Option<Duration> {
-        self.tcp.interests(|_, fd, flags| list.push(PollFd::from_borrowed_fd(fd, flags)));
+    fn sleep_on<'a>(&'a self, _room: bool, list: &mut Vec<Interest<'a>>) -> Option<Duration> {
+        self.tcp.interests(|_, fd, flags| list.push((fd, flags)));
         if self.outbox.has_room() {
-            self.udp.sockets(|fd| list.push(PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-            self.pings.sockets(|fd| list.push(PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+            self.udp.sockets(|fd| list.push((fd, PollFlags::IN)));
+            self.pings.sockets(|fd| list.push((fd, PollFlags::IN)));
         }
         self.tcp.deadline(&self.outbox).map(|at| at.saturating_duration_since(Instant::now()))
     }
