@@ -16,8 +16,8 @@ const USAGE: &str = "write --net user, --net tap=NAME, --net socket=PATH or --ne
 /// The most cards of a machine: PCI slots and sense.
 const MAX_CARDS: usize = 8;
 /// What may stand behind a kind.
-const OPTIONS: [&str; 8] =
-    ["mac", "model", "forward", "loopback", "combine", "suppress", "offload", "doorbell"];
+const OPTIONS: [&str; 9] =
+    ["mac", "model", "forward", "loopback", "restrict", "combine", "suppress", "offload", "doorbell"];
 /// The card of a user network, as QEMU has it; nobody else is on that network.
 const USER_MAC: Mac = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
 
@@ -32,6 +32,8 @@ pub enum NetKind {
         forwards: Vec<Forward>,
         /// The guest reaches this host's own services.
         loopback: bool,
+        /// The guest reaches nothing beyond this host.
+        restrict: bool,
     },
     /// An interface of the host.
     Tap(String),
@@ -134,8 +136,9 @@ fn backend(kind: &NetKind) -> Result<Box<dyn Backend>, NetError> {
     Ok(match kind {
         NetKind::Tap(name) => Box::new(Tap::new(name)?),
         NetKind::Socket(path) => Box::new(Link::new(path)?),
-        NetKind::User { forwards, loopback } => {
-            Box::new(UserNet::new(&UserOptions { forwards: forwards.clone(), loopback: *loopback })?)
+        NetKind::User { forwards, loopback, restrict } => {
+            let (loopback, restrict) = (*loopback, *restrict);
+            Box::new(UserNet::new(&UserOptions { forwards: forwards.clone(), loopback, restrict })?)
         }
         NetKind::None => Box::new(UserNet::new(&UserOptions::default())?),
     })
@@ -169,7 +172,7 @@ pub fn parse_net(text: &str) -> Result<NetSpec, String> {
     let kind = match kind {
         "none" | "user" if value.is_some() => return Err(format!("'{text}' is no network; {USAGE}")),
         "none" => NetKind::None,
-        "user" => NetKind::User { forwards: Vec::new(), loopback: true },
+        "user" => NetKind::User { forwards: Vec::new(), loopback: true, restrict: false },
         "tap" => NetKind::Tap(named("NAME")?.to_owned()),
         "socket" => NetKind::Socket(PathBuf::from(named("PATH")?)),
         other => {
@@ -207,7 +210,8 @@ fn set_option(spec: &mut NetSpec, word: &str) -> Result<(), String> {
         }
         ("forward", NetKind::User { forwards, .. }) => forwards.push(Forward::parse(value)?),
         ("loopback", NetKind::User { loopback, .. }) => *loopback = switch(name, value)?,
-        ("forward" | "loopback", _) => return Err(format!("{name} is an option of --net user only")),
+        ("restrict", NetKind::User { restrict, .. }) => *restrict = switch(name, value)?,
+        ("forward" | "loopback" | "restrict", _) => return Err(format!("{name} is an option of --net user only")),
         _ => {
             let hint = suggest::did_you_mean(name, OPTIONS);
             return Err(format!(
@@ -276,7 +280,7 @@ mod tests {
             parse_net("user,forward=tcp:2222:22,forward=udp:53:5353,loopback=off,mac=52:54:00:00:00:01");
         let user = user.unwrap();
         assert_eq!(user.mac, Some([0x52, 0x54, 0, 0, 0, 1]));
-        let NetKind::User { forwards, loopback: false } = user.kind else { panic!("{user:?}") };
+        let NetKind::User { forwards, loopback: false, restrict: false } = user.kind else { panic!("{user:?}") };
         assert_eq!(forwards.len(), 2);
         assert_eq!(parse_net("tap=tap0").unwrap().kind, NetKind::Tap("tap0".to_owned()));
         assert_eq!(parse_net("none").unwrap().kind, NetKind::None);

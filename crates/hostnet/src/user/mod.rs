@@ -55,11 +55,13 @@ pub struct UserOptions {
     pub forwards: Vec<Forward>,
     /// The guest reaches this host's own services at 10.0.2.2.
     pub loopback: bool,
+    /// The guest reaches nothing beyond: no other addresses, no name server.
+    pub restrict: bool,
 }
 
 impl Default for UserOptions {
     fn default() -> Self {
-        Self { forwards: Vec::new(), loopback: true }
+        Self { forwards: Vec::new(), loopback: true, restrict: false }
     }
 }
 
@@ -76,6 +78,7 @@ pub struct UserNet {
 #[derive(Clone, Copy, Debug)]
 struct Routes {
     loopback: bool,
+    restrict: bool,
 }
 
 impl Routes {
@@ -85,7 +88,7 @@ impl Routes {
         if port == 0 {
             None
         } else if address == NAME_SERVER {
-            (port == DNS_PORT).then(resolver::current)
+            (port == DNS_PORT && !self.restrict).then(resolver::current)
         } else if address == GATEWAY {
             self.loopback.then(|| SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
         } else {
@@ -100,7 +103,7 @@ impl Routes {
             || address.is_multicast()
             || address.is_broadcast()
             || address.octets()[0] == 0;
-        (!within && !special).then_some(IpAddr::V4(address))
+        (!within && !special && !self.restrict).then_some(IpAddr::V4(address))
     }
 }
 
@@ -119,7 +122,7 @@ impl UserNet {
     /// When a port cannot be had.
     pub fn new(options: &UserOptions) -> Result<Self, NetError> {
         let of = |protocol| options.forwards.iter().filter(move |forward| forward.protocol == protocol);
-        let routes = Routes { loopback: options.loopback };
+        let routes = Routes { loopback: options.loopback, restrict: options.restrict };
         Ok(Self {
             outbox: Outbox::default(),
             routes,

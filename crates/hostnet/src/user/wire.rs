@@ -23,7 +23,10 @@ pub(super) struct Wire {
 }
 
 impl Wire {
-    pub fn new(accepts: Offloads) -> Self {
+    pub fn new(mut accepts: Offloads) -> Self {
+        // Segments need their sums.
+        accepts.tso4 &= accepts.checksum;
+        accepts.tso6 &= accepts.checksum;
         Self { waiting: VecDeque::new(), accepts }
     }
 

@@ -4,10 +4,10 @@ use guestmem::{Gpa, GuestMemory};
 use serde::{Deserialize, Serialize};
 
 /// Bytes of a descriptor.
-pub(super) const DESCRIPTOR: u64 = 16;
+pub(super) const DESCRIPTOR: u32 = 16;
 
 /// A descriptor as it lies in memory.
-pub(super) type Descriptor = [u8; DESCRIPTOR as usize];
+pub(super) type Descriptor = [u8; 16];
 
 /// One ring's registers.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
@@ -21,7 +21,7 @@ pub(super) struct Ring {
 impl Ring {
     /// Descriptors.
     pub const fn size(&self) -> u32 {
-        self.len_bytes / DESCRIPTOR as u32
+        self.len_bytes / DESCRIPTOR
     }
 
     /// Descriptors that are the card's. None of a ring whose registers contradict each other, as drivers leave them in
@@ -40,14 +40,14 @@ impl Ring {
     /// Where the descriptor `ahead` of the head lies; `ahead` is below [`Ring::filled`].
     pub fn at(&self, ahead: u32) -> Gpa {
         let index = (self.head + ahead) % self.size().max(1);
-        Gpa(self.base.wrapping_add(u64::from(index) * DESCRIPTOR))
+        Gpa(self.base.wrapping_add(u64::from(index) * u64::from(DESCRIPTOR)))
     }
 
     /// The descriptor there, if that is RAM.
     pub fn read(&self, memory: &GuestMemory, ahead: u32) -> Option<Descriptor> {
         let mut raw = Descriptor::default();
         let gpa = self.at(ahead);
-        gpa.0.checked_add(DESCRIPTOR)?;
+        gpa.0.checked_add(u64::from(DESCRIPTOR))?;
         memory.read(gpa, &mut raw).ok().map(|()| raw)
     }
 

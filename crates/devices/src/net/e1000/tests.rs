@@ -1,5 +1,7 @@
 //! The card as a driver sees it, on a backend whose other end the test holds.
 
+#![expect(clippy::cast_possible_truncation, reason = "small numbers")]
+
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
