@@ -65,6 +65,8 @@ impl Header {
     pub const NEEDS_CHECKSUM: u8 = 1;
     /// `VIRTIO_NET_HDR_GSO_TCPV4`.
     pub const TCP4: u8 = 1;
+    /// `VIRTIO_NET_HDR_GSO_TCPV6`.
+    pub const TCP6: u8 = 4;
 
     /// As it lies in memory.
     #[must_use]

@@ -211,7 +211,9 @@ fn set_option(spec: &mut NetSpec, word: &str) -> Result<(), String> {
         ("forward", NetKind::User { forwards, .. }) => forwards.push(Forward::parse(value)?),
         ("loopback", NetKind::User { loopback, .. }) => *loopback = switch(name, value)?,
         ("restrict", NetKind::User { restrict, .. }) => *restrict = switch(name, value)?,
-        ("forward" | "loopback" | "restrict", _) => return Err(format!("{name} is an option of --net user only")),
+        ("forward" | "loopback" | "restrict", _) => {
+            return Err(format!("{name} is an option of --net user only"));
+        }
         _ => {
             let hint = suggest::did_you_mean(name, OPTIONS);
             return Err(format!(
@@ -280,7 +282,9 @@ mod tests {
             parse_net("user,forward=tcp:2222:22,forward=udp:53:5353,loopback=off,mac=52:54:00:00:00:01");
         let user = user.unwrap();
         assert_eq!(user.mac, Some([0x52, 0x54, 0, 0, 0, 1]));
-        let NetKind::User { forwards, loopback: false, restrict: false } = user.kind else { panic!("{user:?}") };
+        let NetKind::User { forwards, loopback: false, restrict: false } = user.kind else {
+            panic!("{user:?}")
+        };
         assert_eq!(forwards.len(), 2);
         assert_eq!(parse_net("tap=tap0").unwrap().kind, NetKind::Tap("tap0".to_owned()));
         assert_eq!(parse_net("none").unwrap().kind, NetKind::None);

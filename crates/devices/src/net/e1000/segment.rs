@@ -21,8 +21,6 @@ const TCP_LAST: u8 = 0x09;
 const TCP_HEADER: usize = 20;
 /// Offset of the length in a UDP header.
 const UDP_LENGTH: usize = 4;
-/// `VIRTIO_NET_HDR_GSO_TCPV6`.
-const GSO_TCP6: u8 = 4;
 
 /// Where things are in a packet, all within its headers.
 #[derive(Clone, Copy)]
@@ -122,7 +120,7 @@ pub(super) fn segment(
     let taken_over = if shape.is_v4 { offloads.tso4 } else { offloads.tso6 };
     if taken_over && shape.is_tcp && packet.len() <= MAX_FRAME && packet.len() - shape.ip <= 0xffff {
         shape.lengths(packet, 0);
-        let kind = if shape.is_v4 { Header::TCP4 } else { GSO_TCP6 };
+        let kind = if shape.is_v4 { Header::TCP4 } else { Header::TCP6 };
         let header = Header {
             flags: Header::NEEDS_CHECKSUM,
             gso_type: if count > 1 { kind } else { 0 },
