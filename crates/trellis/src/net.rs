@@ -86,6 +86,12 @@ impl NetFlags {
         Self { nets, forwards: file.forwards.into_iter().chain(self.forwards).collect() }
     }
 
+    /// Whether a card is an e1000, which not every kernel has a driver of.
+    #[must_use]
+    pub fn has_e1000(&self) -> bool {
+        self.nets.iter().any(|net| net.model == CardModel::E1000)
+    }
+
     /// Makes what the cards are plugged into.
     ///
     /// # Errors
