@@ -8,6 +8,8 @@ pub mod decoder;
 pub mod input;
 pub mod interpreter;
 pub mod loaders;
+pub mod nics;
+pub mod packets;
 pub mod qcow2;
 pub mod translator;
 pub mod virtqueue;

@@ -70,6 +70,7 @@ pub fn target(data: &[u8]) {
     let module = Module { data: vec![1; usize::from(input.byte())], cmdline: "module".to_owned() };
     let source = BootSource {
         kernel,
+        kernel_file: None,
         kernel_name: "kernel".to_owned(),
         initrd,
         modules: if input.byte() & 1 != 0 { vec![module] } else { Vec::new() },

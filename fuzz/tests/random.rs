@@ -1,7 +1,7 @@
 //! Every target on some thousand seeded random inputs. A failing input's number is printed; `TRELLIS_SEED=n` runs it
 //! alone, `TRELLIS_CASES=n` runs more of them.
 
-use trellis_fuzz::{decoder, interpreter, loaders, qcow2, translator, virtqueue};
+use trellis_fuzz::{decoder, interpreter, loaders, nics, packets, qcow2, translator, virtqueue};
 
 /// Input number `n`: up to `longest` bytes.
 fn input(n: u64, longest: u64) -> Vec<u8> {
@@ -75,4 +75,14 @@ fn translator_takes_any_bytes() {
 #[test]
 fn qcow2_takes_any_image() {
     run("qcow2", qcow2::target, 2_000, 300);
+}
+
+#[test]
+fn packets_may_be_anything() {
+    run("packets", packets::target, 3_000, 3_000);
+}
+
+#[test]
+fn nics_take_any_driver() {
+    run("nics", nics::target, 3_000, 1_500);
 }

@@ -48,6 +48,13 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Measures networks with iperf3: cards, switches, networks, and QEMU beside them in the same run
+    #[command(disable_help_flag = true)]
+    Net {
+        /// Options of the tool; --help shows them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Runs a guest on QEMU and on the interpreter, instruction by instruction, up to the first difference
     #[command(disable_help_flag = true)]
     Lockstep {
@@ -66,6 +73,7 @@ fn main() -> ExitCode {
         Task::Deny => deny::run(),
         Task::Soak { options } => steps::tool(&["trellis", "soak"], &options),
         Task::Crash { options } => steps::tool(&["crash"], &options),
+        Task::Net { options } => steps::tool(&["trellis", "net"], &options),
         Task::Lockstep { options } => steps::tool(&["lockstep"], &options),
     };
     match result {

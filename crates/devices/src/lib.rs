@@ -11,6 +11,7 @@ pub mod chipset;
 pub mod clock;
 pub mod dma;
 pub mod irq;
+pub mod net;
 pub mod pci;
 pub mod snapshot;
 pub mod virtio;

@@ -13,13 +13,17 @@ pub mod link;
 pub mod tap;
 pub mod user;
 
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 pub use forward::{Forward, Protocol};
-pub use rustix::event::{PollFd, PollFlags};
+pub use rustix::event::PollFlags;
 
 /// The longest frame: an IP packet of 65535 bytes behind an Ethernet header with a VLAN tag.
 pub const MAX_FRAME: usize = 65_535 + 18;
+
+/// A file descriptor, and the events of it that are waited for.
+pub type Interest<'a> = (BorrowedFd<'a>, PollFlags);
 
 /// A hardware address.
 pub type Mac = [u8; 6];
@@ -61,6 +65,8 @@ impl Header {
     pub const NEEDS_CHECKSUM: u8 = 1;
     /// `VIRTIO_NET_HDR_GSO_TCPV4`.
     pub const TCP4: u8 = 1;
+    /// `VIRTIO_NET_HDR_GSO_TCPV6`.
+    pub const TCP6: u8 = 4;
 
     /// As it lies in memory.
     #[must_use]
@@ -106,7 +112,7 @@ pub trait Backend: Send {
 
     /// What to sleep on: adds file descriptors, and says after what time to call again in any case. Without `room` in the
     /// guest the next [`Backend::receive`] is not near.
-    fn sleep_on<'a>(&'a self, room: bool, list: &mut Vec<PollFd<'a>>) -> Option<Duration>;
+    fn sleep_on<'a>(&'a self, room: bool, list: &mut Vec<Interest<'a>>) -> Option<Duration>;
 
     /// Whether the other end is there.
     fn is_up(&self) -> bool {

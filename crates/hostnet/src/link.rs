@@ -7,13 +7,14 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsFd as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::PollFlags;
 
-use crate::{Backend, Header, MAX_FRAME, NetError, Offloads};
+use crate::{Backend, Header, Interest, MAX_FRAME, NetError, Offloads};
 
 /// Bytes that wait for the other end to take them; a frame that finds no room is lost.
 const WAITING: usize = 1 << 20;
@@ -239,7 +240,7 @@ impl Backend for Link {
         self.flush();
     }
 
-    fn sleep_on<'a>(&'a self, room: bool, list: &mut Vec<PollFd<'a>>) -> Option<Duration> {
+    fn sleep_on<'a>(&'a self, room: bool, list: &mut Vec<Interest<'a>>) -> Option<Duration> {
         match (&self.stream, &self.listener) {
             (Some(stream), _) => {
                 let mut flags = if room { PollFlags::IN } else { PollFlags::empty() };
@@ -247,12 +248,12 @@ impl Backend for Link {
                     flags |= PollFlags::OUT;
                 }
                 if !flags.is_empty() {
-                    list.push(PollFd::new(stream, flags));
+                    list.push((stream.as_fd(), flags));
                 }
                 None
             }
             (None, Some((listener, _))) => {
-                list.push(PollFd::new(listener, PollFlags::IN));
+                list.push((listener.as_fd(), PollFlags::IN));
                 Some(LOOK)
             }
             (None, None) => Some(LOOK),

@@ -5,13 +5,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::PollFlags;
 
-use crate::{Backend, Header, MAX_FRAME, NetError, Offloads};
+use crate::{Backend, Header, Interest, MAX_FRAME, NetError, Offloads};
 
 /// Longest name of an interface (`IFNAMSIZ` without its end).
 const MAX_NAME: usize = libc::IFNAMSIZ - 1;
@@ -106,9 +106,9 @@ impl Backend for Tap {
         Some(Header::from_bytes(*header))
     }
 
-    fn sleep_on<'a>(&'a self, room: bool, list: &mut Vec<PollFd<'a>>) -> Option<Duration> {
+    fn sleep_on<'a>(&'a self, room: bool, list: &mut Vec<Interest<'a>>) -> Option<Duration> {
         if room {
-            list.push(PollFd::new(&self.file, PollFlags::IN));
+            list.push((self.file.as_fd(), PollFlags::IN));
         }
         None
     }

@@ -6,16 +6,18 @@ use hostnet::link::Link;
 use hostnet::tap::Tap;
 use hostnet::user::{UserNet, UserOptions};
 use hostnet::{Backend, Forward, NetError};
-use vmm::{Mac, NetConfig};
+use vmm::{CardModel, CardOptions, Doorbell, Mac, NetConfig};
 
 use crate::options::ClockChoice;
 use crate::prepare::PrepareError;
 use crate::suggest;
 
-const USAGE: &str =
-    "write --net user, --net tap=NAME, --net socket=PATH or --net none; and behind it ,mac=52:54:00:12:34:56";
+const USAGE: &str = "write --net user, --net tap=NAME, --net socket=PATH or --net none; and behind it ,mac=52:54:00:12:34:56 ,model=e1000";
 /// The most cards of a machine: PCI slots and sense.
 const MAX_CARDS: usize = 8;
+/// What may stand behind a kind.
+const OPTIONS: [&str; 9] =
+    ["mac", "model", "forward", "loopback", "restrict", "combine", "suppress", "offload", "doorbell"];
 /// The card of a user network, as QEMU has it; nobody else is on that network.
 const USER_MAC: Mac = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
 
@@ -30,6 +32,8 @@ pub enum NetKind {
         forwards: Vec<Forward>,
         /// The guest reaches this host's own services.
         loopback: bool,
+        /// The guest reaches nothing beyond this host.
+        restrict: bool,
     },
     /// An interface of the host.
     Tap(String),
@@ -44,6 +48,10 @@ pub struct NetSpec {
     pub kind: NetKind,
     /// Its address, if one is given.
     pub mac: Option<Mac>,
+    /// Its kind.
+    pub model: CardModel,
+    /// How it deals with its driver.
+    pub options: CardOptions,
 }
 
 /// All of `--net` and `--forward`.
@@ -87,6 +95,12 @@ impl NetFlags {
         self
     }
 
+    /// Whether a card is an e1000, which not every kernel has a driver of.
+    #[must_use]
+    pub fn has_e1000(&self) -> bool {
+        self.nets.iter().any(|net| net.model == CardModel::E1000)
+    }
+
     /// Makes what the cards are plugged into.
     ///
     /// # Errors
@@ -101,7 +115,8 @@ impl NetFlags {
         }
         let plug = |(index, card): (usize, &NetSpec)| {
             let backend = backend(&card.kind).map_err(|error| PrepareError::Failure(error.to_string()))?;
-            Ok(NetConfig::new(card.mac.unwrap_or_else(|| address(card, index)), backend))
+            let mac = card.mac.unwrap_or_else(|| address(card, index));
+            Ok(NetConfig { model: card.model, options: card.options, ..NetConfig::new(mac, backend) })
         };
         cards.iter().enumerate().map(plug).collect()
     }
@@ -136,8 +151,9 @@ fn backend(kind: &NetKind) -> Result<Box<dyn Backend>, NetError> {
     Ok(match kind {
         NetKind::Tap(name) => Box::new(Tap::new(name)?),
         NetKind::Socket(path) => Box::new(Link::new(path)?),
-        NetKind::User { forwards, loopback } => {
-            Box::new(UserNet::new(&UserOptions { forwards: forwards.clone(), loopback: *loopback })?)
+        NetKind::User { forwards, loopback, restrict } => {
+            let (loopback, restrict) = (*loopback, *restrict);
+            Box::new(UserNet::new(&UserOptions { forwards: forwards.clone(), loopback, restrict })?)
         }
         NetKind::None => Box::new(UserNet::new(&UserOptions::default())?),
     })
@@ -157,7 +173,7 @@ fn address(card: &NetSpec, index: usize) -> Mac {
     mac
 }
 
-/// Parses `user[,forward=…][,loopback=off]`, `tap=NAME`, `socket=PATH`, `none`, each with `[,mac=…]`.
+/// Parses `user[,forward=…][,loopback=off]`, `tap=NAME`, `socket=PATH`, `none`, each with `[,mac=…][,model=…]` and switches.
 ///
 /// # Errors
 /// One line for what there is not.
@@ -171,7 +187,7 @@ pub fn parse_net(text: &str) -> Result<NetSpec, String> {
     let kind = match kind {
         "none" | "user" if value.is_some() => return Err(format!("'{text}' is no network; {USAGE}")),
         "none" => NetKind::None,
-        "user" => NetKind::User { forwards: Vec::new(), loopback: true },
+        "user" => NetKind::User { forwards: Vec::new(), loopback: true, restrict: false },
         "tap" => NetKind::Tap(named("NAME")?.to_owned()),
         "socket" => NetKind::Socket(PathBuf::from(named("PATH")?)),
         other => {
@@ -182,7 +198,7 @@ pub fn parse_net(text: &str) -> Result<NetSpec, String> {
             ));
         }
     };
-    let mut spec = NetSpec { kind, mac: None };
+    let mut spec = NetSpec { kind, mac: None, model: CardModel::default(), options: CardOptions::default() };
     words.try_for_each(|word| set_option(&mut spec, word))?;
     Ok(spec)
 }
@@ -196,17 +212,25 @@ fn set_option(spec: &mut NetSpec, word: &str) -> Result<(), String> {
     let value = value.unwrap_or_default();
     match (name, &mut spec.kind) {
         ("mac", _) => spec.mac = Some(parse_mac(value)?),
-        ("forward", NetKind::User { forwards, .. }) => forwards.push(Forward::parse(value)?),
-        ("loopback", NetKind::User { loopback, .. }) => {
-            *loopback = match value {
-                "on" => true,
-                "off" => false,
-                _ => return Err(format!("loopback is on or off, not '{value}'")),
+        ("model", _) => spec.model = parse_model(value)?,
+        ("combine", _) => spec.options.combine = switch(name, value)?,
+        ("suppress", _) => spec.options.suppress = switch(name, value)?,
+        ("offload", _) => spec.options.offload = switch(name, value)?,
+        ("doorbell", _) => {
+            spec.options.doorbell = match value {
+                "thread" => Doorbell::Thread,
+                "vcpu" => Doorbell::Vcpu,
+                _ => return Err(format!("doorbell is thread or vcpu, not '{value}'")),
             };
         }
-        ("forward" | "loopback", _) => return Err(format!("{name} is an option of --net user only")),
+        ("forward", NetKind::User { forwards, .. }) => forwards.push(Forward::parse(value)?),
+        ("loopback", NetKind::User { loopback, .. }) => *loopback = switch(name, value)?,
+        ("restrict", NetKind::User { restrict, .. }) => *restrict = switch(name, value)?,
+        ("forward" | "loopback" | "restrict", _) => {
+            return Err(format!("{name} is an option of --net user only"));
+        }
         _ => {
-            let hint = suggest::did_you_mean(name, ["mac", "forward", "loopback"]);
+            let hint = suggest::did_you_mean(name, OPTIONS);
             return Err(format!(
                 "a network has no option '{name}'{}",
                 hint.unwrap_or_else(|| format!("; {USAGE}"))
@@ -214,6 +238,26 @@ fn set_option(spec: &mut NetSpec, word: &str) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+fn switch(name: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{name} is on or off, not '{value}'")),
+    }
+}
+
+fn parse_model(text: &str) -> Result<CardModel, String> {
+    match text {
+        "virtio" | "virtio-net" | "virtio-net-pci" => Ok(CardModel::Virtio),
+        "e1000" | "e1000-82540em" => Ok(CardModel::E1000),
+        _ => {
+            let hint = suggest::did_you_mean(text, ["virtio", "e1000"]);
+            let hint = hint.unwrap_or_else(|| "; write model=virtio or model=e1000".to_owned());
+            Err(format!("there is no network card '{text}'{hint}"))
+        }
+    }
 }
 
 fn parse_mac(text: &str) -> Result<Mac, String> {
@@ -253,10 +297,16 @@ mod tests {
             parse_net("user,forward=tcp:2222:22,forward=udp:53:5353,loopback=off,mac=52:54:00:00:00:01");
         let user = user.unwrap();
         assert_eq!(user.mac, Some([0x52, 0x54, 0, 0, 0, 1]));
-        let NetKind::User { forwards, loopback: false } = user.kind else { panic!("{user:?}") };
+        let NetKind::User { forwards, loopback: false, restrict: false } = user.kind else {
+            panic!("{user:?}")
+        };
         assert_eq!(forwards.len(), 2);
         assert_eq!(parse_net("tap=tap0").unwrap().kind, NetKind::Tap("tap0".to_owned()));
         assert_eq!(parse_net("none").unwrap().kind, NetKind::None);
+        let card = parse_net("tap=x,model=e1000,combine=off,suppress=off,offload=off,doorbell=vcpu").unwrap();
+        let options =
+            CardOptions { combine: false, suppress: false, offload: false, doorbell: Doorbell::Vcpu };
+        assert_eq!((card.model, card.options), (CardModel::E1000, options));
         let socket = parse_net("socket=a/b").unwrap().relative_to(Path::new("/x"));
         assert_eq!(socket.kind, NetKind::Socket("/x/a/b".into()));
     }
@@ -276,6 +326,10 @@ mod tests {
             ("user,forwrd=tcp:1:1", "did you mean 'forward'"),
             ("tap=x,forward=tcp:1:1", "--net user only"),
             ("user,loopback=maybe", "on or off"),
+            ("user,combine=no", "on or off"),
+            ("user,doorbell=off", "thread or vcpu"),
+            ("user,model=e100", "did you mean 'e1000'"),
+            ("user,model=rtl8139", "model=virtio"),
         ] {
             let error = parse_net(text).unwrap_err();
             assert!(error.contains(expected) && !error.contains('\n'), "{text}: {error}");

@@ -302,7 +302,14 @@ fn contract() -> Guest {
 
 /// An image of the cache, fetched first if need be.
 fn fetched(spec: &ImageSpec, options: &VmOptions) -> Result<Guest, PrepareError> {
-    let image = image::ensure(spec, Progress::new).map_err(|error| Failure(error.to_string()))?;
+    // The kernels for virtual machines have no driver of this card, in whatever image.
+    let e1000 = options.net.has_e1000() && !spec.flavour.contains("cloud");
+    let image = if e1000 {
+        image::ensure_module(spec, "e1000", Progress::new)
+    } else {
+        image::ensure(spec, Progress::new)
+    };
+    let image = image.map_err(|error| Failure(error.to_string()))?;
     let mut append = image.manifest.append.clone();
     if spec.is_linux() && options.vga == VgaChoice::Text {
         append = append.replace("console=ttyS0", "console=ttyS0 console=tty0");

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use devices::net::{CardOptions, Mac, Plug};
 use devices::virtio::block::{Image, ImageError, ImageOptions};
-use devices::virtio::net::{Mac, Plug};
 use devices::virtio::share::ShareOptions;
 use engine_bt::trace::{AddressRange, Levels};
 
@@ -87,9 +87,23 @@ impl DiskConfig {
     }
 }
 
+/// What card a driver finds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CardModel {
+    /// virtio-net.
+    #[default]
+    Virtio,
+    /// Intel's 82540EM.
+    E1000,
+}
+
 /// A network card.
 #[derive(Clone)]
 pub struct NetConfig {
+    /// Its kind.
+    pub model: CardModel,
+    /// How it deals with its driver.
+    pub options: CardOptions,
     /// Its address.
     pub mac: Mac,
     /// What it is plugged into: it outlives resets of the machine.
@@ -100,13 +114,21 @@ impl NetConfig {
     /// A card with the address `mac` on `backend`.
     #[must_use]
     pub fn new(mac: Mac, backend: Box<dyn hostnet::Backend>) -> Self {
-        Self { mac, plug: Arc::new(Mutex::new(backend)) }
+        Self {
+            model: CardModel::default(),
+            options: CardOptions::default(),
+            mac,
+            plug: Arc::new(Mutex::new(backend)),
+        }
     }
 }
 
 impl std::fmt::Debug for NetConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("NetConfig").field("mac", &self.mac).finish_non_exhaustive()
+        f.debug_struct("NetConfig")
+            .field("mac", &self.mac)
+            .field("model", &self.model)
+            .finish_non_exhaustive()
     }
 }
 

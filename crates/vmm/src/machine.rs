@@ -45,6 +45,7 @@ use devices::chipset::{A20, LegacyGate, PowerControl, TimeBase};
 use devices::clock::{Clock, TimerQueue};
 use devices::dma::DmaMemory;
 use devices::irq::{CpuSignal, IrqLine};
+use devices::net::e1000::E1000;
 use devices::pci::{Bdf, HostBridge, ISA_BRIDGE, IsaBridge, PciHost, PciPorts, SharedPci};
 use devices::snapshot::{RestoreError, Snapshot, StateBlob};
 use devices::virtio::block::{Block, BlockOptions};
@@ -63,7 +64,7 @@ use x86::cpuid::{CpuModel, Feature};
 use x86_interp::{Interp, Parts};
 
 use crate::clock::GuestClock;
-use crate::config::{ClockMode, DiskBus, DiskConfig, EngineKind, NetConfig, TraceWhat};
+use crate::config::{CardModel, ClockMode, DiskBus, DiskConfig, EngineKind, NetConfig, TraceWhat};
 use crate::control::Control;
 use crate::error::VmError;
 use crate::input::Input;
@@ -133,6 +134,7 @@ pub(crate) struct Machine {
     pic: Shared<Pic>,
     virtio: Vec<Shared<VirtioPci>>,
     ahci: Option<Shared<Ahci>>,
+    e1000: Vec<Shared<E1000>>,
     io: Arc<MachineIo>,
     /// Everything with state, in the order of restoring (see `devices::chipset::irq_router`).
     stateful: Vec<Shared<dyn Snapshot>>,
@@ -255,8 +257,9 @@ impl Builder<'_> {
         for (index, share) in self.plan.shares.iter().enumerate() {
             devices.push(Box::new(Share::new(&format!("share.{index}"), share, icount)?));
         }
-        for (index, net) in self.plan.nets.iter().enumerate() {
-            let card = Net::new(&format!("virtio-net.{index}"), net.mac, &net.plug).map_err(VmError::Net)?;
+        for (index, net) in self.cards_of(CardModel::Virtio) {
+            let name = format!("virtio-net.{index}");
+            let card = Net::new(&name, net.mac, &net.plug, net.options).map_err(VmError::Net)?;
             devices.push(Box::new(card));
         }
         let entropy =
@@ -300,8 +303,27 @@ impl Builder<'_> {
         Ok(Some(Arc::new(Mutex::new(controller))))
     }
 
+    /// Network cards of a model, with their numbers.
+    fn cards_of(&self, model: CardModel) -> impl Iterator<Item = (usize, &NetConfig)> {
+        self.plan.nets.iter().enumerate().filter(move |(_, net)| net.model == model)
+    }
+
+    fn e1000(&self) -> Result<Vec<Shared<E1000>>, VmError> {
+        let card = |(index, net): (usize, &NetConfig)| {
+            let memory = Arc::clone(&self.mem);
+            let card = E1000::new(&format!("e1000.{index}"), net.mac, &net.plug, net.options, memory);
+            card.map(|card| Arc::new(Mutex::new(card))).map_err(VmError::Net)
+        };
+        self.cards_of(CardModel::E1000).map(card).collect()
+    }
+
     /// PCI bus 0, set up as firmware leaves it.
-    fn pci(&mut self, virtio: &[Shared<VirtioPci>], ahci: Option<&Shared<Ahci>>) -> Result<(), VmError> {
+    fn pci(
+        &mut self,
+        virtio: &[Shared<VirtioPci>],
+        ahci: Option<&Shared<Ahci>>,
+        e1000: &[Shared<E1000>],
+    ) -> Result<(), VmError> {
         let (messages, pins) = (Arc::clone(&self.router) as _, Arc::clone(&self.router) as _);
         let host = PciHost::new(&self.bus, messages, pins, self.mem.ram().to_vec());
         let reset = ResetRegister::new(Arc::clone(&self.power));
@@ -318,6 +340,10 @@ impl Builder<'_> {
         if let Some(controller) = ahci {
             host.add(None, Arc::clone(controller) as _)?;
             self.keep(controller);
+        }
+        for card in e1000 {
+            host.add(None, Arc::clone(card) as _)?;
+            self.keep(card);
         }
         host.place_bars()?;
         self.keep(&reset);
@@ -363,7 +389,8 @@ impl Machine {
         };
         let (virtio, console, channel) = build.virtio()?;
         let ahci = build.ahci()?;
-        build.pci(&virtio, ahci.as_ref())?;
+        let e1000 = build.e1000()?;
+        build.pci(&virtio, ahci.as_ref(), &e1000)?;
         let (rtc, power_button) = build.timers_and_power()?;
         let (serial, keyboard, vga) = build.consoles()?;
         build.firmware_devices()?;
@@ -391,6 +418,7 @@ impl Machine {
             pic,
             virtio,
             ahci,
+            e1000,
             io,
             stateful,
         })
@@ -493,16 +521,21 @@ impl Machine {
         if let Some(controller) = &self.ahci {
             lock(controller).shutdown();
         }
+        self.e1000.iter().for_each(|card| lock(card).shutdown());
     }
 
-    /// Counters of the virtio devices and the AHCI controller.
+    /// Counters of the virtio devices, the AHCI controller and other network cards.
     pub fn counters(&self) -> Vec<(String, Vec<(&'static str, u64)>)> {
         let of = |device: &Shared<VirtioPci>| {
             let device = lock(device);
             (device.device().name().to_owned(), device.counters())
         };
         let ahci = self.ahci.iter().map(|controller| ("ahci".to_owned(), lock(controller).counters()));
-        self.virtio.iter().map(of).chain(ahci).collect()
+        let of_card = |card: &Shared<E1000>| {
+            let card = lock(card);
+            (card.name().to_owned(), card.counters())
+        };
+        self.virtio.iter().map(of).chain(ahci).chain(self.e1000.iter().map(of_card)).collect()
     }
 }
 

@@ -98,6 +98,16 @@ impl ActiveQueue {
         }
     }
 
+    /// Interrupts the driver for what was pushed, whether or not it wants that.
+    pub fn signal_regardless(&mut self) {
+        if !self.broken {
+            // What is asked next time is about what was pushed from here on.
+            let asked = self.queue.should_signal(&self.memory);
+            self.check(asked);
+            self.interrupt.queue_used(self.index);
+        }
+    }
+
     /// Tells the driver not to notify for now.
     pub fn suppress(&mut self) {
         if !self.broken {

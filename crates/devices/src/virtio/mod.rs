@@ -91,6 +91,11 @@ pub trait VirtioDevice: Send {
     /// Feature bits of this kind of device that it offers (the transport adds the common ones).
     fn features(&self) -> u64;
 
+    /// Common feature bits that it does not want offered.
+    fn withheld(&self) -> u64 {
+        0
+    }
+
     /// The largest size of each of its queues, powers of two.
     fn queue_sizes(&self) -> &[u16];
 

@@ -79,6 +79,8 @@ pub struct VirtioPci {
     /// Offset of the capability that is a window into the BARs.
     window: usize,
     notifications: u64,
+    /// Accesses of the guest to the BARs: what each packet or request costs in exits.
+    touches: u64,
 }
 
 impl VirtioPci {
@@ -98,7 +100,17 @@ impl VirtioPci {
         let window = add_capabilities(&mut function);
         let interrupt = Arc::new(Interrupt::new(queues, Arc::clone(function.intx()), msix));
         let registers = fresh_registers(device.as_ref());
-        Self { function, device, memory, interrupt, registers, active: false, window, notifications: 0 }
+        Self {
+            function,
+            device,
+            memory,
+            interrupt,
+            registers,
+            active: false,
+            window,
+            notifications: 0,
+            touches: 0,
+        }
     }
 
     /// The device behind the transport.
@@ -110,7 +122,11 @@ impl VirtioPci {
     /// Named counters of device and transport.
     #[must_use]
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        let mut all = vec![("notifications", self.notifications), ("interrupts", self.interrupt.sent())];
+        let mut all = vec![
+            ("notifications", self.notifications),
+            ("interrupts", self.interrupt.sent()),
+            ("touches", self.touches),
+        ];
         all.extend(self.device.counters());
         all
     }
@@ -286,6 +302,7 @@ impl PciDevice for VirtioPci {
     }
 
     fn bar_read(&mut self, bar: usize, offset: u64, data: &mut [u8]) {
+        self.touches = self.touches.wrapping_add(1);
         match bar {
             MODERN_BAR => self.modern_read(offset, data),
             LEGACY_BAR => self.legacy_read(offset, data),
@@ -294,6 +311,7 @@ impl PciDevice for VirtioPci {
     }
 
     fn bar_write(&mut self, bar: usize, offset: u64, data: &[u8]) {
+        self.touches = self.touches.wrapping_add(1);
         match bar {
             MODERN_BAR => self.modern_write(offset, data),
             LEGACY_BAR => self.legacy_write(offset, data),
@@ -355,7 +373,7 @@ fn region(offset: u64) -> (u32, u64) {
 
 fn fresh_registers(device: &dyn VirtioDevice) -> Registers {
     let offered = device.features() | feature::VERSION_1 | feature::INDIRECT_DESC | feature::EVENT_IDX;
-    Registers::new(offered, device.queue_sizes())
+    Registers::new(offered & !device.withheld(), device.queue_sizes())
 }
 
 /// Virtio 1.2 4.1.2. Subsystem ids as QEMU gives them: the device id for legacy drivers, something from 0x40 on otherwise.

@@ -46,7 +46,7 @@ pub(super) fn answer(packet: Packet<'_>, outbox: &mut Outbox) {
     if reply.emit(&mut DhcpPacket::new_unchecked(&mut bytes)).is_ok() {
         // RFC 2131 4.1: to everybody, unless the client has its address already.
         let client = if request.client_ip == GUEST { GUEST } else { Ipv4Addr::BROADCAST };
-        outbox.push_udp((GATEWAY, SERVER), (client, CLIENT), &bytes);
+        outbox.push_udp((GATEWAY.into(), SERVER), (client.into(), CLIENT), &bytes);
     }
 }
 

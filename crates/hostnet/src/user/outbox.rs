@@ -1,11 +1,13 @@
 //! Frames on their way to the guest, and how packets become frames.
 
 use std::collections::VecDeque;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Instant;
 
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
-    EthernetAddress, EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet, Ipv4Repr, UdpPacket, UdpRepr,
+    EthernetAddress, EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet, Ipv4Repr, Ipv6Packet, Ipv6Repr,
+    UdpPacket, UdpRepr,
 };
 
 use super::{GATEWAY_MAC, GUEST};
@@ -15,6 +17,11 @@ use crate::{Header, Mac};
 pub(super) const ETHERNET: usize = 14;
 /// Length of an IPv4 header without options.
 pub(super) const IPV4: usize = 20;
+/// Length of an IPv6 header.
+pub(super) const IPV6: usize = 40;
+/// And of its fragment header (RFC 8200 4.5), whose number in a chain of headers is this.
+const FRAGMENT: usize = 8;
+const FRAGMENT_HEADER: u8 = 44;
 const UDP: usize = 8;
 /// The longest packet of the guest's network.
 pub(super) const MTU: usize = 1500;
@@ -31,11 +38,20 @@ pub(super) struct Outbox {
     /// Frames that found no room.
     pub lost: u64,
     identification: u16,
+    /// When the router was last advertised.
+    pub advertised: Option<Instant>,
 }
 
 impl Default for Outbox {
     fn default() -> Self {
-        Self { frames: VecDeque::new(), guest_mac: [0xff; 6], guest: GUEST, lost: 0, identification: 0 }
+        Self {
+            frames: VecDeque::new(),
+            guest_mac: [0xff; 6],
+            guest: GUEST,
+            lost: 0,
+            identification: 0,
+            advertised: None,
+        }
     }
 }
 
@@ -73,7 +89,44 @@ impl Outbox {
     }
 
     /// A packet with `payload`, in fragments if it must be.
-    pub fn push_ipv4(&mut self, from: Ipv4Addr, to: Ipv4Addr, protocol: IpProtocol, payload: &[u8]) {
+    pub fn push_ip(&mut self, from: IpAddr, to: IpAddr, protocol: IpProtocol, payload: &[u8]) {
+        match (from, to) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => self.push_ipv4(from, to, protocol, payload),
+            (IpAddr::V6(from), IpAddr::V6(to)) => self.push_ipv6(from, to, protocol, payload),
+            _ => {}
+        }
+    }
+
+    fn push_ipv6(&mut self, from: Ipv6Addr, to: Ipv6Addr, protocol: IpProtocol, payload: &[u8]) {
+        let whole = payload.len() <= MTU - IPV6;
+        let most = if whole { MTU } else { (MTU - IPV6 - FRAGMENT) & !7 };
+        self.identification = self.identification.wrapping_add(1);
+        for (at, part) in (0..).step_by(most).zip(payload.chunks(most)) {
+            let extra = if whole { 0 } else { FRAGMENT };
+            let mut frame = vec![0; ETHERNET + IPV6 + extra + part.len()];
+            let repr = Ipv6Repr {
+                src_addr: from,
+                dst_addr: to,
+                next_header: if whole { protocol } else { IpProtocol::from(FRAGMENT_HEADER) },
+                payload_len: extra + part.len(),
+                // Neighbours know by it that a packet came from nowhere else (RFC 4861 6.1).
+                hop_limit: 255,
+            };
+            let mut packet = Ipv6Packet::new_unchecked(&mut frame[ETHERNET..]);
+            repr.emit(&mut packet);
+            let body = packet.payload_mut();
+            if !whole {
+                let more = u16::from(at + part.len() < payload.len());
+                let [o0, o1] = (u16::try_from(at).unwrap_or(0) | more).to_be_bytes();
+                let [i0, i1] = self.identification.to_be_bytes();
+                body[..FRAGMENT].copy_from_slice(&[protocol.into(), 0, o0, o1, 0, 0, i0, i1]);
+            }
+            body[extra..].copy_from_slice(part);
+            self.push(Header::default(), EthernetProtocol::Ipv6, frame);
+        }
+    }
+
+    fn push_ipv4(&mut self, from: Ipv4Addr, to: Ipv4Addr, protocol: IpProtocol, payload: &[u8]) {
         self.identification = self.identification.wrapping_add(1);
         // All fragments but the last are multiples of 8 bytes (RFC 791 3.2).
         let most = (MTU - IPV4) & !7;
@@ -104,7 +157,7 @@ impl Outbox {
     }
 
     /// A datagram.
-    pub fn push_udp(&mut self, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), payload: &[u8]) {
+    pub fn push_udp(&mut self, from: (IpAddr, u16), to: (IpAddr, u16), payload: &[u8]) {
         let repr = UdpRepr { src_port: from.1, dst_port: to.1 };
         let mut datagram = vec![0; UDP + payload.len()];
         repr.emit(
@@ -115,6 +168,6 @@ impl Outbox {
             |to| to.copy_from_slice(payload),
             &ChecksumCapabilities::default(),
         );
-        self.push_ipv4(from.0, to.0, IpProtocol::Udp, &datagram);
+        self.push_ip(from.0, to.0, IpProtocol::Udp, &datagram);
     }
 }

@@ -1,7 +1,7 @@
 //! ICMP echo. The router answers for itself; others are asked through the host's unprivileged echo sockets (icmp(7),
 //! `net.ipv4.ping_group_range`), and where the host does not allow these there is no answer.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -9,10 +9,10 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, connect, ipproto, recv, send, socket_with,
 };
 use smoltcp::phy::ChecksumCapabilities;
-use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpProtocol};
+use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, Icmpv6Packet, Icmpv6Repr, IpProtocol};
 
 use super::outbox::Outbox;
-use super::{GATEWAY, NAME_SERVER, Packet, Routes};
+use super::{Packet, Routes, is_name_server, is_router};
 
 /// Most destinations at a time (INV-USER-1).
 const FLOWS: usize = 32;
@@ -20,9 +20,9 @@ const QUIET: Duration = Duration::from_secs(30);
 const BURST: usize = 16;
 
 struct Flow {
-    guest: Ipv4Addr,
+    guest: IpAddr,
     identification: u16,
-    to: Ipv4Addr,
+    to: IpAddr,
     socket: OwnedFd,
     used: Instant,
 }
@@ -36,14 +36,9 @@ pub(super) struct Pings {
 impl Pings {
     /// A packet of the guest.
     pub fn take(&mut self, packet: Packet<'_>, routes: Routes, outbox: &mut Outbox) {
-        let Ok(icmp) = Icmpv4Packet::new_checked(packet.payload) else { return };
-        let Ok(Icmpv4Repr::EchoRequest { ident, seq_no, data }) =
-            Icmpv4Repr::parse(&icmp, &ChecksumCapabilities::default())
-        else {
-            return;
-        };
-        if matches!(packet.to, GATEWAY | NAME_SERVER) {
-            reply(packet.to, packet.from, ident, seq_no, data, outbox);
+        let Some((Kind::Request, Echo { ident, seq_no, data })) = parse(packet, true) else { return };
+        if is_router(packet.to) || is_name_server(packet.to) {
+            reply(packet.to, packet.from, &Echo { ident, seq_no, data }, outbox);
             return;
         }
         let of = |flow: &Flow| (flow.guest, flow.identification, flow.to) == (packet.from, ident, packet.to);
@@ -73,11 +68,12 @@ impl Pings {
                     return;
                 }
                 let Ok((_, len)) = recv(&flow.socket, &mut buffer[..], RecvFlags::DONTWAIT) else { break };
-                let Ok(icmp) = Icmpv4Packet::new_checked(&buffer[..len.min(65_536)]) else { continue };
-                if let Ok(Icmpv4Repr::EchoReply { seq_no, data, .. }) =
-                    Icmpv4Repr::parse(&icmp, &ChecksumCapabilities::default())
-                {
-                    reply(flow.to, flow.guest, flow.identification, seq_no, data, outbox);
+                let payload = &buffer[..len.min(65_536)];
+                // The kernel has looked at the sum, over addresses that we do not know.
+                let answer = Packet { from: flow.to, to: flow.guest, payload };
+                if let Some((Kind::Reply, echo)) = parse(answer, false) {
+                    let echo = Echo { ident: flow.identification, ..echo };
+                    reply(flow.to, flow.guest, &echo, outbox);
                 }
             }
         }
@@ -90,14 +86,75 @@ impl Pings {
 
 fn open(to: SocketAddr) -> rustix::io::Result<OwnedFd> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, flags, Some(ipproto::ICMP))?;
+    let (family, protocol) = match to {
+        SocketAddr::V4(_) => (AddressFamily::INET, ipproto::ICMP),
+        SocketAddr::V6(_) => (AddressFamily::INET6, ipproto::ICMPV6),
+    };
+    let socket = socket_with(family, SocketType::DGRAM, flags, Some(protocol))?;
     connect(&socket, &to)?;
     Ok(socket)
 }
 
-fn reply(from: Ipv4Addr, to: Ipv4Addr, ident: u16, seq_no: u16, data: &[u8], outbox: &mut Outbox) {
-    let repr = Icmpv4Repr::EchoReply { ident, seq_no, data };
-    let mut bytes = vec![0; repr.buffer_len()];
-    repr.emit(&mut Icmpv4Packet::new_unchecked(&mut bytes), &ChecksumCapabilities::default());
-    outbox.push_ipv4(from, to, IpProtocol::Icmp, &bytes);
+/// What an echo carries.
+struct Echo<'a> {
+    ident: u16,
+    seq_no: u16,
+    data: &'a [u8],
+}
+
+#[derive(PartialEq, Eq)]
+enum Kind {
+    Request,
+    Reply,
+}
+
+fn parse<'a>(packet: Packet<'a>, check: bool) -> Option<(Kind, Echo<'a>)> {
+    let sums = if check { ChecksumCapabilities::default() } else { ChecksumCapabilities::ignored() };
+    match (packet.from, packet.to) {
+        (IpAddr::V4(_), IpAddr::V4(_)) => {
+            let icmp = Icmpv4Packet::new_checked(packet.payload).ok()?;
+            match Icmpv4Repr::parse(&icmp, &sums).ok()? {
+                Icmpv4Repr::EchoRequest { ident, seq_no, data } => {
+                    Some((Kind::Request, Echo { ident, seq_no, data }))
+                }
+                Icmpv4Repr::EchoReply { ident, seq_no, data } => {
+                    Some((Kind::Reply, Echo { ident, seq_no, data }))
+                }
+                _ => None,
+            }
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let icmp = Icmpv6Packet::new_checked(packet.payload).ok()?;
+            match Icmpv6Repr::parse(&from, &to, &icmp, &sums).ok()? {
+                Icmpv6Repr::EchoRequest { ident, seq_no, data } => {
+                    Some((Kind::Request, Echo { ident, seq_no, data }))
+                }
+                Icmpv6Repr::EchoReply { ident, seq_no, data } => {
+                    Some((Kind::Reply, Echo { ident, seq_no, data }))
+                }
+                _ => None,
+            }
+        }
+        _ => None,
+    }
+}
+
+fn reply(from: IpAddr, to: IpAddr, echo: &Echo<'_>, outbox: &mut Outbox) {
+    let &Echo { ident, seq_no, data } = echo;
+    let sums = ChecksumCapabilities::default();
+    match (from, to) {
+        (IpAddr::V4(_), IpAddr::V4(_)) => {
+            let repr = Icmpv4Repr::EchoReply { ident, seq_no, data };
+            let mut bytes = vec![0; repr.buffer_len()];
+            repr.emit(&mut Icmpv4Packet::new_unchecked(&mut bytes), &sums);
+            outbox.push_ip(from, to, IpProtocol::Icmp, &bytes);
+        }
+        (IpAddr::V6(source), IpAddr::V6(target)) => {
+            let repr = Icmpv6Repr::EchoReply { ident, seq_no, data };
+            let mut bytes = vec![0; repr.buffer_len()];
+            repr.emit(&source, &target, &mut Icmpv6Packet::new_unchecked(&mut bytes), &sums);
+            outbox.push_ip(from, to, IpProtocol::Icmpv6, &bytes);
+        }
+        _ => {}
+    }
 }

@@ -5,7 +5,7 @@
 //! is refused exactly when the host was. Frames to the guest are left to it to be segmented and summed, if it accepts that.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, SocketAddrV4, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ use smoltcp::wire::{HardwareAddress, IpCidr, TcpPacket};
 
 use super::outbox::Outbox;
 use super::wire::{Wire, Wired};
-use super::{GATEWAY, Packet, Routes};
+use super::{GATEWAY, GATEWAY6, PREFIX6, Packet, Routes};
 use crate::{Forward, NetError, Offloads};
 
 /// Most connections (INV-USER-1).
@@ -39,8 +39,8 @@ const LENT: std::ops::Range<u16> = 32_768..61_000;
 /// The two ends as the guest sees them.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Ends {
-    guest: SocketAddrV4,
-    other: SocketAddrV4,
+    guest: SocketAddr,
+    other: SocketAddr,
 }
 
 enum Stage {
@@ -125,8 +125,8 @@ impl Tcp {
     pub fn take(&mut self, bytes: &[u8], packet: Packet<'_>, routes: Routes) {
         let Ok(tcp) = TcpPacket::new_checked(packet.payload) else { return };
         let ends = Ends {
-            guest: SocketAddrV4::new(packet.from, tcp.src_port()),
-            other: SocketAddrV4::new(packet.to, tcp.dst_port()),
+            guest: SocketAddr::new(packet.from, tcp.src_port()),
+            other: SocketAddr::new(packet.to, tcp.dst_port()),
         };
         if tcp.syn() && !tcp.ack() && tcp.src_port() != 0 {
             match self.flows.iter().find(|flow| flow.ends == ends).map(|flow| &flow.stage) {
@@ -247,7 +247,7 @@ impl Tcp {
             let syn = std::mem::take(syn);
             if matches!(socket_error(&flow.host), Ok(Ok(()))) {
                 let mut socket = new_socket();
-                let at = (IpAddr::V4(*flow.ends.other.ip()), flow.ends.other.port());
+                let at = (flow.ends.other.ip(), flow.ends.other.port());
                 if socket.listen(at).is_ok() {
                     flow.stage = Stage::Open(self.sockets.add(socket));
                     self.opened += 1;
@@ -274,12 +274,11 @@ impl Tcp {
                     continue;
                 }
                 let ends = Ends {
-                    guest: SocketAddrV4::new(outbox.guest, guest_port),
-                    other: SocketAddrV4::new(GATEWAY, self.lend()),
+                    guest: SocketAddr::new(outbox.guest.into(), guest_port),
+                    other: SocketAddr::new(GATEWAY.into(), self.lend()),
                 };
                 let mut socket = new_socket();
-                let (guest, other) = (SocketAddr::V4(ends.guest), SocketAddr::V4(ends.other));
-                if socket.connect(self.interface.context(), guest, other).is_ok() {
+                if socket.connect(self.interface.context(), ends.guest, ends.other).is_ok() {
                     let handle = self.sockets.add(socket);
                     self.flows.push(Flow::new(ends, Stage::Open(handle), stream.into()));
                     self.opened += 1;
@@ -297,7 +296,7 @@ impl Tcp {
             if !self
                 .flows
                 .iter()
-                .any(|flow| *flow.ends.other.ip() == GATEWAY && flow.ends.other.port() == port)
+                .any(|flow| flow.ends.other.ip() == GATEWAY && flow.ends.other.port() == port)
             {
                 return port;
             }
@@ -410,8 +409,10 @@ fn interface(wire: &mut Wire) -> Interface {
     let mut interface = Interface::new(config, &mut device, smoltcp::time::Instant::ZERO);
     interface.update_ip_addrs(|addresses| {
         let _fits = addresses.push(IpCidr::new(IpAddr::V4(GATEWAY).into(), 24));
+        let _fits = addresses.push(IpCidr::new(IpAddr::V6(GATEWAY6).into(), PREFIX6));
     });
     let _fits = interface.routes_mut().add_default_ipv4_route(GATEWAY);
+    let _fits = interface.routes_mut().add_default_ipv6_route(GATEWAY6);
     interface.set_any_ip(true);
     interface
 }

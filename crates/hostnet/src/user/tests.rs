@@ -1,7 +1,7 @@
 //! The router, asked by a guest that the test plays: frames in, frames out.
 
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
@@ -14,6 +14,7 @@ use smoltcp::wire::{
 
 use super::*;
 
+const GUEST6: Ipv6Addr = Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 0x15);
 const GUEST_MAC: Mac = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 
 /// A guest's end: smoltcp on the router's frames. Answers checksums only where they are whole, so no offloads.
@@ -73,7 +74,11 @@ impl Client {
         let mac = HardwareAddress::Ethernet(EthernetAddress(GUEST_MAC));
         let zero = smoltcp::time::Instant::ZERO;
         let mut interface = Interface::new(Config::new(mac), &mut Guest(&mut net), zero);
-        interface.update_ip_addrs(|list| list.push(IpCidr::new(GUEST.into(), 24)).unwrap());
+        interface.update_ip_addrs(|list| {
+            list.push(IpCidr::new(GUEST.into(), 24)).unwrap();
+            list.push(IpCidr::new(GUEST6.into(), 64)).unwrap();
+        });
+        interface.routes_mut().add_default_ipv6_route(GATEWAY6).unwrap();
         interface.routes_mut().add_default_ipv4_route(GATEWAY).unwrap();
         Self { net, interface, sockets: SocketSet::new(Vec::new()), begin: Instant::now() }
     }
@@ -83,10 +88,10 @@ impl Client {
         self.sockets.add(tcp::Socket::new(buffer(), buffer()))
     }
 
-    fn connect(&mut self, to: (Ipv4Addr, u16), port: u16) -> SocketHandle {
+    fn connect(&mut self, to: (impl Into<smoltcp::wire::IpAddress>, u16), port: u16) -> SocketHandle {
         let handle = self.socket();
         let socket = self.sockets.get_mut::<tcp::Socket<'_>>(handle);
-        socket.connect(self.interface.context(), to, port).unwrap();
+        socket.connect(self.interface.context(), (to.0.into(), to.1), port).unwrap();
         handle
     }
 
@@ -287,6 +292,85 @@ fn tcp_carries_data_both_ways_and_its_end() {
 }
 
 #[test]
+fn tcp_goes_by_ipv6_too() {
+    let Ok(server) = TcpListener::bind("[::1]:0") else {
+        eprintln!("skipped: this host has no IPv6 loopback");
+        return;
+    };
+    let port = server.local_addr().unwrap().port();
+    let mut client = Client::new(&UserOptions::default());
+    let handle = client.connect((GATEWAY6, port), 40_000);
+    let mut sent = false;
+    client.until("connection", |sockets| {
+        let socket = sockets.get_mut::<tcp::Socket<'_>>(handle);
+        if socket.can_send() && !sent {
+            sent = socket.send_slice(&[5; 30_000]).unwrap() == 30_000;
+            socket.close();
+        }
+        sent
+    });
+    let (mut stream, _) = server.accept().unwrap();
+    stream.set_nonblocking(true).unwrap();
+    let mut all = Vec::new();
+    client.until("data", |_| {
+        let _more = stream.read_to_end(&mut all);
+        all.len() == 30_000
+    });
+    // Nobody there, and an address of IPv4 behind it: refused, nothing asked for.
+    let refused = client.connect((GATEWAY6, 1), 40_001);
+    let mapped = client.connect((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), port), 40_002);
+    client.until("refusals", |sockets| {
+        [refused, mapped].iter().all(|&handle| Client::state(sockets, handle) == tcp::State::Closed)
+    });
+}
+
+#[test]
+fn guest_finds_router_and_prefix_by_itself() {
+    use smoltcp::wire::{Icmpv6Packet, Icmpv6Repr, NdiscRepr};
+    let mut net = net(&UserOptions::default());
+    let (from, to) = (Ipv6Addr::UNSPECIFIED, Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 2));
+    let ask = |net: &mut UserNet, from: Ipv6Addr, to: Ipv6Addr, hop_limit: u8, repr: &Icmpv6Repr<'_>| {
+        let mut bytes = vec![0; 54 + repr.buffer_len()];
+        let mut ethernet = EthernetFrame::new_unchecked(&mut bytes);
+        ethernet.set_src_addr(EthernetAddress(GUEST_MAC));
+        ethernet.set_ethertype(EthernetProtocol::Ipv6);
+        let ip = smoltcp::wire::Ipv6Repr {
+            src_addr: from,
+            dst_addr: to,
+            next_header: IpProtocol::Icmpv6,
+            payload_len: repr.buffer_len(),
+            hop_limit,
+        };
+        ip.emit(&mut smoltcp::wire::Ipv6Packet::new_unchecked(&mut bytes[14..]));
+        let mut icmp = Icmpv6Packet::new_unchecked(&mut bytes[54..]);
+        repr.emit(&from, &to, &mut icmp, &ChecksumCapabilities::default());
+        net.send(&Header::default(), &bytes);
+        let mut answer = Vec::new();
+        net.receive(&mut answer).map(|_| answer)
+    };
+    let solicit = Icmpv6Repr::Ndisc(NdiscRepr::RouterSolicit { lladdr: None });
+    assert!(ask(&mut net, from, to, 64, &solicit).is_none(), "it came through a router");
+    let answer = ask(&mut net, from, to, 255, &solicit).unwrap();
+    let icmp = Icmpv6Packet::new_checked(&answer[54..]).unwrap();
+    let (source, target) = (icmp6::LINK_LOCAL, Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1));
+    let Ok(Icmpv6Repr::Ndisc(NdiscRepr::RouterAdvert { prefix_info: Some(prefix), .. })) =
+        Icmpv6Repr::parse(&source, &target, &icmp, &ChecksumCapabilities::default())
+    else {
+        panic!("{answer:x?}");
+    };
+    assert_eq!((prefix.prefix, prefix.prefix_len), (Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 0), 64));
+    // Whether its address is free; and where the name server is.
+    let who = |target_addr| Icmpv6Repr::Ndisc(NdiscRepr::NeighborSolicit { target_addr, lladdr: None });
+    assert!(ask(&mut net, from, to, 255, &who(GUEST6)).is_none());
+    assert!(ask(&mut net, GUEST6, to, 255, &who(GUEST6)).is_none());
+    let answer = ask(&mut net, GUEST6, to, 255, &who(NAME_SERVER6)).unwrap();
+    assert_eq!(answer[6..12], GATEWAY_MAC);
+    let echo = Icmpv6Repr::EchoRequest { ident: 1, seq_no: 2, data: b"hello" };
+    let answer = ask(&mut net, GUEST6, GATEWAY6, 64, &echo).unwrap();
+    assert_eq!((answer[54], &answer[62..]), (129, &b"hello"[..]));
+}
+
+#[test]
 fn tcp_is_refused_where_the_host_is() {
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     for (options, to) in [
@@ -383,6 +467,21 @@ fn udp_goes_out_and_its_answer_comes_back_whole() {
     }
     assert_eq!(whole.len(), 4008);
     assert_eq!(whole[8..], [7; 4000]);
+    // And so do the guest's.
+    let mut long = udp_frame((GUEST, 5000), (GATEWAY, port), &[9; 3992]).split_off(34);
+    let rest = long.split_off(2400);
+    for (at, part) in [(2400, &rest), (0, &long)] {
+        let mut piece = frame(GUEST, GATEWAY, IpProtocol::Udp, part);
+        let mut ip = Ipv4Packet::new_unchecked(&mut piece[14..]);
+        ip.set_ident(77);
+        ip.set_more_frags(at == 0);
+        ip.set_frag_offset(at);
+        ip.fill_checksum();
+        net.send(&Header::default(), &piece);
+    }
+    let mut buffer = [0; 5000];
+    let (len, _) = server.recv_from(&mut buffer).unwrap();
+    assert_eq!(buffer[..len], [9; 3992]);
 }
 
 #[test]

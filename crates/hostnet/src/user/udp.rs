@@ -2,7 +2,7 @@
 //! only answers of that destination. What comes to a forwarded port gets a port of the router, to which the guest answers.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -33,9 +33,9 @@ enum Peer {
 }
 
 struct Flow {
-    guest: (Ipv4Addr, u16),
+    guest: (IpAddr, u16),
     /// The other end as the guest sees it.
-    other: SocketAddrV4,
+    other: SocketAddr,
     peer: Peer,
     used: Instant,
 }
@@ -51,7 +51,7 @@ impl Flow {
             match socket.recv(buffer) {
                 Ok(len) => {
                     self.used = now;
-                    outbox.push_udp((*self.other.ip(), self.other.port()), self.guest, &buffer[..len]);
+                    outbox.push_udp((self.other.ip(), self.other.port()), self.guest, &buffer[..len]);
                 }
                 // A refusal is told once, and the next may be an answer.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
@@ -97,7 +97,7 @@ impl Udp {
     pub fn take(&mut self, packet: Packet<'_>, routes: Routes) {
         let Ok(udp) = UdpPacket::new_checked(packet.payload) else { return };
         let guest = (packet.from, udp.src_port());
-        let other = SocketAddrV4::new(packet.to, udp.dst_port());
+        let other = SocketAddr::new(packet.to, udp.dst_port());
         let known = self.flows.iter().position(|flow| flow.guest == guest && flow.other == other);
         let index = match known {
             Some(index) => index,
@@ -175,7 +175,7 @@ impl Udp {
             }
             let Some((socket, forward)) = self.forwards.get(index) else { return };
             let Ok((len, from)) = socket.recv_from(buffer) else { return };
-            let guest = (outbox.guest, forward.guest_port);
+            let guest = (outbox.guest.into(), forward.guest_port);
             let same = |flow: &Flow| {
                 matches!(flow.peer, Peer::Came(forward, peer) if forward == index && peer == from)
                     && flow.guest == guest
@@ -183,14 +183,14 @@ impl Udp {
             let at = match self.flows.iter().position(same) {
                 Some(at) => at,
                 None => {
-                    let other = SocketAddrV4::new(GATEWAY, self.lend());
+                    let other = SocketAddr::new(GATEWAY.into(), self.lend());
                     let peer = Peer::Came(index, from);
                     self.insert(Flow { guest, other, peer, used: Instant::now() })
                 }
             };
             let flow = &mut self.flows[at];
             flow.used = Instant::now();
-            outbox.push_udp((GATEWAY, flow.other.port()), guest, &buffer[..len]);
+            outbox.push_udp((GATEWAY.into(), flow.other.port()), guest, &buffer[..len]);
         }
     }
 
@@ -200,7 +200,7 @@ impl Udp {
             let port = self.next_lent;
             self.next_lent = if port + 1 < LENT.end { port + 1 } else { LENT.start };
             // There are many times as many ports as flows.
-            if !self.flows.iter().any(|flow| *flow.other.ip() == GATEWAY && flow.other.port() == port) {
+            if !self.flows.iter().any(|flow| flow.other.ip() == GATEWAY && flow.other.port() == port) {
                 return port;
             }
         }

@@ -5,9 +5,9 @@ use std::num::NonZeroUsize;
 
 use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, PacketMeta, RxToken, TxToken};
 use smoltcp::time::Instant;
-use smoltcp::wire::{EthernetProtocol, Ipv4Packet, TcpPacket};
+use smoltcp::wire::{EthernetProtocol, IpProtocol, Ipv4Packet, Ipv6Packet, TcpPacket};
 
-use super::outbox::{ETHERNET, IPV4, MTU, Outbox};
+use super::outbox::{ETHERNET, IPV4, IPV6, MTU, Outbox};
 use crate::{Header, Offloads};
 
 /// Packets of the guest that wait (INV-USER-1): a round of its card brings fewer.
@@ -23,7 +23,10 @@ pub(super) struct Wire {
 }
 
 impl Wire {
-    pub fn new(accepts: Offloads) -> Self {
+    pub fn new(mut accepts: Offloads) -> Self {
+        // Segments need their sums.
+        accepts.tso4 &= accepts.checksum;
+        accepts.tso6 &= accepts.checksum;
         Self { waiting: VecDeque::new(), accepts }
     }
 
@@ -64,7 +67,9 @@ impl TxToken for Sending<'_> {
         } else {
             Header::default()
         };
-        self.outbox.push(header, EthernetProtocol::Ipv4, frame);
+        let is_v6 = frame.get(ETHERNET).is_some_and(|first| first >> 4 == 6);
+        let protocol = if is_v6 { EthernetProtocol::Ipv6 } else { EthernetProtocol::Ipv4 };
+        self.outbox.push(header, protocol, frame);
         result
     }
 
@@ -105,6 +110,8 @@ impl Device for Wired<'_> {
         capabilities.checksum.tcp = if self.wire.accepts.checksum { Checksum::None } else { Checksum::Tx };
         capabilities.segmentation.tcpv4 =
             self.wire.accepts.tso4.then(|| NonZeroUsize::new(LONGEST)).flatten();
+        capabilities.segmentation.tcpv6 =
+            self.wire.accepts.tso6.then(|| NonZeroUsize::new(LONGEST)).flatten();
         capabilities
     }
 }
@@ -114,15 +121,25 @@ const LONGEST: usize = 65_535;
 
 /// Prepares a TCP packet whose checksum the guest completes, and which it segments if that is asked for.
 fn leave_to_guest(packet: &mut [u8], meta: PacketMeta) -> Header {
-    let Ok(mut ip) = Ipv4Packet::new_checked(packet) else { return Header::default() };
-    let (from, to) = (ip.src_addr().octets(), ip.dst_addr().octets());
-    if ip.next_header() != smoltcp::wire::IpProtocol::Tcp {
-        return Header::default();
-    }
-    let mut tcp = TcpPacket::new_unchecked(ip.payload_mut());
-    let len = u32::try_from(tcp.payload_mut().len()).unwrap_or(0) + u32::from(tcp.header_len());
-    tcp.set_checksum(pseudo_header(from, to, len));
-    let headers = u16::try_from(ETHERNET + IPV4).unwrap_or(0);
+    let is_v6 = packet.first().is_some_and(|first| first >> 4 == 6);
+    let (tcp, ip_len) = if is_v6 {
+        let Ok(mut ip) = Ipv6Packet::new_checked(packet) else { return Header::default() };
+        if ip.next_header() != IpProtocol::Tcp {
+            return Header::default();
+        }
+        let len = ip.payload_len();
+        let sum = pseudo_header(&ip.src_addr().octets(), &ip.dst_addr().octets(), len);
+        (with_sum(ip.payload_mut(), sum), IPV6)
+    } else {
+        let Ok(mut ip) = Ipv4Packet::new_checked(packet) else { return Header::default() };
+        if ip.next_header() != IpProtocol::Tcp {
+            return Header::default();
+        }
+        let len = ip.total_len() - u16::from(ip.header_len());
+        let sum = pseudo_header(&ip.src_addr().octets(), &ip.dst_addr().octets(), len);
+        (with_sum(ip.payload_mut(), sum), IPV4)
+    };
+    let headers = u16::try_from(ETHERNET + ip_len).unwrap_or(0);
     let mut header = Header {
         flags: Header::NEEDS_CHECKSUM,
         checksum_start: headers,
@@ -130,18 +147,25 @@ fn leave_to_guest(packet: &mut [u8], meta: PacketMeta) -> Header {
         ..Header::default()
     };
     if let Some(size) = meta.segmentation_offload_size {
-        header.gso_type = Header::TCP4;
+        header.gso_type = if is_v6 { Header::TCP6 } else { Header::TCP4 };
         header.gso_size = size.get();
-        header.header_len = headers + u16::from(tcp.header_len());
+        header.header_len = headers + tcp;
     }
     header
 }
 
+/// Puts the pseudo header's sum where the checksum goes; says how long the TCP header is.
+fn with_sum(segment: &mut [u8], sum: u16) -> u16 {
+    let mut tcp = TcpPacket::new_unchecked(segment);
+    tcp.set_checksum(sum);
+    tcp.header_len().into()
+}
+
 /// The sum of TCP's pseudo header (RFC 9293 3.1), folded and not complemented.
-fn pseudo_header(from: [u8; 4], to: [u8; 4], len: u32) -> u16 {
+fn pseudo_header(from: &[u8], to: &[u8], len: u16) -> u16 {
     const TCP: u32 = 6;
     let words = from.chunks(2).chain(to.chunks(2)).map(|w| u32::from(w[0]) << 8 | u32::from(w[1]));
-    let mut sum: u32 = words.sum::<u32>() + TCP + len;
+    let mut sum: u32 = words.sum::<u32>() + TCP + u32::from(len);
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }

@@ -22,6 +22,7 @@ pub const WANTED: &[&str] = &[
     "virtio_console",
     "virtio_rng",
     "virtio_net",
+    "e1000",
     "virtio_balloon",
     "virtiofs",
     "9pnet_virtio",

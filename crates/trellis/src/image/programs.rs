@@ -1,5 +1,5 @@
 //! Programs out of a distribution's packages, with the shared libraries they ask for and nothing else: for `trellis bench` a shell,
-//! file and text tools, the C compiler proper and the assembler ([`BENCH`]); for soak runs stress-ng ([`STRESS`]).
+//! file and text tools, the C compiler proper and the assembler ([`BENCH`]); for soak runs stress-ng ([`STRESS`]), for networks iperf3 ([`NETWORK`]).
 //!
 //! They are kept in the image cache like kernels, as a directory laid out as a root with merged `/usr`: `usr/bin`,
 //! `usr/lib/x86_64-linux-gnu`, `usr/lib64`. No file of the host's own installation is taken.
@@ -81,6 +81,15 @@ pub const STRESS: Selection = Selection {
     what: "stress-ng (about 15 MiB)",
     packages: &[&["stress-ng"], &["libc6"]],
     programs: &[("stress-ng", &["usr/bin/stress-ng"])],
+};
+
+/// iperf3.
+pub const NETWORK: Selection = Selection {
+    name: "network-programs-amd64",
+    layout: "network-1",
+    what: "iperf3 (about 5 MiB)",
+    packages: &[&["iperf3"], &["libc6"]],
+    programs: &[("iperf3", &["usr/bin/iperf3"])],
 };
 
 /// Where the programs are in it.

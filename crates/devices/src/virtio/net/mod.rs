@@ -1,6 +1,6 @@
 //! The network device (virtio 1.2 section 5.1), one pair of queues, on a [`Backend`] of the host.
 //!
-//! Way of the data: the driver notifies → the vCPU wakes the device's thread and goes on → `worker` takes frames out of the
+//! Way of the data: the driver notifies → the vCPU wakes the device's thread and goes on → [`Worker`] takes frames out of the
 //! transmit queue and gives them to the backend; what the backend has for the guest it puts into the receive queue. While
 //! the thread is awake the driver is asked not to notify, and one interrupt tells of all that a round moved.
 //!
@@ -8,24 +8,21 @@
 //! allows (5.1.6.5.1). Frames in flight are lost when a machine is saved and restored, and so are the backend's connections.
 
 mod transfer;
-mod worker;
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-pub use hostnet::Mac;
-use hostnet::{Backend, Offloads};
+use hostnet::Offloads;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Activation, ActiveQueue, DeviceKind, DeviceState, VirtioDevice, feature, read_config};
 use crate::bus::lock;
+use crate::net::worker::Worker;
+use crate::net::{CardOptions, Doorbell};
+pub use crate::net::{Mac, Plug};
 use crate::snapshot::RestoreError;
 use transfer::Transfer;
-use worker::Worker;
-
-/// Where a card is plugged in. It outlives the card: a reset of the machine makes another one.
-pub type Plug = Arc<Mutex<Box<dyn Backend>>>;
 
 const QUEUE_SIZES: [u16; 2] = [1024, 1024];
 const RECEIVE: u16 = 0;
@@ -59,6 +56,7 @@ pub struct Net {
     mac: Mac,
     offloads: Offloads,
     features: u64,
+    options: CardOptions,
     transfer: Arc<Transfer>,
     worker: Worker,
 }
@@ -68,11 +66,11 @@ impl Net {
     ///
     /// # Errors
     /// When no thread can be had.
-    pub fn new(name: &str, mac: Mac, plug: &Plug) -> io::Result<Self> {
-        let offloads = lock(plug).offloads();
-        let transfer = Arc::<Transfer>::default();
-        let worker = Worker::start(name, &transfer, plug)?;
-        Ok(Self { name: name.to_owned(), mac, offloads, features: 0, transfer, worker })
+    pub fn new(name: &str, mac: Mac, plug: &Plug, options: CardOptions) -> io::Result<Self> {
+        let offloads = if options.offload { lock(plug).offloads() } else { Offloads::default() };
+        let transfer = Arc::new(Transfer::new(options));
+        let worker = Worker::start(name, Arc::clone(&transfer) as _, plug)?;
+        Ok(Self { name: name.to_owned(), mac, offloads, features: 0, options, transfer, worker })
     }
 
     /// What the driver lets us leave to it.
@@ -104,6 +102,11 @@ impl VirtioDevice for Net {
             | only(self.offloads.checksum, bit::CSUM | bit::GUEST_CSUM)
             | only(self.offloads.tso4, bit::HOST_TSO4 | bit::GUEST_TSO4)
             | only(self.offloads.tso6, bit::HOST_TSO6 | bit::GUEST_TSO6)
+    }
+
+    /// With the event index a driver rings only when it is asked to, whatever the card may want.
+    fn withheld(&self) -> u64 {
+        if self.options.combine { 0 } else { feature::EVENT_IDX }
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -153,8 +156,10 @@ impl VirtioDevice for Net {
     }
 
     fn notify(&mut self, queue: u16) {
-        if matches!(queue, RECEIVE | TRANSMIT) {
-            self.worker.wake();
+        match (queue, self.options.doorbell) {
+            (TRANSMIT, Doorbell::Vcpu) => self.worker.serve(),
+            (RECEIVE | TRANSMIT, _) => self.worker.wake(),
+            _ => {}
         }
     }
 

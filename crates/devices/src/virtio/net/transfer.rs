@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use hostnet::{Backend, Header, MAX_FRAME, Offloads};
 
 use crate::bus::lock;
+use crate::net::{Card, CardOptions, Round};
 use crate::virtio::ActiveQueue;
 use crate::virtio::chain::Chain;
 use crate::virtio::interrupt::Interrupt;
@@ -33,17 +34,6 @@ pub(super) struct Driver {
     pub interrupt: Arc<Interrupt>,
 }
 
-/// How a round ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Round {
-    /// There is more to do at once.
-    More,
-    /// Nothing is left.
-    Idle,
-    /// The guest offers no buffers, and a frame waits.
-    NoRoom,
-}
-
 #[derive(Default)]
 struct State {
     driver: Option<Driver>,
@@ -59,6 +49,7 @@ struct State {
 /// What vCPUs and the card's thread share.
 #[derive(Default)]
 pub(super) struct Transfer {
+    options: CardOptions,
     state: Mutex<State>,
     down: AtomicBool,
     sent: AtomicU64,
@@ -73,6 +64,10 @@ fn count(counter: &AtomicU64, by: usize) {
 }
 
 impl Transfer {
+    pub fn new(options: CardOptions) -> Self {
+        Self { options, ..Self::default() }
+    }
+
     /// A driver is ready.
     pub fn begin(&self, driver: Driver) {
         let mut state = lock(&self.state);
@@ -99,15 +94,6 @@ impl Transfer {
         !self.down.load(Ordering::SeqCst)
     }
 
-    /// Tells the driver of a link that went up or down.
-    pub fn note_link(&self, up: bool) {
-        if self.down.swap(!up, Ordering::SeqCst) == up
-            && let Some(driver) = &lock(&self.state).driver
-        {
-            driver.interrupt.config_changed();
-        }
-    }
-
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         let own = [
             ("packets_out", &self.sent),
@@ -120,9 +106,18 @@ impl Transfer {
         all.extend(lock(&self.state).backend.iter().copied());
         all
     }
+}
 
-    /// Takes what the driver has made available.
-    pub fn transmit(&self, backend: &mut dyn Backend) -> Round {
+impl Card for Transfer {
+    fn note_link(&self, up: bool) {
+        if self.down.swap(!up, Ordering::SeqCst) == up
+            && let Some(driver) = &lock(&self.state).driver
+        {
+            driver.interrupt.config_changed();
+        }
+    }
+
+    fn transmit(&self, backend: &mut dyn Backend) -> Round {
         let mut guard = lock(&self.state);
         let State { driver: Some(driver), is_new, chains, outgoing, .. } = &mut *guard else {
             return Round::Idle;
@@ -136,7 +131,10 @@ impl Transfer {
             chains.push(Chain::default());
         }
         let chain = &mut chains[0];
-        queue.suppress();
+        let CardOptions { combine, suppress, .. } = self.options;
+        if combine {
+            queue.suppress();
+        }
         let mut moved = 0;
         while moved < ROUND && queue.pop(chain) {
             moved += 1;
@@ -149,13 +147,15 @@ impl Transfer {
                 None => count(&self.dropped, 1),
             }
             queue.push(chain.head, 0);
+            if !suppress {
+                queue.signal_regardless();
+            }
         }
         queue.signal();
         if moved == ROUND || queue.listen() { Round::More } else { Round::Idle }
     }
 
-    /// Gives the guest what the backend has for it.
-    pub fn receive(&self, backend: &mut dyn Backend) -> Round {
+    fn receive(&self, backend: &mut dyn Backend) -> Round {
         let mut guard = lock(&self.state);
         let state = &mut *guard;
         state.backend = backend.counters();
@@ -173,6 +173,9 @@ impl Transfer {
                 Delivery::Done => {
                     count(&self.received, 1);
                     count(&self.bytes_in, state.frame.len() - LONG_HEADER);
+                    if let (false, Some(queue)) = (self.options.suppress, &mut driver.receive) {
+                        queue.signal_regardless();
+                    }
                 }
                 Delivery::Impossible => count(&self.dropped, 1),
                 Delivery::NoRoom { seen } => {
