@@ -8,10 +8,13 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmm::{DiskConfig, EngineKind, Image, ImageOptions, NetConfig, ShareOptions, ShareProtocol};
+use vmm::{
+    DiskConfig, EngineKind, Image, ImageOptions, NetConfig, ShareOptions, ShareProtocol, VsockConfig,
+};
 
 use crate::choice::{self, Wish};
 use crate::control::ControlTarget;
+use crate::extras::ExtraFlags;
 use crate::gdb::GdbTarget;
 use crate::image::{self, ImageSpec, Progress};
 use crate::inside::InsideFlags;
@@ -73,6 +76,10 @@ pub struct Prepared {
     pub shares: Vec<ShareOptions>,
     /// Network cards, plugged in.
     pub nets: Vec<NetConfig>,
+    /// Sockets, plugged in.
+    pub vsock: Option<VsockConfig>,
+    /// Smaller devices.
+    pub extras: ExtraFlags,
     /// COM1.
     pub serial: Output,
     /// Debug console.
@@ -158,6 +165,8 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
     let mut guest = find_guest(&options)?;
     let shares = shares(&options)?;
     let nets = options.net.plug_in(options.clock)?;
+    options.extras.check_balloon(options.memory_bytes)?;
+    let vsock = options.extras.plug_in(options.clock)?;
     let modules = match options.initrd.as_deref().or(guest.initrd.as_deref()) {
         Some(text) => read_modules(text, options.memory_bytes)?,
         None => Vec::new(),
@@ -191,6 +200,8 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         disks,
         shares,
         nets,
+        vsock,
+        extras: options.extras,
         serial: open_output(&options.serial)?,
         debugcon: open_output(&options.debugcon)?,
         vga: options.vga,

@@ -11,6 +11,8 @@
 //! Source: OASIS Virtual I/O Device (VIRTIO) Version 1.2 (cited as "virtio 1.2").
 
 pub mod active;
+pub mod balloon;
+mod bell;
 pub mod block;
 pub mod chain;
 pub mod channel;
@@ -24,6 +26,7 @@ pub mod queue;
 mod registers;
 pub mod rng;
 pub mod share;
+pub mod vsock;
 #[cfg(test)]
 mod tests;
 

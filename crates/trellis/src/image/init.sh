@@ -33,6 +33,9 @@ load_bus() {
 read -r cmdline < /proc/cmdline
 load_bus pci
 load_bus virtio
+# The power button, and its events for programs.
+load_bus acpi
+modprobe -q evdev 2>/dev/null
 
 # A console whose driver is a module (hvc0) exists only now.
 exec < /dev/console > /dev/console 2>&1
@@ -42,6 +45,8 @@ size=$(word trellis.size)
 
 init=$(word trellis.init)
 [ -n "$init" ] && exec "$init"
+
+[ -e /dev/input/event0 ] && acpid -l /dev/null -p /run/acpid.pid
 
 run=$(word trellis.run)
 if [ -n "$run" ]; then

@@ -20,6 +20,7 @@ pub const WANTED: &[&str] = &[
     "virtio_rng",
     "virtio_net",
     "virtio_balloon",
+    "vmw_vsock_virtio_transport",
     "virtiofs",
     "9pnet_virtio",
     "9p",
@@ -30,6 +31,8 @@ pub const WANTED: &[&str] = &[
     "nls_cp437",
     "isofs",
     "loop",
+    "button",
+    "evdev",
     "i8042",
     "atkbd",
 ];
