@@ -109,7 +109,8 @@ impl ExtraFlags {
         let Some(spec) = &self.vsock else { return Ok(None) };
         if clock == ClockChoice::Icount {
             return Err(PrepareError::Usage(
-                "--clock icount is reproducible, which sockets are not; remove --vsock, or give --clock host".to_owned(),
+                "--clock icount is reproducible, which sockets are not; remove --vsock, or give --clock host"
+                    .to_owned(),
             ));
         }
         let listener = bind_path(&spec.socket, "socket of --vsock").map_err(PrepareError::Failure)?;
@@ -213,8 +214,8 @@ pub fn parse_vsock(text: &str) -> Result<VsockSpec, String> {
             Some(("socket", path)) if !path.is_empty() => socket = Some(PathBuf::from(path)),
             _ => {
                 let name = word.split('=').next().unwrap_or_default();
-                let hint =
-                    suggest::did_you_mean(name, ["cid", "socket"]).filter(|_| !["cid", "socket"].contains(&name));
+                let hint = suggest::did_you_mean(name, ["cid", "socket"])
+                    .filter(|_| !["cid", "socket"].contains(&name));
                 return Err(format!(
                     "'{word}' is no option of --vsock{}",
                     hint.unwrap_or_else(|| format!("; {VSOCK_USAGE}"))

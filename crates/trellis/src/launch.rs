@@ -91,8 +91,11 @@ pub fn launch(prepared: Prepared) -> anyhow::Result<ExitCode> {
     let _control = socket.map(|socket| socket.serve(handle.clone(), info)).transpose()?;
     let stub = gdb_place.map(|place| gdb.serve(place, &handle)).transpose()?;
     let reason = Reason::default();
-    let console = Console::start(handlers(&handle, &wiring, quit_handler(&handle, &reason, grace)), wiring.reads_input())
-        .context("cannot set up the terminal")?;
+    let console = Console::start(
+        handlers(&handle, &wiring, quit_handler(&handle, &reason, grace)),
+        wiring.reads_input(),
+    )
+    .context("cannot set up the terminal")?;
     let display =
         (wiring.display == display::Way::Live).then(|| Display::start(handle.clone())).transpose()?;
     if let Some(limit) = timeout {
@@ -269,7 +272,7 @@ fn quit_handler(handle: &VmHandle, reason: &Reason, grace: Duration) -> QuitHand
             return Ending::Now;
         }
         tell(&format!(
-            "trellis: the guest is asked to shut down, and ended in {} s; once more ends it at once\n",
+            "trellis: the guest is asked to shut down, and ended in {} s; a second signal ends it at once\n",
             grace.as_secs_f64()
         ));
         let later = std::thread::Builder::new().name("grace".to_owned()).spawn(move || {

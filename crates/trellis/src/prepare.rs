@@ -8,9 +8,7 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use vmm::{
-    DiskConfig, EngineKind, Image, ImageOptions, NetConfig, ShareOptions, ShareProtocol, VsockConfig,
-};
+use vmm::{DiskConfig, EngineKind, Image, ImageOptions, NetConfig, ShareOptions, ShareProtocol, VsockConfig};
 
 use crate::choice::{self, Wish};
 use crate::control::ControlTarget;

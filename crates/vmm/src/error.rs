@@ -32,7 +32,9 @@ pub enum VmError {
     )]
     NoIcount(&'static str),
     /// Packets are not reproducible.
-    #[error("the clock icount is reproducible, which networks and sockets are not; give --clock host, or neither --net nor --vsock")]
+    #[error(
+        "the clock icount is reproducible, which networks and sockets are not; give --clock host, or neither --net nor --vsock"
+    )]
     IcountNet,
     /// A device's thread.
     #[error("cannot start the thread of a device: {0}")]

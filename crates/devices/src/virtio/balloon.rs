@@ -321,7 +321,9 @@ impl Inner {
 
     /// Gives the statistics' buffer back, which asks for new ones; false when there is none.
     fn ask_for_stats(&mut self) -> bool {
-        let (Some(queue), Some(head)) = (&mut self.queues[STATS], self.stats_head.take()) else { return false };
+        let (Some(queue), Some(head)) = (&mut self.queues[STATS], self.stats_head.take()) else {
+            return false;
+        };
         queue.push(head, 0);
         queue.signal();
         true

@@ -26,9 +26,9 @@ pub mod queue;
 mod registers;
 pub mod rng;
 pub mod share;
-pub mod vsock;
 #[cfg(test)]
 mod tests;
+pub mod vsock;
 
 use std::sync::Arc;
 

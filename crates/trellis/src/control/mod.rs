@@ -111,8 +111,19 @@ pub enum Request {
 }
 
 /// The commands of [`Request`].
-const COMMANDS: &[&str] =
-    &["help", "info", "screendump", "stats", "quit", "powerdown", "balloon", "nmi", "type", "pause", "resume"];
+const COMMANDS: &[&str] = &[
+    "help",
+    "info",
+    "screendump",
+    "stats",
+    "quit",
+    "powerdown",
+    "balloon",
+    "nmi",
+    "type",
+    "pause",
+    "resume",
+];
 
 /// What this machine is, for `trellis list`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

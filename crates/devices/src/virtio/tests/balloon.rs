@@ -119,7 +119,8 @@ fn statistics_are_kept_and_asked_for_anew() {
     assert!(handle.report(NOW).guest.is_empty());
     stats(&rig, &mut rings[2], 500);
     assert_eq!(rings[2].take(), None, "the device keeps it");
-    let free = |value: u64| vec![("guest_free_bytes".to_owned(), value), ("guest_total_bytes".to_owned(), 1000)];
+    let free =
+        |value: u64| vec![("guest_free_bytes".to_owned(), value), ("guest_total_bytes".to_owned(), 1000)];
     let asking = handle.clone();
     let asked = std::thread::spawn(move || asking.report(Duration::from_secs(20)));
     eventually("the buffer", || rings[2].take());

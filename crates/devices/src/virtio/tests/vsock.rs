@@ -165,7 +165,10 @@ fn host_calls_and_both_talk_and_hang_up() {
     assert_eq!(line, "hello from the guest\n");
     client.get_mut().write_all(b"and from the host").unwrap();
     let got = guest.expect(RW);
-    assert_eq!((&got.data[..], got.host_port, got.fwd_cnt), (&b"and from the host"[..], to_host.host_port, 21));
+    assert_eq!(
+        (&got.data[..], got.host_port, got.fwd_cnt),
+        (&b"and from the host"[..], to_host.host_port, 21)
+    );
     // The host's program leaves; the guest agrees.
     drop(client);
     let mut flags = 0;

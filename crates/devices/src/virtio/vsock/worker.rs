@@ -223,7 +223,9 @@ impl Life {
 
 impl Driver {
     fn tell_of_reset(&mut self, chain: &mut Chain) {
-        let Some(queue) = self.queues[usize::from(EVENT)].as_mut().filter(|_| self.tell_reset) else { return };
+        let Some(queue) = self.queues[usize::from(EVENT)].as_mut().filter(|_| self.tell_reset) else {
+            return;
+        };
         if queue.pop(chain) {
             let memory = Arc::clone(queue.memory());
             let written = chain.writer(&memory).write(&TRANSPORT_RESET.to_le_bytes()).unwrap_or(0);
