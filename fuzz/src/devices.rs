@@ -67,6 +67,17 @@ const KINDS: [Kind; 9] = [
     Kind::P9,
 ];
 
+impl Kind {
+    const fn queues(self) -> u8 {
+        match self {
+            Self::Rng | Self::P9 => 1,
+            Self::Block | Self::Net | Self::Console | Self::Fuse => 2,
+            Self::Vsock => 3,
+            Self::Channel | Self::Balloon => 4,
+        }
+    }
+}
+
 /// Runs the device that the first byte names.
 pub fn target(data: &[u8]) {
     let first = usize::from(data.first().copied().unwrap_or(0));
@@ -208,6 +219,10 @@ impl Host {
 /// What programs of the host do with sockets.
 fn talk(path: &Path, service: &UnixListener, streams: &mut Vec<UnixStream>, input: &mut Input<'_>) {
     use std::io::{Read as _, Write as _};
+    while let Ok((stream, _)) = service.accept() {
+        let _ = stream.set_nonblocking(true);
+        streams.push(stream);
+    }
     match input.byte() & 3 {
         0 => {
             if let Ok(mut stream) = UnixStream::connect(path) {
@@ -217,13 +232,7 @@ fn talk(path: &Path, service: &UnixListener, streams: &mut Vec<UnixStream>, inpu
                 streams.push(stream);
             }
         }
-        1 => {
-            if let Ok((stream, _)) = service.accept() {
-                let _ = stream.set_nonblocking(true);
-                streams.push(stream);
-            }
-        }
-        2 => drop(streams.pop()),
+        1 if input.byte() & 1 == 0 => drop(streams.pop()),
         _ => {
             for stream in streams {
                 let _ = stream.write(&[1; 700]);
@@ -359,7 +368,7 @@ impl Guest<'_> {
     fn step(&mut self, input: &mut Input<'_>) {
         match input.byte() & 31 {
             0..=17 => {
-                let queue = usize::from(input.byte() & 3);
+                let queue = usize::from(input.byte() % self.kind.queues());
                 for _ in 0..=input.byte() & 3 {
                     self.request(queue, input);
                 }
@@ -390,6 +399,10 @@ impl Guest<'_> {
 
     fn notify(&mut self, queue: u64) {
         self.write(NOTIFY + 4 * (queue & 7), 2, queue);
+        if matches!(self.kind, Kind::Net | Kind::Vsock) {
+            // Their threads do the work.
+            std::thread::sleep(Duration::from_micros(50));
+        }
     }
 
     /// Nonsense in a ring or a buffer.
@@ -407,7 +420,8 @@ impl Guest<'_> {
         let slot = DATA + u64::from(input.below(SLOTS)) * SLOT;
         let _ = self.memory.write(Gpa(slot), &message[..message.len().min(SLOT as usize)]);
         let reads = (slot, message.len() as u32, 0);
-        let room = [0, 1, 64, 300, 4096, u64::from(input.half())][usize::from(input.byte()) % 6];
+        // 513: a sector and its status.
+        let room = [0, 1, 64, 300, 513, 513, 4096, u64::from(input.half())][usize::from(input.byte() & 7)];
         let place = DATA + u64::from(input.below(SLOTS)) * SLOT;
         let writes = (place, room as u32, 2);
         let mut pieces = match input.byte() & 7 {

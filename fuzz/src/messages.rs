@@ -86,7 +86,7 @@ fn name(input: &mut Input<'_>) -> Vec<u8> {
 /// Type, reserved, sector; data (virtio 1.2 5.2.6).
 fn block(m: &mut Message, input: &mut Input<'_>) {
     let kinds = [0, 1, 1, 4, 8, 11, 13, 14, small(input) as u32];
-    m.u32(kinds[usize::from(input.byte()) % kinds.len()]).u32(0).u64(scaled(input, 37));
+    m.u32(kinds[usize::from(input.byte()) % kinds.len()]).u32(0).u64(scaled(input, 9));
     m.raw(&[9; 512][..usize::from(input.half() & 0x3ff).min(512)]);
     // A range of a discard.
     if input.byte() & 1 == 0 {
@@ -116,7 +116,7 @@ fn vsock(m: &mut Message, input: &mut Input<'_>) {
         _ => u32::from(input.half() & 0x1ff),
     };
     m.u32(len).u16(if odd { 2 } else { 1 }).u16(u16::from(input.byte() % 9)).u32(u32::from(input.byte() & 3));
-    m.u32(scaled(input, 1000) as u32).u32(scaled(input, 100) as u32);
+    m.u32(scaled(input, 1000) as u32).u32(if input.byte() & 7 == 0 { scaled(input, 100) as u32 } else { 0 });
     m.raw(&[3; 600][..(len as usize).min(600)]);
 }
 
