@@ -133,7 +133,8 @@ impl Life {
             transfer.counters[OPEN_NOW].store(self.hub.open_now() as u64, Ordering::Relaxed);
             transfer.counters[REFUSED].store(self.hub.refused, Ordering::Relaxed);
             // What the sockets brought may be for the guest.
-            if !round.more && !(round.room && self.hub.has_news()) {
+            let is_busy = round.more || round.room && self.hub.has_news();
+            if !is_busy {
                 self.sleep(bell, endpoint, round.room);
             }
         }
