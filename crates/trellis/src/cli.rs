@@ -71,6 +71,10 @@ A file looks like this; every key is optional, and paths are relative to the fil
   snapshot = false
   net = \"user\"                     # see docs/guide/network.md
   forward = [\"tcp:2222:22\"]
+  rtc = \"base=localtime\"            # see docs/guide/devices.md
+  balloon = true
+  vsock = \"cid=3,socket=vm.sock\"
+  shutdown_grace = 10
   serial = \"stdio\"
   share = [\"src:src:ro\"]
   root = \"rootfs\"                   # a directory as root file system, with a kernel of ours
