@@ -5,9 +5,11 @@
 //! - `cargo test` in this directory, on any toolchain: some thousand seeded random inputs (`tests/random.rs`).
 
 pub mod decoder;
+pub mod devices;
 pub mod input;
 pub mod interpreter;
 pub mod loaders;
+pub mod messages;
 pub mod nics;
 pub mod packets;
 pub mod qcow2;

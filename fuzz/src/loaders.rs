@@ -69,8 +69,8 @@ pub fn target(data: &[u8]) {
     let initrd = (input.byte() & 1 != 0).then(|| vec![0x5a; usize::from(input.half())]);
     let module = Module { data: vec![1; usize::from(input.byte())], cmdline: "module".to_owned() };
     let source = BootSource {
-        kernel,
         kernel_file: None,
+        kernel,
         kernel_name: "kernel".to_owned(),
         initrd,
         modules: if input.byte() & 1 != 0 { vec![module] } else { Vec::new() },

@@ -1,6 +1,7 @@
 //! Every target on some thousand seeded random inputs. A failing input's number is printed; `TRELLIS_SEED=n` runs it
 //! alone, `TRELLIS_CASES=n` runs more of them.
 
+use trellis_fuzz::devices::{Kind, drive};
 use trellis_fuzz::{decoder, interpreter, loaders, nics, packets, qcow2, translator, virtqueue};
 
 /// Input number `n`: up to `longest` bytes.
@@ -85,4 +86,49 @@ fn packets_may_be_anything() {
 #[test]
 fn nics_take_any_driver() {
     run("nics", nics::target, 3_000, 1_500);
+}
+
+#[test]
+fn block_takes_any_driver() {
+    run("block", |data| drive(Kind::Block, data), 1_000, 1_500);
+}
+
+#[test]
+fn net_takes_any_driver() {
+    run("net", |data| drive(Kind::Net, data), 1_000, 1_500);
+}
+
+#[test]
+fn console_takes_any_driver() {
+    run("console", |data| drive(Kind::Console, data), 1_000, 1_500);
+}
+
+#[test]
+fn channel_takes_any_driver() {
+    run("channel", |data| drive(Kind::Channel, data), 1_000, 1_500);
+}
+
+#[test]
+fn rng_takes_any_driver() {
+    run("rng", |data| drive(Kind::Rng, data), 1_000, 1_500);
+}
+
+#[test]
+fn balloon_takes_any_driver() {
+    run("balloon", |data| drive(Kind::Balloon, data), 1_000, 1_500);
+}
+
+#[test]
+fn vsock_takes_any_driver() {
+    run("vsock", |data| drive(Kind::Vsock, data), 1_000, 1_500);
+}
+
+#[test]
+fn fuse_takes_any_driver() {
+    run("fuse", |data| drive(Kind::Fuse, data), 1_000, 1_500);
+}
+
+#[test]
+fn p9_takes_any_driver() {
+    run("p9", |data| drive(Kind::P9, data), 1_000, 1_500);
 }

@@ -18,6 +18,7 @@
 //! - INV-GM-2: an entry of the map names an `Hva` whose whole page lies below `len`.
 
 mod access;
+mod discard;
 mod holder;
 mod map;
 pub mod protocol;

@@ -11,6 +11,7 @@ use crate::bench::BenchArgs;
 use crate::control::{self, ControlTarget};
 use crate::dump::DumpArgs;
 use crate::exec::ExecArgs;
+use crate::extras::{ExtraFlags, parse_balloon_size};
 use crate::gdb::{self, GdbTarget};
 use crate::image::Arch;
 use crate::image::rootfs::RootfsOptions;
@@ -74,6 +75,10 @@ A file looks like this; every key is optional, and paths are relative to the fil
   snapshot = false
   net = \"user\"                     # see docs/guide/network.md
   forward = [\"tcp:2222:22\"]
+  rtc = \"base=localtime\"            # see docs/guide/devices.md
+  balloon = true
+  vsock = \"cid=3,socket=vm.sock\"
+  shutdown_grace = 10
   serial = \"stdio\"
   share = [\"src:src:ro\"]
   root = \"rootfs\"                   # a directory as root file system, with a kernel of ours
@@ -111,6 +116,12 @@ const TYPE_EXAMPLES: &str = "\
 Examples:
   trellis type 'root\\n'                   on the keyboard of the only machine
   trellis type web --serial 'uname -a\\n'  on the serial line of the machine 'web'";
+
+const BALLOON_EXAMPLES: &str = "\
+Examples (of a machine that was started with --balloon):
+  trellis balloon                         how large it is, and what the guest says of its memory
+  trellis balloon web --size 256M         the guest is to do without 256 MiB; they are this host's
+  trellis balloon web --size 0            it gets them back";
 
 const TOP_EXAMPLES: &str = "\
 Examples:
@@ -250,6 +261,15 @@ pub enum Command {
         /// On the serial line instead of the PS/2 keyboard
         #[arg(long)]
         serial: bool,
+    },
+    /// Show the memory balloon of a running machine, or take memory from the guest by its size
+    #[command(after_help = BALLOON_EXAMPLES)]
+    Balloon {
+        /// Its name in `trellis list`; not needed when only one is running
+        vm: Option<String>,
+        /// The memory that is to be taken from the guest, as in 256M; 0 gives all back
+        #[arg(long, short = 's', value_name = "SIZE", value_parser = parse_balloon_size, allow_hyphen_values = true)]
+        size: Option<u64>,
     },
     /// Press the power button of a running machine: its system may shut down
     Powerdown {
@@ -491,6 +511,9 @@ pub struct MachineArgs {
     #[arg(long, value_name = "FILE", value_parser = parse_stats, num_args = 0..=1, require_equals = true,
           default_missing_value = "-", help_heading = "Run")]
     stats: Option<StatsTarget>,
+    /// Smaller devices.
+    #[command(flatten)]
+    extras: ExtraFlags,
     /// What looks inside.
     #[command(flatten)]
     inside: InsideFlags,
@@ -530,6 +553,7 @@ impl MachineArgs {
             gdb: self.gdb,
             gdb_wait: self.gdb_wait,
             stats: self.stats,
+            extras: self.extras,
             inside: self.inside,
             clock: self.clock,
             save_at_marker: self.save_at_marker,

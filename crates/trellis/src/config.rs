@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::control::{self, ControlTarget};
+use crate::extras::{ExtraFlags, parse_balloon, parse_grace, parse_rtc, parse_vsock};
 use crate::gdb::{self, GdbTarget, Place};
 use crate::inside::{self, InsideFlags, parse_range, parse_trace};
 use crate::metrics;
@@ -36,6 +37,10 @@ const KEYS: &[&str] = &[
     "cpu",
     "engine",
     "mmu",
+    "rtc",
+    "balloon",
+    "vsock",
+    "shutdown_grace",
     "serial",
     "vga",
     "debugcon",
@@ -118,6 +123,10 @@ struct File {
     cpu: Option<String>,
     engine: Option<String>,
     mmu: Option<String>,
+    rtc: Option<String>,
+    balloon: Option<Switch>,
+    vsock: Option<String>,
+    shutdown_grace: Option<Number>,
     serial: Option<String>,
     vga: Option<String>,
     debugcon: Option<String>,
@@ -260,6 +269,17 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         jitdump: file.jitdump,
         profile: value(text, "profile", file.profile, |hz| inside::parse_hz(&hz.text()))?,
     };
+    let extras = ExtraFlags {
+        rtc: value(text, "rtc", file.rtc, |base| parse_rtc(&base))?,
+        balloon: value(text, "balloon", file.balloon, |switch| match switch {
+            Switch::Bool(false) => Ok(None),
+            Switch::Bool(true) => parse_balloon("").map(Some),
+            Switch::Text(text) => parse_balloon(&text).map(Some),
+        })?
+        .flatten(),
+        vsock: value(text, "vsock", file.vsock, |vsock| Ok(parse_vsock(&vsock)?.relative_to(base)))?,
+        shutdown_grace: value(text, "shutdown_grace", file.shutdown_grace, |time| parse_grace(&time.text()))?,
+    };
     Ok(VmFlags {
         image: file.image,
         kernel: file.kernel.map(|path| base.join(path)),
@@ -287,6 +307,7 @@ fn flags(file: File, base: &Path, text: &str) -> Result<VmFlags, String> {
         gdb: value(text, "gdb", file.gdb, |switch| relative_gdb(base, switch))?.flatten(),
         gdb_wait: file.gdb_wait,
         stats: value(text, "stats", file.stats, |switch| stats_of(base, switch))?.flatten(),
+        extras,
         inside: inside.relative_to(base),
         clock: value(text, "clock", file.clock, |name| parse_choice(&name))?,
         save_at_marker: false,

@@ -23,7 +23,8 @@ use crate::metrics;
 use crate::options::{ClockChoice, StatsTarget, VgaChoice};
 use crate::prepare::{Module, Output, Prepared};
 use crate::terminal::{
-    Console, ConsoleWriter, FileWriter, Handlers, InputHandler, QuitReason, stop_waiting_after, tell,
+    Console, ConsoleWriter, Ending, FileWriter, Handlers, Haste, InputHandler, QuitHandler, QuitReason,
+    stop_waiting, stop_waiting_after, tell,
 };
 
 /// What the contract suite writes to the exit port when all its tests passed.
@@ -81,6 +82,7 @@ pub fn launch(prepared: Prepared) -> anyhow::Result<ExitCode> {
     let socket = server::bind(prepared.name.as_deref(), &prepared.control).map_err(anyhow::Error::msg)?;
     let info = info(&prepared);
     let metrics = prepared.metrics.map(metrics::bind).transpose().map_err(anyhow::Error::msg)?;
+    let grace = prepared.extras.grace();
     let mut vm = Vm::new(config(prepared, &wiring)?)?;
     let handle = vm.handle();
     let name = socket.as_ref().map(|socket| socket.name().to_owned());
@@ -89,8 +91,11 @@ pub fn launch(prepared: Prepared) -> anyhow::Result<ExitCode> {
     let _control = socket.map(|socket| socket.serve(handle.clone(), info)).transpose()?;
     let stub = gdb_place.map(|place| gdb.serve(place, &handle)).transpose()?;
     let reason = Reason::default();
-    let console = Console::start(handlers(&handle, &wiring, &reason), wiring.reads_input())
-        .context("cannot set up the terminal")?;
+    let console = Console::start(
+        handlers(&handle, &wiring, quit_handler(&handle, &reason, grace)),
+        wiring.reads_input(),
+    )
+    .context("cannot set up the terminal")?;
     let display =
         (wiring.display == display::Way::Live).then(|| Display::start(handle.clone())).transpose()?;
     if let Some(limit) = timeout {
@@ -199,6 +204,9 @@ fn config(prepared: Prepared, wiring: &Wiring) -> anyhow::Result<VmConfig> {
         disks: prepared.disks,
         shares: prepared.shares,
         nets: prepared.nets,
+        vsock: prepared.vsock,
+        balloon: prepared.extras.balloon,
+        rtc: prepared.extras.rtc_base(),
         serial: wiring.sink(prepared.serial),
         debugcon: wiring.sink(prepared.debugcon),
         vga: prepared.vga == VgaChoice::Text,
@@ -248,7 +256,39 @@ fn boot_source(
     Ok(source)
 }
 
-fn handlers(handle: &VmHandle, wiring: &Wiring, reason: &Reason) -> Handlers {
+/// Ends the run. With time the guest's power button is pressed first, where the guest listens to it, and it has `grace` from
+/// there.
+fn quit_handler(handle: &VmHandle, reason: &Reason, grace: Duration) -> QuitHandler {
+    let (handle, reason) = (handle.clone(), Arc::clone(reason));
+    Arc::new(move |why, haste| {
+        let (ours, reason) = (handle.clone(), Arc::clone(&reason));
+        let end = move || {
+            reason.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+            stop_waiting();
+            ours.quit();
+        };
+        if haste == Haste::AtOnce || grace.is_zero() || !handle.power_button() {
+            end();
+            return Ending::Now;
+        }
+        tell(&format!(
+            "trellis: the guest is asked to shut down, and ended in {} s; a second signal ends it at once\n",
+            grace.as_secs_f64()
+        ));
+        let later = std::thread::Builder::new().name("grace".to_owned()).spawn(move || {
+            std::thread::sleep(grace);
+            end();
+        });
+        if later.is_err() {
+            // Without a thread nothing else would end it.
+            handle.quit();
+            return Ending::Now;
+        }
+        Ending::Asked
+    })
+}
+
+fn handlers(handle: &VmHandle, wiring: &Wiring, quit: QuitHandler) -> Handlers {
     let input: InputHandler = if wiring.display == display::Way::Live {
         let (handle, mut keys) = (handle.clone(), display::Keys::default());
         Box::new(move |bytes| {
@@ -258,14 +298,10 @@ fn handlers(handle: &VmHandle, wiring: &Wiring, reason: &Reason) -> Handlers {
     } else {
         serial_input(handle.clone())
     };
-    let (quit, stats, screen, resize) = (handle.clone(), handle.clone(), handle.clone(), handle.clone());
-    let reason = Arc::clone(reason);
+    let (stats, screen, resize) = (handle.clone(), handle.clone(), handle.clone());
     Handlers {
         input,
-        quit: Arc::new(move |why| {
-            reason.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
-            quit.quit();
-        }),
+        quit,
         stats: Box::new(move || {
             if let Some(stats) = stats.stats() {
                 tell(&format!("\n{stats}"));

@@ -13,6 +13,7 @@ pub mod control;
 pub mod display;
 pub mod dump;
 pub mod exec;
+pub mod extras;
 pub mod gdb;
 pub mod host;
 pub mod image;
@@ -128,6 +129,7 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
         Command::Top { top } => top::run(&top),
         Command::Screendump { vm } => ask(vm, Request::Screendump),
         Command::Quit { vm } => ask(vm, Request::Quit),
+        Command::Balloon { vm, size } => ask(vm, Request::Balloon { size }),
         Command::Powerdown { vm } => ask(vm, Request::Powerdown),
         Command::Nmi { vm } => ask(vm, Request::Nmi),
         Command::Pause { vm } => ask(vm, Request::Pause),

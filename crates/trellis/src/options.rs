@@ -11,6 +11,7 @@ use vmm::{DiskBus, ImageFormat, MAX_DISK_QUEUES, MAX_SHARE_TAG};
 use x86::cpuid::{CpuModel, ModelError};
 
 use crate::control::ControlTarget;
+use crate::extras::ExtraFlags;
 use crate::gdb::GdbTarget;
 use crate::inside::InsideFlags;
 use crate::net::NetFlags;
@@ -216,6 +217,8 @@ pub struct VmFlags {
     pub gdb_wait: bool,
     /// Statistics at the end.
     pub stats: Option<StatsTarget>,
+    /// Smaller devices.
+    pub extras: ExtraFlags,
     /// Traces, and files for perf.
     pub inside: InsideFlags,
     /// Clock.
@@ -257,6 +260,7 @@ impl VmFlags {
             gdb: self.gdb.or(file.gdb),
             gdb_wait: self.gdb_wait || file.gdb_wait,
             stats: self.stats.or(file.stats),
+            extras: self.extras.or(file.extras),
             inside: self.inside.or(file.inside),
             clock: self.clock.or(file.clock),
             save_at_marker: self.save_at_marker || file.save_at_marker,
@@ -294,6 +298,7 @@ impl VmFlags {
             gdb_wait: self.gdb_wait,
             // Samples are of no use untold.
             stats: self.stats.or_else(|| self.inside.profile.map(|_| StatsTarget::Print)),
+            extras: self.extras,
             inside: self.inside,
             clock: self.clock.unwrap_or(ClockChoice::Host),
             save_at_marker: self.save_at_marker,
@@ -331,6 +336,7 @@ pub struct VmOptions {
     pub gdb: Option<GdbTarget>,
     pub gdb_wait: bool,
     pub stats: Option<StatsTarget>,
+    pub extras: ExtraFlags,
     pub inside: InsideFlags,
     pub clock: ClockChoice,
     pub save_at_marker: bool,

@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 
 use vmm::{
     DiskBus, DiskConfig, EngineKind, Image, ImageOptions, MAX_AHCI_DRIVES, NetConfig, ShareOptions,
-    ShareProtocol,
+    ShareProtocol, VsockConfig,
 };
 
 use crate::choice::{self, Wish};
 use crate::control::ControlTarget;
+use crate::extras::ExtraFlags;
 use crate::gdb::GdbTarget;
 use crate::image::{self, ImageSpec, Progress};
 use crate::inside::InsideFlags;
@@ -76,6 +77,10 @@ pub struct Prepared {
     pub shares: Vec<ShareOptions>,
     /// Network cards, plugged in.
     pub nets: Vec<NetConfig>,
+    /// Sockets, plugged in.
+    pub vsock: Option<VsockConfig>,
+    /// Smaller devices.
+    pub extras: ExtraFlags,
     /// COM1.
     pub serial: Output,
     /// Debug console.
@@ -174,6 +179,8 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         net = if options.clock == ClockChoice::Host { net.or_user() } else { net };
     }
     let nets = net.plug_in(options.clock)?;
+    options.extras.check_balloon(options.memory_bytes)?;
+    let vsock = options.extras.plug_in(options.clock)?;
     let modules = match options.initrd.as_deref().or(guest.initrd.as_deref()) {
         Some(text) => read_modules(text, options.memory_bytes)?,
         None => Vec::new(),
@@ -208,6 +215,8 @@ pub fn prepare(options: VmOptions) -> Result<Prepared, PrepareError> {
         disks,
         shares,
         nets,
+        vsock,
+        extras: options.extras,
         serial: open_output(&options.serial)?,
         debugcon: open_output(&options.debugcon)?,
         vga: options.vga,

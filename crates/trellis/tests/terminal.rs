@@ -16,7 +16,7 @@ use rustix::process::{Pid, Signal};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
-use trellis::terminal::{Console, Handlers};
+use trellis::terminal::{Console, Ending, Handlers};
 
 const CHILD: &str = "TRELLIS_TERMINAL_CHILD";
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -31,7 +31,10 @@ fn child_process_of_the_other_tests() {
     let (input, quit, resize, screen) = (sender.clone(), sender.clone(), sender.clone(), sender.clone());
     let handlers = Handlers {
         input: Box::new(move |bytes| drop(input.send(format!("input {bytes:02x?}")))),
-        quit: std::sync::Arc::new(move |reason| drop(quit.send(format!("quit {}", reason.exit_status())))),
+        quit: std::sync::Arc::new(move |reason, _haste| {
+            drop(quit.send(format!("quit {}", reason.exit_status())));
+            Ending::Now
+        }),
         stats: Box::new(move || drop(sender.send("stats".to_owned()))),
         screen: Box::new(move || drop(screen.send("screen".to_owned()))),
         resize: Box::new(move |columns, rows| drop(resize.send(format!("resize {columns}x{rows}")))),

@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use devices::net::{CardOptions, Mac, Plug};
+use devices::virtio::balloon::BalloonOptions;
 use devices::virtio::block::{Image, ImageError, ImageOptions};
 use devices::virtio::share::ShareOptions;
+use devices::virtio::vsock::{Endpoint, VsockPlug};
 use engine_bt::trace::{AddressRange, Levels};
 
 use crate::boot::BootSource;
@@ -132,6 +134,35 @@ impl std::fmt::Debug for NetConfig {
     }
 }
 
+/// A socket device.
+#[derive(Clone, Debug)]
+pub struct VsockConfig {
+    /// The guest's address.
+    pub cid: u32,
+    /// What it is plugged into: it outlives resets of the machine.
+    pub plug: VsockPlug,
+}
+
+impl VsockConfig {
+    /// A device for the guest `cid` on `endpoint`.
+    #[must_use]
+    pub fn new(cid: u32, endpoint: Endpoint) -> Self {
+        Self { cid, plug: Arc::new(Mutex::new(endpoint)) }
+    }
+}
+
+/// What the real-time clock shows at power-on. It runs with the guest's time from there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum RtcBase {
+    /// Coordinated universal time.
+    #[default]
+    Utc,
+    /// So many seconds ahead of it: a time zone.
+    Ahead(i64),
+    /// This moment, in seconds since 1970, whatever the time is.
+    At(i64),
+}
+
 /// Where a device writes what the guest sends.
 pub type Sink = Box<dyn Write + Send>;
 
@@ -170,6 +201,12 @@ pub struct VmConfig {
     pub shares: Vec<ShareOptions>,
     /// Network cards, in order; not with [`ClockMode::Icount`], for packets come when they like.
     pub nets: Vec<NetConfig>,
+    /// A socket device; not with [`ClockMode::Icount`], as network cards.
+    pub vsock: Option<VsockConfig>,
+    /// A memory balloon.
+    pub balloon: Option<BalloonOptions>,
+    /// What the real-time clock shows.
+    pub rtc: RtcBase,
     /// A channel to a program in the guest: the name of its port, and where it goes that the program sends.
     pub channel: Option<(String, Sink)>,
     /// Output of COM1; without one it goes nowhere (the port is there all the same).
@@ -217,6 +254,9 @@ impl VmConfig {
             disks: Vec::new(),
             shares: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
+            balloon: None,
+            rtc: RtcBase::default(),
             channel: None,
             serial: None,
             debugcon: None,

@@ -32,10 +32,12 @@ pub enum VmError {
     )]
     NoIcount(&'static str),
     /// Packets are not reproducible.
-    #[error("the clock icount is reproducible, which a network is not; give --net none or --clock host")]
+    #[error(
+        "the clock icount is reproducible, which networks and sockets are not; give --clock host, or neither --net nor --vsock"
+    )]
     IcountNet,
-    /// A network card's thread.
-    #[error("cannot start a thread for a network card: {0}")]
+    /// A device's thread.
+    #[error("cannot start the thread of a device: {0}")]
     Net(#[source] std::io::Error),
     /// The host's KVM.
     #[error(transparent)]

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use devices::bus::lock;
 use devices::chipset::text_screen::TextScreen;
+use devices::virtio::balloon::{BalloonHandle, BalloonReport};
 use engine::signals::Signal;
 
 use crate::control::{Control, Event};
@@ -92,18 +93,18 @@ impl VmHandle {
     /// Types bytes into the virtio console; says how many were taken.
     #[must_use]
     pub fn console_input(&self, bytes: &[u8]) -> usize {
-        self.with(|m| m.console.as_ref().map_or(0, |console| console.receive(bytes))).unwrap_or(0)
+        self.with(|m| m.ends.console.as_ref().map_or(0, |console| console.receive(bytes))).unwrap_or(0)
     }
 
     /// Sends bytes to the program at the other end of the channel; says how many were taken.
     #[must_use]
     pub fn channel_send(&self, bytes: &[u8]) -> usize {
-        self.with(|m| m.channel.as_ref().map_or(0, |channel| channel.send(bytes))).unwrap_or(0)
+        self.with(|m| m.ends.channel.as_ref().map_or(0, |channel| channel.send(bytes))).unwrap_or(0)
     }
 
     /// The virtio console has a new size.
     pub fn resize(&self, columns: u16, rows: u16) {
-        self.with(|m| m.console.as_ref().inspect(|console| console.resize(columns, rows)).is_some());
+        self.with(|m| m.ends.console.as_ref().inspect(|console| console.resize(columns, rows)).is_some());
     }
 
     /// A number that changes whenever the display may have changed.
@@ -129,9 +130,27 @@ impl VmHandle {
         self.with(|m| m.signals.iter().for_each(|signals| signals.raise(Signal::NMI)));
     }
 
-    /// Presses the power button: the guest may shut down.
-    pub fn power_button(&self) {
-        self.with(|m| lock(&m.power_button).power_button());
+    /// Presses the power button: the guest may shut down. False where nobody in the guest listens to it.
+    #[must_use]
+    pub fn power_button(&self) -> bool {
+        self.with(|m| lock(&m.power_button).power_button()).unwrap_or(false)
+    }
+
+    fn balloon(&self) -> Option<BalloonHandle> {
+        self.with(|m| m.ends.balloon.clone()).flatten()
+    }
+
+    /// From now on the balloon is to have this size; false when the machine has none.
+    #[must_use]
+    pub fn set_balloon(&self, bytes: u64) -> bool {
+        self.balloon().inspect(|balloon| balloon.set_size(bytes)).is_some()
+    }
+
+    /// What is known of the balloon, with new statistics if the guest gives them within `patience`; `None` when there is none.
+    #[must_use]
+    pub fn balloon_report(&self, patience: Duration) -> Option<BalloonReport> {
+        // Not with the machine's lock held: the guest needs some time.
+        Some(self.balloon()?.report(patience))
     }
 
     /// Counts so far; `None` when the machine does not run.

@@ -29,17 +29,20 @@ mod vm;
 
 pub use clock::host_tsc_hz;
 pub use config::{
-    CardModel, ClockMode, DiskBus, DiskConfig, EngineKind, NetConfig, Sink, TraceWhat, VmConfig,
+    CardModel, ClockMode, DiskBus, DiskConfig, EngineKind, NetConfig, RtcBase, Sink, TraceWhat, VmConfig,
+    VsockConfig,
 };
 pub use control::SAVE_MARKER;
 pub use devices::ahci::MAX_DRIVES as MAX_AHCI_DRIVES;
 pub use devices::chipset::i8042::Key;
 pub use devices::chipset::text_screen::{TextScreen, render_ansi};
 pub use devices::net::{CardOptions, Doorbell, Mac};
+pub use devices::virtio::balloon::{BalloonOptions, BalloonReport};
 pub use devices::virtio::block::{
     Image, ImageError, ImageFormat, ImageOptions, MAX_QUEUES as MAX_DISK_QUEUES,
 };
 pub use devices::virtio::share::{MAX_TAG as MAX_SHARE_TAG, ShareOptions, ShareProtocol};
+pub use devices::virtio::vsock::{Endpoint, FIRST_CID, LAST_CID};
 pub use engine_bt::trace::{AddressRange, Levels};
 pub use error::VmError;
 pub use handle::{Paused, VmHandle};

@@ -19,7 +19,7 @@
 //! | 0xfed00000 | HPET | 2, 8, 16–23 |
 //! | 0xfee00000 | the accessing vCPU's local APIC ([`MachineIo`]) | |
 //! | PCI 00.0, 01.0 | host bridge, ISA bridge | |
-//! | PCI 02.0 … | virtio disks, shared directories, network cards, random generator, channel, console; AHCI | 16–23 |
+//! | PCI 02.0 … | virtio disks, shared directories, network cards, sockets, balloon, random generator, channel, console; AHCI; e1000 | 16–23 |
 //!
 //! There are no cycles of owners: dropping the machine frees memory, disks and their locks.
 
@@ -48,12 +48,14 @@ use devices::irq::{CpuSignal, IrqLine};
 use devices::net::e1000::E1000;
 use devices::pci::{Bdf, HostBridge, ISA_BRIDGE, IsaBridge, PciHost, PciPorts, SharedPci};
 use devices::snapshot::{RestoreError, Snapshot, StateBlob};
+use devices::virtio::balloon::{Balloon, BalloonHandle, BalloonOptions};
 use devices::virtio::block::{Block, BlockOptions};
 use devices::virtio::channel::{Channel, ChannelHandle};
 use devices::virtio::console::{Console, ConsoleHandle};
 use devices::virtio::net::Net;
 use devices::virtio::rng::{Entropy, Rng};
 use devices::virtio::share::{Share, ShareOptions};
+use devices::virtio::vsock::Vsock;
 use devices::virtio::{Flavor, VirtioDevice, VirtioPci};
 use engine::{Signals, Vcpu};
 use engine_bt::perf_map::Profile;
@@ -64,7 +66,9 @@ use x86::cpuid::{CpuModel, Feature};
 use x86_interp::{Interp, Parts};
 
 use crate::clock::GuestClock;
-use crate::config::{CardModel, ClockMode, DiskBus, DiskConfig, EngineKind, NetConfig, TraceWhat};
+use crate::config::{
+    CardModel, ClockMode, DiskBus, DiskConfig, EngineKind, NetConfig, RtcBase, TraceWhat, VsockConfig,
+};
 use crate::control::Control;
 use crate::error::VmError;
 use crate::input::Input;
@@ -84,6 +88,9 @@ pub(crate) struct Blueprint {
     pub disks: Vec<DiskConfig>,
     pub shares: Vec<ShareOptions>,
     pub nets: Vec<NetConfig>,
+    pub vsock: Option<VsockConfig>,
+    pub balloon: Option<BalloonOptions>,
+    pub rtc: RtcBase,
     pub channel: Option<(String, SharedSink)>,
     pub serial: Option<SharedSink>,
     pub debugcon: Option<SharedSink>,
@@ -114,8 +121,13 @@ type Shared<D> = Arc<Mutex<D>>;
 /// Where the user types and looks.
 type Consoles = (Shared<Serial>, Shared<I8042>, Shared<Vga>);
 
-/// The virtio devices, and the user's ends of them.
-type Virtio = (Vec<Shared<VirtioPci>>, Option<ConsoleHandle>, Option<ChannelHandle>);
+/// The user's ends of virtio devices.
+#[derive(Default)]
+pub(crate) struct Ends {
+    pub console: Option<ConsoleHandle>,
+    pub channel: Option<ChannelHandle>,
+    pub balloon: Option<BalloonHandle>,
+}
 
 /// One life of the board.
 pub(crate) struct Machine {
@@ -126,8 +138,7 @@ pub(crate) struct Machine {
     pub serial: Shared<Serial>,
     pub keyboard: Shared<I8042>,
     pub vga: Shared<Vga>,
-    pub console: Option<ConsoleHandle>,
-    pub channel: Option<ChannelHandle>,
+    pub ends: Ends,
     pub rtc: Shared<Rtc>,
     pub power_button: Shared<AcpiPm>,
     router: Arc<IrqRouter>,
@@ -174,6 +185,7 @@ impl Builder<'_> {
             cpus: u8::try_from(self.plan.cpus).unwrap_or(u8::MAX),
         };
         let rtc = Rtc::new(self.time.clone(), self.line(8), Arc::clone(&legacy), cmos);
+        lock(&rtc).set_offset_ns(self.rtc_offset_ns());
         Rtc::attach(&rtc, &self.bus)?;
         let hpet = Hpet::new(self.time.clone(), Arc::clone(&self.router) as _, legacy);
         Hpet::attach(&hpet, &self.bus)?;
@@ -184,6 +196,19 @@ impl Builder<'_> {
         self.keep(&hpet);
         self.keep(&pm);
         Ok((rtc, pm))
+    }
+
+    /// How far the real-time clock is ahead of UTC.
+    fn rtc_offset_ns(&self) -> i64 {
+        const SECOND_NS: i64 = 1_000_000_000;
+        match self.plan.rtc {
+            RtcBase::Utc => 0,
+            RtcBase::Ahead(seconds) => seconds.saturating_mul(SECOND_NS),
+            RtcBase::At(moment) => {
+                let now = i64::try_from(self.clock.wall_ns()).unwrap_or(i64::MAX);
+                moment.saturating_mul(SECOND_NS).saturating_sub(now)
+            }
+        }
     }
 
     fn consoles(&mut self) -> Result<Consoles, VmError> {
@@ -240,7 +265,7 @@ impl Builder<'_> {
     }
 
     /// The virtio devices: disks first, so that they are the first that a driver finds.
-    fn virtio(&self) -> Result<Virtio, VmError> {
+    fn virtio(&self) -> Result<(Vec<Shared<VirtioPci>>, Ends), VmError> {
         let icount = self.clock.mode() == ClockMode::Icount;
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
         let virtio = |(_, disk): &(usize, &DiskConfig)| disk.bus == DiskBus::Virtio;
@@ -262,19 +287,27 @@ impl Builder<'_> {
             let card = Net::new(&name, net.mac, &net.plug, net.options).map_err(VmError::Net)?;
             devices.push(Box::new(card));
         }
+        if let Some(vsock) = &self.plan.vsock {
+            devices.push(Box::new(Vsock::new("vsock", vsock.cid, &vsock.plug).map_err(VmError::Net)?));
+        }
+        let mut ends = Ends::default();
+        if let Some(options) = self.plan.balloon {
+            let (balloon, end) = Balloon::new("balloon", options);
+            devices.push(Box::new(balloon));
+            ends.balloon = Some(end);
+        }
         let entropy =
             if icount { Entropy::seeded(ICOUNT_SEED) } else { Entropy::host().map_err(VmError::Entropy)? };
         devices.push(Box::new(Rng::new("virtio-rng", entropy)));
-        let (mut handle, mut end) = (None, None);
         if let Some((port, sink)) = &self.plan.channel {
-            let (channel, ours) = Channel::new("virtio-channel", port, sink.boxed());
+            let (channel, end) = Channel::new("virtio-channel", port, sink.boxed());
             devices.push(Box::new(channel));
-            end = Some(ours);
+            ends.channel = Some(end);
         }
         if let Some(sink) = &self.plan.virtio_console {
-            let (console, ours) = Console::new("virtio-console", sink.boxed(), 80, 25);
+            let (console, end) = Console::new("virtio-console", sink.boxed(), 80, 25);
             devices.push(Box::new(console));
-            handle = Some(ours);
+            ends.console = Some(end);
         }
         let behind_pci = |device: Box<dyn VirtioDevice>| {
             let memory = Arc::clone(&self.mem);
@@ -283,7 +316,7 @@ impl Builder<'_> {
             let flavor = if old { Flavor::Transitional } else { Flavor::Modern };
             Arc::new(Mutex::new(VirtioPci::new(device, memory, flavor)))
         };
-        Ok((devices.into_iter().map(behind_pci).collect(), handle, end))
+        Ok((devices.into_iter().map(behind_pci).collect(), ends))
     }
 
     /// The AHCI controller, if there is a drive for it.
@@ -387,7 +420,7 @@ impl Machine {
             power: Arc::clone(&plan.control) as _,
             stateful: Vec::new(),
         };
-        let (virtio, console, channel) = build.virtio()?;
+        let (virtio, ends) = build.virtio()?;
         let ahci = build.ahci()?;
         let e1000 = build.e1000()?;
         build.pci(&virtio, ahci.as_ref(), &e1000)?;
@@ -410,8 +443,7 @@ impl Machine {
             serial,
             keyboard,
             vga,
-            console,
-            channel,
+            ends,
             rtc,
             power_button,
             router,

@@ -122,7 +122,7 @@ impl Vm {
         if config.engine != crate::EngineKind::Interp && config.clock == ClockMode::Icount {
             return Err(VmError::NoIcount(config.engine.name()));
         }
-        if !config.nets.is_empty() && config.clock == ClockMode::Icount {
+        if (!config.nets.is_empty() || config.vsock.is_some()) && config.clock == ClockMode::Icount {
             return Err(VmError::IcountNet);
         }
         let mut model = CpuModel::parse(&config.cpu)?;
@@ -137,6 +137,9 @@ impl Vm {
             disks: config.disks,
             shares: config.shares,
             nets: config.nets,
+            vsock: config.vsock,
+            balloon: config.balloon,
+            rtc: config.rtc,
             channel: config.channel.map(|(port, sink)| (port, SharedSink::new(sink))),
             serial: config.serial.map(SharedSink::new),
             debugcon: config.debugcon.map(SharedSink::new),

@@ -27,8 +27,6 @@ use iced_x86::{
     Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register,
 };
 
-/// The mask of the TLB's index.
-const TLB_MASK: u32 = (frame::TLB_ENTRIES - 1) << 5;
 /// Where guest RSP is.
 const R13: usize = 13;
 const R14: usize = 14;

@@ -99,10 +99,12 @@ impl AcpiPm {
         self.update();
     }
 
-    /// The user pressed the power button: the guest may shut down.
-    pub fn power_button(&mut self) {
+    /// The user pressed the power button: the guest may shut down. False where nobody listens: the guest has not enabled the
+    /// button's event (4.8.3.2.1), or no operating system runs yet.
+    pub fn power_button(&mut self) -> bool {
         self.state.status |= PWRBTN_STS;
         self.update();
+        self.state.enable & PWRBTN_STS != 0
     }
 
     fn ticks(&self) -> u64 {
@@ -314,9 +316,10 @@ mod tests {
     fn power_button_enabled_raises_sci() {
         let bench = Bench::new();
         let (_, pm) = pm(&bench, true);
-        lock(&pm).power_button();
+        assert!(!lock(&pm).power_button(), "nobody listens");
         assert!(!bench.lines.level(9));
         lock(&pm).port_write(3, 1, 1);
+        assert!(lock(&pm).power_button());
         assert!(bench.lines.level(9));
         lock(&pm).port_write(1, 1, 1);
         assert!(!bench.lines.level(9));

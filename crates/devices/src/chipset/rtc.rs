@@ -164,6 +164,13 @@ impl Rtc {
         }
     }
 
+    /// Sets the clock ahead of the wall clock's UTC by so much, as a user does who wants another time zone or another day.
+    pub fn set_offset_ns(&mut self, offset_ns: i64) {
+        self.state.offset_ns = offset_ns;
+        self.state.seen_second = self.rtc_ns().div_euclid(SECOND_NS);
+        self.update();
+    }
+
     /// The guest's clock, in ns since 1970.
     fn rtc_ns(&self) -> i64 {
         i64::try_from(self.time.clock.wall_ns()).unwrap_or(i64::MAX).saturating_add(self.state.offset_ns)

@@ -1,5 +1,6 @@
 //! A queue in use: the ring, the memory it lies in, and the interrupt that belongs to it.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use guestmem::GuestMemory;
@@ -128,6 +129,51 @@ impl ActiveQueue {
         }
         let more = self.queue.want_notifications_beyond(&self.memory, seen);
         self.check(more)
+    }
+
+    /// Moves bytes that wait into the driver's buffers, as far as there are any, and signals; says how many went.
+    pub fn fill(&mut self, chain: &mut Chain, waiting: &mut VecDeque<u8>) -> u64 {
+        let mut moved = 0;
+        // Bounded, for a guest that keeps adding buffers of no length must not keep us in here.
+        for _ in 0..16 * usize::from(self.size()) {
+            if waiting.is_empty() {
+                break;
+            }
+            if !self.pop(chain) {
+                // Nothing more to give into: hear of new buffers, unless one has just come.
+                if self.listen() {
+                    continue;
+                }
+                break;
+            }
+            let mut to = chain.writer(&self.memory);
+            let room = usize::try_from(to.remaining()).unwrap_or(usize::MAX).min(waiting.len());
+            let written = to.write(&waiting.make_contiguous()[..room]).unwrap_or(0);
+            waiting.drain(..written);
+            moved += written as u64;
+            self.push(chain.head, u32::try_from(written).unwrap_or(0));
+        }
+        self.signal();
+        moved
+    }
+
+    /// Writes what chains hold to `output`, at most `most` bytes of each; says how many chains and bytes there were. A reader
+    /// who has gone away is the user's business; the guest goes on.
+    pub fn print(&mut self, chain: &mut Chain, most: u64, output: &mut dyn std::io::Write) -> (u64, u64) {
+        let (mut chains, mut bytes) = (0, 0);
+        let budget = 16 * usize::from(self.size());
+        self.drain(chain, budget, |memory, chain| {
+            let mut from = chain.reader(memory).limited(most);
+            let mut block = [0; 4096];
+            while let Ok(now @ 1..) = from.read(&mut block) {
+                let _ = output.write_all(&block[..now]);
+                bytes += now as u64;
+            }
+            chains += 1;
+            0
+        });
+        let _ = output.flush();
+        (chains, bytes)
     }
 
     /// Serves chains with `serve`, which says how many bytes it wrote, until there are none or `budget` are done: a guest

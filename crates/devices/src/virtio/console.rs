@@ -89,45 +89,15 @@ impl Inner {
     fn feed(&mut self) {
         let Self { queues, backlog, chain, received, .. } = self;
         let Some(queue) = &mut queues[usize::from(RECEIVE)] else { return };
-        // Bounded, for a guest that keeps adding buffers of no length must not keep us in here.
-        for _ in 0..16 * usize::from(queue.size()) {
-            if backlog.is_empty() {
-                break;
-            }
-            if !queue.pop(chain) {
-                // Nothing more to give into: hear of new buffers, unless one has just come.
-                if queue.listen() {
-                    continue;
-                }
-                break;
-            }
-            let memory = Arc::clone(queue.memory());
-            let mut to = chain.writer(&memory);
-            let room = usize::try_from(to.remaining()).unwrap_or(usize::MAX).min(backlog.len());
-            let written = to.write(&backlog.make_contiguous()[..room]).unwrap_or(0);
-            backlog.drain(..written);
-            *received = received.wrapping_add(written as u64);
-            queue.push(chain.head, u32::try_from(written).unwrap_or(0));
-        }
-        queue.signal();
+        *received = received.wrapping_add(queue.fill(chain, backlog));
     }
 
     fn transmit(&mut self) {
         let Self { queues, output, chain, transmitted, requests, .. } = self;
         let Some(queue) = &mut queues[usize::from(TRANSMIT)] else { return };
-        let budget = 16 * usize::from(queue.size());
-        queue.drain(chain, budget, |memory, chain| {
-            let mut from = chain.reader(memory).limited(MAX_TRANSMIT);
-            let mut block = [0; 4096];
-            while let Ok(now @ 1..) = from.read(&mut block) {
-                // A closed terminal is the user's business; the guest goes on.
-                let _ = output.write_all(&block[..now]);
-                *transmitted = transmitted.wrapping_add(now as u64);
-            }
-            *requests = requests.wrapping_add(1);
-            0
-        });
-        let _ = output.flush();
+        let (chains, bytes) = queue.print(chain, MAX_TRANSMIT, output);
+        *requests = requests.wrapping_add(chains);
+        *transmitted = transmitted.wrapping_add(bytes);
     }
 }
 

@@ -11,6 +11,8 @@
 //! Source: OASIS Virtual I/O Device (VIRTIO) Version 1.2 (cited as "virtio 1.2").
 
 pub mod active;
+pub mod balloon;
+mod bell;
 pub mod block;
 pub mod chain;
 pub mod channel;
@@ -26,6 +28,7 @@ pub mod rng;
 pub mod share;
 #[cfg(test)]
 mod tests;
+pub mod vsock;
 
 use std::sync::Arc;
 

@@ -88,6 +88,12 @@ pub enum Request {
     Quit,
     /// Presses the power button.
     Powerdown,
+    /// Sets the size of the balloon, in bytes, if one is given; says what is known of it.
+    Balloon {
+        /// The size.
+        #[serde(default)]
+        size: Option<u64>,
+    },
     /// A non-maskable interrupt for every CPU.
     Nmi,
     /// Types text.
@@ -105,8 +111,19 @@ pub enum Request {
 }
 
 /// The commands of [`Request`].
-const COMMANDS: &[&str] =
-    &["help", "info", "screendump", "stats", "quit", "powerdown", "nmi", "type", "pause", "resume"];
+const COMMANDS: &[&str] = &[
+    "help",
+    "info",
+    "screendump",
+    "stats",
+    "quit",
+    "powerdown",
+    "balloon",
+    "nmi",
+    "type",
+    "pause",
+    "resume",
+];
 
 /// What this machine is, for `trellis list`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -152,6 +169,9 @@ pub struct Answer {
     /// How many characters were taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub typed: Option<usize>,
+    /// What is known of the balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<vmm::BalloonReport>,
     /// The names of the commands.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commands: Option<Vec<String>>,

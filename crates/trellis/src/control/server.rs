@@ -18,7 +18,7 @@ use vmm::{Paused, Stats, Typed, VmHandle};
 use super::{
     Answer, COMMANDS, ControlTarget, Info, Request, SUFFIX, directories, is_stale, own_directory, sockets,
 };
-use crate::suggest;
+use crate::{extras, suggest};
 
 /// The longest request.
 const MAX_LINE_LEN: usize = 64 << 10;
@@ -30,6 +30,8 @@ const IDLE_LIMIT: Duration = Duration::from_secs(60);
 const WRITE_LIMIT: Duration = Duration::from_secs(5);
 /// Statistics younger than this are told again.
 const STATS_AGE: Duration = Duration::from_millis(100);
+/// How long a guest may take to say how it uses its memory.
+const STATS_PATIENCE: Duration = Duration::from_millis(500);
 /// The pace of requests that stop the machine.
 const PACE: Duration = Duration::from_millis(20);
 
@@ -319,10 +321,11 @@ impl Served {
                 self.quit();
                 Answer::done()
             }
-            Request::Powerdown => {
-                self.handle.power_button();
-                Answer::done()
-            }
+            Request::Powerdown if self.handle.power_button() => Answer::done(),
+            Request::Powerdown => Answer::failed(
+                "the guest does not listen to its power button (Linux: module button, and acpid or systemd); trellis quit ends it at once",
+            ),
+            Request::Balloon { size } => self.balloon(size),
             Request::Nmi => {
                 self.handle.nmi();
                 Answer::done()
@@ -357,6 +360,21 @@ impl Served {
             }
             None => Answer::failed("there are no statistics"),
         }
+    }
+
+    fn balloon(&self, size: Option<u64>) -> Answer {
+        const NONE: &str = "the machine has no balloon; start it with --balloon";
+        if let Some(bytes) = size {
+            if bytes >= self.info.memory_bytes {
+                let memory = self.info.memory_bytes >> 20;
+                return Answer::failed(format!("the guest has {memory} MiB; give a smaller size"));
+            }
+            if !self.handle.set_balloon(bytes) {
+                return Answer::failed(NONE);
+            }
+        }
+        let Some(report) = self.handle.balloon_report(STATS_PATIENCE) else { return Answer::failed(NONE) };
+        Answer { text: Some(extras::balloon_text(&report)), balloon: Some(report), ..Answer::done() }
     }
 
     fn type_text(&self, text: &str, serial: bool) -> Answer {

@@ -35,6 +35,9 @@ load_bus pci
 load_bus virtio
 # Drives behind a controller are found later; their drivers take them then.
 [ -d /sys/bus/scsi ] && modprobe -q sd_mod 2>/dev/null && modprobe -q sr_mod 2>/dev/null
+# The power button, and its events for programs.
+load_bus acpi
+modprobe -q evdev 2>/dev/null
 
 # A console whose driver is a module (hvc0) exists only now.
 exec < /dev/console > /dev/console 2>&1
@@ -44,6 +47,8 @@ size=$(word trellis.size)
 
 init=$(word trellis.init)
 [ -n "$init" ] && exec "$init"
+
+[ -e /dev/input/event0 ] && acpid -l /dev/null -p /run/acpid.pid
 
 run=$(word trellis.run)
 if [ -n "$run" ]; then

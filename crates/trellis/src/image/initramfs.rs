@@ -8,8 +8,10 @@ use super::tiny_init;
 /// The shell script that the kernel starts as process 1.
 const INIT: &[u8] = include_bytes!("init.sh");
 
+const POWER_BUTTON: &[u8] = b"#!/bin/sh\necho 'trellis: power button' > /dev/console\nsync\npoweroff -f\n";
+
 /// Version of what this module builds; a cached image with another one is built anew.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 const DIRECTORIES: &[&str] = &[
     "bin",
@@ -38,6 +40,10 @@ pub fn shell(busybox: &[u8], release: &str, modules: &ModuleSet) -> Vec<u8> {
     archive.file("init", 0o755, INIT);
     archive.file("bin/busybox", 0o755, busybox);
     archive.symlink("bin/sh", "busybox");
+    // What acpid does about the power button, by the names that busybox gives it.
+    archive.directory("etc/acpi");
+    archive.directory("etc/acpi/PWRF");
+    archive.file("etc/acpi/PWRF/00000080", 0o755, POWER_BUTTON);
     archive.file("etc/passwd", 0o644, b"root::0:0:root:/root:/bin/sh\n");
     archive.file("etc/group", 0o644, b"root:x:0:\n");
     let directory = format!("lib/modules/{release}");

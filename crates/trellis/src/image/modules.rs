@@ -24,6 +24,7 @@ pub const WANTED: &[&str] = &[
     "virtio_net",
     "e1000",
     "virtio_balloon",
+    "vmw_vsock_virtio_transport",
     "virtiofs",
     "9pnet_virtio",
     "9p",
@@ -34,6 +35,8 @@ pub const WANTED: &[&str] = &[
     "nls_cp437",
     "isofs",
     "loop",
+    "button",
+    "evdev",
     "i8042",
     "atkbd",
 ];

@@ -18,12 +18,13 @@ share() {
     mount -t virtiofs -o "$3" "$1" "$2"
 }
 
-for bus in pci virtio; do
+for bus in pci virtio acpi; do
     for alias in /sys/bus/$bus/devices/*/modalias; do
         [ -e "$alias" ] && modprobe -q "$(cat "$alias")" 2>/dev/null
     done
 done
 modprobe -q virtiofs 2>/dev/null
+modprobe -q evdev 2>/dev/null
 exec < /dev/console > /dev/console 2>&1
 
 mkdir -p /new /lower /ram

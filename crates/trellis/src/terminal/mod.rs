@@ -55,8 +55,26 @@ impl QuitReason {
 
 /// Takes typed bytes, in order.
 pub type InputHandler = Box<dyn FnMut(&[u8]) + Send>;
-/// Takes the wish to end the run.
-pub type QuitHandler = Arc<dyn Fn(QuitReason) + Send + Sync>;
+/// Takes the wish to end the run: why, and whether at once.
+pub type QuitHandler = Arc<dyn Fn(QuitReason, Haste) -> Ending + Send + Sync>;
+
+/// How much time there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Haste {
+    /// The guest may shut down first, if it can.
+    MayWait,
+    /// None.
+    AtOnce,
+}
+
+/// What became of a wish to end the run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest was asked to shut down; the next wish is more urgent.
+    Asked,
+    /// The run is ending.
+    Now,
+}
 /// Takes columns and rows.
 pub type ResizeHandler = Box<dyn FnMut(u16, u16) + Send>;
 
@@ -64,7 +82,7 @@ pub type ResizeHandler = Box<dyn FnMut(u16, u16) + Send>;
 pub struct Handlers {
     /// Bytes for the guest, in order.
     pub input: InputHandler,
-    /// The run is to end. Called once; a second wish to quit ends the process on the spot.
+    /// The run is to end. Not called again after it said [`Ending::Now`]: a further wish ends the process on the spot.
     pub quit: QuitHandler,
     /// Ctrl-A S.
     pub stats: Box<dyn Fn() + Send>,
@@ -187,7 +205,7 @@ impl Reader {
         }
         self.quitting = true;
         stop_waiting();
-        (self.quit)(QuitReason::Key);
+        (self.quit)(QuitReason::Key, Haste::AtOnce);
     }
 }
 
@@ -207,7 +225,7 @@ fn spawn_signal_thread(quit: QuitHandler, mut resize: ResizeHandler) -> io::Resu
     let mut signals =
         Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGWINCH, SIGCONT])?;
     let run = move || {
-        let mut quitting = false;
+        let (mut asked, mut quitting) = (false, false);
         for signal in signals.forever() {
             match signal {
                 SIGWINCH => {
@@ -218,9 +236,12 @@ fn spawn_signal_thread(quit: QuitHandler, mut resize: ResizeHandler) -> io::Resu
                 SIGCONT => raw::reenter(),
                 _ if quitting => end_now(QuitReason::Signal(signal)),
                 _ => {
-                    quitting = true;
-                    stop_waiting();
-                    quit(QuitReason::Signal(signal));
+                    let polite = matches!(signal, SIGTERM | SIGINT | SIGHUP) && !asked;
+                    let haste = if polite { Haste::MayWait } else { Haste::AtOnce };
+                    match quit(QuitReason::Signal(signal), haste) {
+                        Ending::Asked => asked = true,
+                        Ending::Now => quitting = true,
+                    }
                 }
             }
         }

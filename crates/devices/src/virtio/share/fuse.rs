@@ -10,15 +10,13 @@ use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Stat, Timespec, Timestamps,
-};
+use rustix::fs::{AtFlags, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::FileServer;
-use super::host::{Place, Tree, kind, name};
+use super::host::{Place, Tree, Wanted, When, name};
 use super::wire::{Reader, directory_type};
 
 const MAX_NODES: usize = 1 << 19;
@@ -367,39 +365,20 @@ impl Server {
         let (atime, mtime, _) = (r.u64()?, r.u64()?, r.u64()?);
         let (atime_nanos, mtime_nanos, _) = (r.u32()?, r.u32()?, r.u32()?);
         let (mode, _, uid, gid) = (r.u32()?, r.u32()?, r.u32()?, r.u32()?);
-        let place = self.place(node)?;
-        if valid & set::MODE != 0 {
-            self.tree.chmod(place, mode)?;
-        }
-        if valid & (set::UID | set::GID) != 0 {
-            let owner = (valid & set::UID != 0).then(|| rustix::fs::Uid::from_raw_unchecked(uid));
-            let group = (valid & set::GID != 0).then(|| rustix::fs::Gid::from_raw_unchecked(gid));
-            rustix::fs::chownat(&place.fd, "", owner, group, AtFlags::EMPTY_PATH)?;
-        }
-        if valid & set::SIZE != 0 {
-            if kind(&place.stat) == FileType::Directory {
-                return Err(Errno::ISDIR);
-            }
-            rustix::fs::ftruncate(self.tree.reopen(place, OFlags::WRONLY)?, size)?;
-        }
-        if valid & (set::ATIME | set::MTIME) != 0 {
-            let time = |bit, now, seconds: u64, nanos: u32| {
-                let fixed = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
-                if valid & bit == 0 {
-                    fixed(rustix::fs::UTIME_OMIT)
-                } else if valid & now != 0 {
-                    fixed(rustix::fs::UTIME_NOW)
-                } else {
-                    let tv_nsec = i64::from(nanos.min(999_999_999));
-                    Timespec { tv_sec: i64::from_le_bytes(seconds.to_le_bytes()), tv_nsec }
-                }
-            };
-            let times = Timestamps {
-                last_access: time(set::ATIME, set::ATIME_NOW, atime, atime_nanos),
-                last_modification: time(set::MTIME, set::MTIME_NOW, mtime, mtime_nanos),
-            };
-            self.tree.set_times(place, &times)?;
-        }
+        let given = |bit: u32| valid & bit != 0;
+        let time = |bit, now, seconds, nanos: u32| {
+            let at = When::At { seconds, nanos: nanos.into() };
+            given(bit).then_some(if given(now) { When::Now } else { at })
+        };
+        let wanted = Wanted {
+            mode: given(set::MODE).then_some(mode),
+            owner: given(set::UID).then_some(uid),
+            group: given(set::GID).then_some(gid),
+            size: given(set::SIZE).then_some(size),
+            accessed: time(set::ATIME, set::ATIME_NOW, atime, atime_nanos),
+            modified: time(set::MTIME, set::MTIME_NOW, mtime, mtime_nanos),
+        };
+        self.tree.set_attributes(self.place(node)?, &wanted)?;
         self.getattr(node)
     }
 
@@ -444,18 +423,9 @@ impl Server {
         let (flags, mode, umask, _) = (r.u32()?, r.u32()?, r.u32()?, r.u32()?);
         let wanted = entry(r)?;
         let directory = self.directory(node)?;
-        // O_EXCL whatever is asked for: an existing name could be a pipe or a link.
-        let to = (open_flags(flags)? - OFlags::TRUNC) | OFlags::CREATE | OFlags::EXCL;
-        let to = to | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mode = Mode::from_raw_mode(mode & !umask & 0o7777);
-        let file = rustix::fs::openat(directory, name(wanted), to, mode)?;
-        // The file itself, not what may stand at its name by now.
-        let held = rustix::fs::fstat(&file)?;
-        let place = Tree::step(directory, wanted)?;
-        if (place.stat.st_dev, place.stat.st_ino) != (held.st_dev, held.st_ino) {
-            return Err(Errno::STALE);
-        }
-        let key = (held.st_dev, held.st_ino);
+        let to = open_flags(flags)? - OFlags::TRUNC;
+        let (file, place) = Tree::create(directory, wanted, to, mode & !umask)?;
+        let key = (place.stat.st_dev, place.stat.st_ino);
         let out = self.entry_out(place)?;
         let number = self.known.get(&key).copied().ok_or(Errno::STALE)?;
         self.handle_out(out, number, file, flags)?.done()
@@ -481,7 +451,7 @@ impl Server {
 
     fn readdir(&self, r: &mut Reader<'_>, room: usize) -> Answer {
         let (handle, offset, size) = (r.u64()?, r.u64()?, r.u32()?);
-        let room = usize::try_from(size).unwrap_or(0).min(room);
+        let room = usize::try_from(size.min(MAX_REQUEST)).unwrap_or(0).min(room);
         let Handle { node, file, .. } = self.handles.get(&handle).ok_or(Errno::BADF)?;
         let device = self.place(*node)?.stat.st_dev;
         rustix::fs::seek(file, SeekFrom::Start(offset))?;
@@ -543,12 +513,7 @@ impl Server {
             _ => {
                 let (mode, _, umask, _) = (r.u32()?, r.u32()?, r.u32()?, r.u32()?);
                 let wanted = entry(r)?;
-                let kind = FileType::from_raw_mode(mode);
-                if !matches!(kind, FileType::RegularFile | FileType::Fifo | FileType::Socket) {
-                    return Err(Errno::PERM);
-                }
-                let mode = Mode::from_raw_mode(mode & !umask & 0o7777);
-                rustix::fs::mknodat(directory, name(wanted), kind, mode, 0)?;
+                Tree::make_node(directory, wanted, mode, umask)?;
                 wanted
             }
         };

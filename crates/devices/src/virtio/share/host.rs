@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps};
 use rustix::io::Errno;
 
 /// A place in the shared tree, held open (`O_PATH`).
@@ -19,6 +19,38 @@ use rustix::io::Errno;
 pub(super) struct Place {
     pub fd: OwnedFd,
     pub stat: Stat,
+}
+
+/// What a client wants a file's attributes to be; what is `None` stays as it is.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub mode: Option<u32>,
+    pub owner: Option<u32>,
+    pub group: Option<u32>,
+    pub size: Option<u64>,
+    pub accessed: Option<When>,
+    pub modified: Option<When>,
+}
+
+/// A time that a client sets.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum When {
+    Now,
+    At { seconds: u64, nanos: u64 },
+}
+
+/// As utimensat(2) takes it.
+fn timespec(when: Option<When>) -> Timespec {
+    let fixed = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
+    match when {
+        None => fixed(rustix::fs::UTIME_OMIT),
+        Some(When::Now) => fixed(rustix::fs::UTIME_NOW),
+        Some(When::At { seconds, nanos }) => {
+            // A number of nanoseconds that is none must not mean something else.
+            let tv_nsec = i64::try_from(nanos).unwrap_or(0).clamp(0, 999_999_999);
+            Timespec { tv_sec: i64::from_le_bytes(seconds.to_le_bytes()), tv_nsec }
+        }
+    }
 }
 
 /// The tree.
@@ -107,12 +139,62 @@ impl Tree {
         rustix::fs::openat(&self.descriptors, place.fd.as_raw_fd().to_string(), flags, Mode::empty())
     }
 
-    pub fn chmod(&self, place: &Place, mode: u32) -> Result<(), Errno> {
+    /// Sets attributes.
+    pub fn set_attributes(&self, place: &Place, wanted: &Wanted) -> Result<(), Errno> {
+        if let Some(mode) = wanted.mode {
+            self.chmod(place, mode)?;
+        }
+        if wanted.owner.is_some() || wanted.group.is_some() {
+            let owner = wanted.owner.map(rustix::fs::Uid::from_raw_unchecked);
+            let group = wanted.group.map(rustix::fs::Gid::from_raw_unchecked);
+            rustix::fs::chownat(&place.fd, "", owner, group, AtFlags::EMPTY_PATH)?;
+        }
+        if let Some(size) = wanted.size {
+            if kind(&place.stat) == FileType::Directory {
+                return Err(Errno::ISDIR);
+            }
+            rustix::fs::ftruncate(self.reopen(place, OFlags::WRONLY)?, size)?;
+        }
+        if wanted.accessed.is_some() || wanted.modified.is_some() {
+            let (last_access, last_modification) = (timespec(wanted.accessed), timespec(wanted.modified));
+            self.set_times(place, &Timestamps { last_access, last_modification })?;
+        }
+        Ok(())
+    }
+
+    /// Makes and opens a file that is not there yet. An existing name could be a pipe or a link.
+    pub fn create(
+        directory: &OwnedFd,
+        wanted: &[u8],
+        flags: OFlags,
+        mode: u32,
+    ) -> Result<(OwnedFd, Place), Errno> {
+        let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(directory, os(wanted), flags, Mode::from_raw_mode(mode & 0o7777))?;
+        // The file itself, not what may stand at its name by now.
+        let held = rustix::fs::fstat(&file)?;
+        let place = Self::step(directory, wanted)?;
+        if (place.stat.st_dev, place.stat.st_ino) != (held.st_dev, held.st_ino) {
+            return Err(Errno::STALE);
+        }
+        Ok((file, place))
+    }
+
+    /// Makes what `mode` says: a file, a pipe or a socket. Device nodes are not for guests.
+    pub fn make_node(directory: &OwnedFd, wanted: &[u8], mode: u32, umask: u32) -> Result<(), Errno> {
+        let kind = FileType::from_raw_mode(mode);
+        if !matches!(kind, FileType::RegularFile | FileType::Fifo | FileType::Socket) {
+            return Err(Errno::PERM);
+        }
+        rustix::fs::mknodat(directory, os(wanted), kind, Mode::from_raw_mode(mode & !umask & 0o7777), 0)
+    }
+
+    fn chmod(&self, place: &Place, mode: u32) -> Result<(), Errno> {
         let name = place.fd.as_raw_fd().to_string();
         rustix::fs::chmodat(&self.descriptors, name, Mode::from_raw_mode(mode & 0o7777), AtFlags::empty())
     }
 
-    pub fn set_times(&self, place: &Place, times: &rustix::fs::Timestamps) -> Result<(), Errno> {
+    fn set_times(&self, place: &Place, times: &Timestamps) -> Result<(), Errno> {
         let name = place.fd.as_raw_fd().to_string();
         rustix::fs::utimensat(&self.descriptors, name, times, AtFlags::empty())
     }

@@ -11,13 +11,13 @@ use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Timespec, Timestamps};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::FileServer;
-use super::host::{Place, Tree, kind, name};
+use super::host::{Place, Tree, Wanted, When, kind, name};
 use super::wire::{HEADER_BYTES, Reader, Writer, directory_type};
 
 /// Largest message: what Linux can send through a queue of 128 buffers, and its header.
@@ -287,16 +287,8 @@ impl Server {
         self.writable()?;
         let (number, wanted, flags, mode) = (r.u32()?, r.name()?, r.u32()?, r.u32()?);
         let directory = &self.fid(number)?.place.fd;
-        // O_EXCL whatever is asked for: an existing name could be a pipe or a link.
         let to = open_flags(flags)? - OFlags::TRUNC - OFlags::DIRECTORY;
-        let to = to | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(directory, name(wanted), to, Mode::from_raw_mode(mode & 0o7777))?;
-        // The file itself, not what may stand at its name by now.
-        let held = rustix::fs::fstat(&file)?;
-        let place = Tree::step(directory, wanted)?;
-        if (place.stat.st_dev, place.stat.st_ino) != (held.st_dev, held.st_ino) {
-            return Err(Errno::STALE);
-        }
+        let (file, place) = Tree::create(directory, wanted, to, mode)?;
         let mut w = Writer::new();
         self.put_qid(&mut w, &place);
         w.u32(0);
@@ -393,28 +385,19 @@ impl Server {
         let (uid, gid, size) = (r.u32()?, r.u32()?, r.u64()?);
         let mut time = || Ok::<_, Errno>((r.u64()?, r.u64()?));
         let (atime, mtime) = (time()?, time()?);
-        let fid = self.fid(number)?;
-        if valid & set::MODE != 0 {
-            self.tree.chmod(&fid.place, mode)?;
-        }
-        if valid & (set::UID | set::GID) != 0 {
-            let owner = (valid & set::UID != 0).then(|| rustix::fs::Uid::from_raw_unchecked(uid));
-            let group = (valid & set::GID != 0).then(|| rustix::fs::Gid::from_raw_unchecked(gid));
-            rustix::fs::chownat(&fid.place.fd, "", owner, group, AtFlags::EMPTY_PATH)?;
-        }
-        if valid & set::SIZE != 0 {
-            if kind(&fid.place.stat) == FileType::Directory {
-                return Err(Errno::ISDIR);
-            }
-            rustix::fs::ftruncate(self.tree.reopen(&fid.place, OFlags::WRONLY)?, size)?;
-        }
-        if valid & (set::ATIME | set::MTIME) != 0 {
-            let times = Timestamps {
-                last_access: timestamp(valid, set::ATIME, set::ATIME_SET, atime),
-                last_modification: timestamp(valid, set::MTIME, set::MTIME_SET, mtime),
-            };
-            self.tree.set_times(&fid.place, &times)?;
-        }
+        let given = |bit: u32| valid & bit != 0;
+        let time = |bit, explicit, (seconds, nanos)| {
+            given(bit).then_some(if given(explicit) { When::At { seconds, nanos } } else { When::Now })
+        };
+        let wanted = Wanted {
+            mode: given(set::MODE).then_some(mode),
+            owner: given(set::UID).then_some(uid),
+            group: given(set::GID).then_some(gid),
+            size: given(set::SIZE).then_some(size),
+            accessed: time(set::ATIME, set::ATIME_SET, atime),
+            modified: time(set::MTIME, set::MTIME_SET, mtime),
+        };
+        self.tree.set_attributes(&self.fid(number)?.place, &wanted)?;
         Ok(Writer::new())
     }
 
@@ -447,14 +430,7 @@ impl Server {
             t::MKDIR => {
                 rustix::fs::mkdirat(directory, name(wanted), Mode::from_raw_mode(r.u32()? & 0o7777))?;
             }
-            _ => {
-                let mode = r.u32()?;
-                let kind = FileType::from_raw_mode(mode);
-                if !matches!(kind, FileType::RegularFile | FileType::Fifo | FileType::Socket) {
-                    return Err(Errno::PERM);
-                }
-                rustix::fs::mknodat(directory, name(wanted), kind, Mode::from_raw_mode(mode & 0o7777), 0)?;
-            }
+            _ => Tree::make_node(directory, wanted, r.u32()?, 0)?,
         }
         let mut w = Writer::new();
         self.put_qid(&mut w, &Tree::step(directory, wanted)?);
@@ -558,19 +534,6 @@ impl FileServer for Server {
             self.fids.insert(saved.number, Fid { place, file });
         }
         Ok(())
-    }
-}
-
-fn timestamp(valid: u32, bit: u32, explicit: u32, (seconds, nanos): (u64, u64)) -> Timespec {
-    let fixed = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
-    if valid & bit == 0 {
-        fixed(rustix::fs::UTIME_OMIT)
-    } else if valid & explicit == 0 {
-        fixed(rustix::fs::UTIME_NOW)
-    } else {
-        // A number of nanoseconds that is none must not mean something else.
-        let tv_nsec = i64::try_from(nanos).unwrap_or(0).clamp(0, 999_999_999);
-        Timespec { tv_sec: i64::from_le_bytes(seconds.to_le_bytes()), tv_nsec }
     }
 }
 

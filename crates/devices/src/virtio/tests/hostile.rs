@@ -8,6 +8,7 @@ use guestmem::Gpa;
 use super::driver::*;
 use crate::bus::lock;
 use crate::snapshot::Snapshot;
+use crate::virtio::balloon::{Balloon, BalloonOptions};
 use crate::virtio::block::image::tests::Scratch;
 use crate::virtio::block::{Block, BlockOptions};
 use crate::virtio::channel::Channel;
@@ -30,6 +31,8 @@ fn devices(file: &Scratch, synchronous: bool) -> Vec<Box<dyn VirtioDevice>> {
         Box::new(Channel::new("channel", "port", Box::new(std::io::sink())).0),
         Box::new(super::net::card()),
         Box::new(Rng::new("virtio-rng.0", Entropy::seeded(3))),
+        Box::new(Balloon::new("balloon", BalloonOptions::default()).0),
+        Box::new(super::vsock::device(&file.0.with_extension("s")).0),
         share(ShareProtocol::P9),
         share(ShareProtocol::Fuse),
     ]
