@@ -115,6 +115,9 @@ fn count_before(line: &str, word: &str) -> Option<u64> {
     words.get(at.checked_sub(1)?)?.parse().ok()
 }
 
+/// The workspace of the fuzz targets.
+const FUZZ: &str = "fuzz/Cargo.toml";
+
 /// Formatting, clippy, documentation.
 pub fn lint() -> anyhow::Result<()> {
     let mut documentation = cargo(&["doc", "--workspace", "--no-deps", "--quiet"]);
@@ -126,6 +129,22 @@ pub fn lint() -> anyhow::Result<()> {
             cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]),
         )?,
         step("documentation", documentation)?,
+        // The fuzz targets are a workspace of their own.
+        step("formatting of the fuzz targets", cargo(&["fmt", "--manifest-path", FUZZ, "--check"]))?,
+        step(
+            "clippy of the fuzz targets",
+            cargo(&[
+                "clippy",
+                "--manifest-path",
+                FUZZ,
+                "--lib",
+                "--tests",
+                "--quiet",
+                "--",
+                "-D",
+                "warnings",
+            ]),
+        )?,
     ];
     let bad: Vec<&str> = steps.iter().filter(|s| !s.passed).map(|s| &s.name[..]).collect();
     ensure!(bad.is_empty(), "failed: {}", bad.join(", "));

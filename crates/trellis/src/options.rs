@@ -695,6 +695,7 @@ mod tests {
             snapshot: true,
             serial: Some("S1".to_owned()),
             queues: Some(2),
+            bus: DiskBus::Virtio,
         };
         assert_eq!(spec, expected);
         for (text, expected) in [

@@ -47,12 +47,19 @@ pub fn follows(i: &Instruction) -> bool {
         Code::Pushq_imm32 => true,
         Code::Push_r64 => matches!(i.op0_register(), Register::R14 | Register::R15),
         Code::Lea_r64_m => to_rsp && is_second_word(i),
-        Code::Mov_r64_rm64 => to_rsp && field == Some(frame::PAIRS),
+        Code::Mov_r64_rm64 => drops_all(i),
         Code::Cmp_r64_rm64 => to_rsp && field == Some(frame::PAIRS_END),
         Code::Cmp_rm64_r64 => compares_top(i),
         Code::Call_rel32_64 | Code::Retnq => true,
         _ => calls_by_cache(i),
     }
+}
+
+/// `mov rsp, gs:[PAIRS]`
+pub fn drops_all(i: &Instruction) -> bool {
+    i.code() == Code::Mov_r64_rm64
+        && i.op0_register() == Register::RSP
+        && frame_field(i) == Some(frame::PAIRS)
 }
 
 /// `cmp [rsp + 8], r14`
@@ -84,7 +91,10 @@ impl Pairs {
                 if i.code() == Code::Jne_rel32_64 && before.top_compared {
                     self.equal = true;
                 }
-                return if before.address && leaves { Err("half a pair is left") } else { Ok(Does::Nothing) };
+                if i.code() == Code::Jbe_rel32_64 && before.end_compared {
+                    self.room = true;
+                }
+                if before.address && leaves { Err("half a pair is left") } else { Ok(Does::Nothing) }
             }
             Code::Lea_r64_m => {
                 self.address = false;
@@ -113,9 +123,8 @@ impl Pairs {
     }
 
     /// What is known where a conditional jump leads. `self`: in front of the jump.
-    pub fn jumped(self, i: &Instruction) -> Self {
-        let room = self.room || self.end_compared && i.code() == Code::Ja_rel32_64;
-        Self { room, end_compared: false, top_compared: false, equal: false, ..self }
+    pub fn jumped(self) -> Self {
+        Self { end_compared: false, top_compared: false, equal: false, ..self }
     }
 
     /// What is known where ways come together.

@@ -314,11 +314,25 @@ impl Verifier<'_> {
         }
     }
 
-    /// The jumps by which writes beside code go on: directly behind the load that ends their check, as if it had not missed. The engine
+    /// The jumps back of calls that found no room for a pair, and those by which writes beside code go on: directly behind the load that ends their check, as if it had not missed. The engine
     /// has made R14 and R15 what they are there.
     fn passes(&self, instructions: &[Instruction], straight: u64) -> Vec<u64> {
         let mut passes = Vec::new();
         for pair in instructions.windows(2).filter(|p| p[0].ip() >= straight) {
+            if pairs::drops_all(&pair[0]) {
+                // A call found no room for its pair: it goes on with the registers that it had.
+                let to = pair[1].near_branch_target();
+                let no_room = instructions.iter().any(|i| {
+                    i.next_ip() == to
+                        && i.code() == Code::Jbe_rel32_64
+                        && i.near_branch_target() == pair[0].ip()
+                });
+                if !is_jump(&pair[1]) || !no_room {
+                    self.fail(&pair[0], "pairs are dropped where there was room");
+                }
+                passes.push(pair[1].ip());
+                continue;
+            }
             if pair[0].code() != Code::Test_AL_imm8 || !is_jump(&pair[1]) {
                 continue;
             }
@@ -423,7 +437,7 @@ impl Verifier<'_> {
 
     /// Behind the straight line there are calls of the engine and jumps, and what takes them there.
     fn out_of_line(&mut self, i: &Instruction) {
-        if pairs::follows(i) {
+        if pairs::follows(i) && !pairs::drops_all(i) {
             self.fail(i, "pairs behind the straight line");
         }
         let there = i.memory_segment() == Register::GS && frame_field(i).is_some();
@@ -525,7 +539,7 @@ impl Verifier<'_> {
         }
         if is_jump(i) {
             if i.near_branch_target() > i.ip() {
-                let state = State { pairs: found.jumped(i), ..self.state.clone() };
+                let state = State { pairs: found.jumped(), ..self.state.clone() };
                 self.arriving.entry(i.near_branch_target()).or_default().push(state);
             }
             return;
