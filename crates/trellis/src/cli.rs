@@ -446,7 +446,7 @@ pub struct MachineArgs {
     /// A directory of this host as the guest's root file system; with :ro its changes are in guest memory
     #[arg(long, value_name = "DIR[:ro]", value_parser = parse_root, conflicts_with_all = ["kernel", "initrd"], help_heading = "Guest")]
     root: Option<ShareSpec>,
-    /// A network card: user (needs no rights), tap=NAME, socket=PATH or none; and ,mac=M; user has ,forward=tcp:2222:22 ,loopback=off [default: none]
+    /// A network card: user (needs no rights), tap=NAME, socket=PATH or none; and ,mac=M ,model=e1000 and switches (docs/guide/network.md); user has ,forward=tcp:2222:22 ,loopback=off ,restrict=on [default: none]
     #[arg(long = "net", value_name = "KIND[,OPTION…]", value_parser = parse_net, help_heading = "Guest")]
     nets: Vec<NetSpec>,
     /// A port of this host that leads to one of the guest, as in tcp:2222:22; --net user is assumed

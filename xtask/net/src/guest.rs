@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -53,7 +54,7 @@ impl Bench {
     /// # Errors
     /// Nothing to fetch from, or no place for it.
     pub fn prepare(cli: &Cli, program: PathBuf) -> anyhow::Result<Self> {
-        let spec = ImageSpec { arch: Arch::Amd64, flavour: FLAVOUR.to_owned() };
+        let spec = ImageSpec { arch: Arch::Amd64, flavour: FLAVOUR.to_owned(), rootfs: false };
         let image = image::ensure_module(&spec, "e1000", Progress::new)?;
         let iperf = programs::ensure(&programs::NETWORK, Progress::new)?;
         let directory = tempfile::TempDir::with_prefix("trellis-net-")?;
@@ -65,7 +66,11 @@ impl Bench {
         fs::write(directory.path().join("initrd"), bytes)?;
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let own = &iperf.directory;
-        let server = Command::new(own.join(LOADER))
+        // Files of the cache are no programs: the loader is made one here, and loads the rest.
+        let loader = directory.path().join("loader");
+        fs::copy(own.join(LOADER), &loader).context("copying the loader")?;
+        fs::set_permissions(&loader, fs::Permissions::from_mode(0o755))?;
+        let server = Command::new(loader)
             .arg("--library-path")
             .arg(own.join(LIBRARIES))
             .arg(own.join(BINARIES).join("iperf3"))

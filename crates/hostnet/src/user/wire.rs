@@ -110,8 +110,7 @@ impl Device for Wired<'_> {
         capabilities.checksum.tcp = if self.wire.accepts.checksum { Checksum::None } else { Checksum::Tx };
         capabilities.segmentation.tcpv4 =
             self.wire.accepts.tso4.then(|| NonZeroUsize::new(LONGEST)).flatten();
-        capabilities.segmentation.tcpv6 =
-            self.wire.accepts.tso6.then(|| NonZeroUsize::new(LONGEST)).flatten();
+        // Not of IPv6: smoltcp 0.14 drops what is longer than the MTU there, whoever is to cut it.
         capabilities
     }
 }
