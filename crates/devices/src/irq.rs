@@ -1,6 +1,7 @@
 //! Interrupt wiring: lines, message-signalled interrupts and the signal into a vCPU.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// What an interrupt controller tells a vCPU. The receiver may be asleep in HLT: it is woken.
 /// Called with device locks held, so it must not call back into a device.
@@ -24,22 +25,31 @@ pub trait IrqSink: Send + Sync {
     fn msi(&self, address: u64, data: u32);
 }
 
-/// One wired interrupt line as a device holds it. Remembers the level, so that only changes travel.
+/// One wired interrupt line as a device holds it. Remembers the level, so that only changes travel: the device's lock is held while it is set.
 #[derive(Clone)]
 pub struct IrqLine {
     sink: Arc<dyn IrqSink>,
     gsi: u32,
+    /// The level, or [`UNKNOWN`].
+    level: Arc<AtomicU8>,
 }
+
+/// Nothing has travelled yet.
+const UNKNOWN: u8 = 2;
 
 impl IrqLine {
     /// The line `gsi` of `sink`.
     pub fn new(sink: Arc<dyn IrqSink>, gsi: u32) -> Self {
-        Self { sink, gsi }
+        Self { sink, gsi, level: Arc::new(AtomicU8::new(UNKNOWN)) }
     }
 
     /// Drives the line. Level-triggered devices hold it; edge-triggered ones call [`IrqLine::pulse`].
     pub fn set(&self, level: bool) {
-        self.sink.set_gsi(self.gsi, level);
+        let new = u8::from(level);
+        if self.level.load(Ordering::Relaxed) != new {
+            self.level.store(new, Ordering::Relaxed);
+            self.sink.set_gsi(self.gsi, level);
+        }
     }
 
     /// Low, high, low: one edge.
