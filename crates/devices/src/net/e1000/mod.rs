@@ -181,6 +181,9 @@ impl E1000 {
     }
 
     fn write(&mut self, offset: u32, value: u32) {
+        // Without distances kept, each cause interrupts as soon as the driver is ready for it.
+        let unthrottled = !self.shared.options.suppress && offset & !3 == regs::ITR;
+        let value = if unthrottled { 0 } else { value };
         let effect = lock(&self.shared.state).write(offset & !3, value, &self.shared.pin);
         match effect {
             Effect::None => {}
