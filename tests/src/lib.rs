@@ -6,6 +6,7 @@
 pub mod guest;
 pub mod pty;
 pub mod rsp;
+pub mod shell;
 
 use std::io::{Read, Write as _};
 use std::path::{Path, PathBuf};
@@ -101,10 +102,28 @@ impl Machine {
         Self::around(child, stdout, None)
     }
 
+    /// Starts another program, which starts `trellis`, standard input being empty.
+    #[must_use]
+    pub fn start_program(program: &Path, arguments: &[&str]) -> Self {
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.env_remove("TRELLIS_LOG").spawn().expect("the program starts");
+        let stdout = child.stdout.take().expect("a pipe");
+        Self::around(child, stdout, None)
+    }
+
     /// Starts it on a pseudo-terminal.
     #[must_use]
     pub fn start_on_terminal(arguments: &[&str]) -> Self {
         let (child, master) = pty::spawn(&trellis(), &with_software(arguments));
+        let input = master.try_clone().expect("a descriptor can be duplicated");
+        Self::around(child, master, Some(Box::new(input)))
+    }
+
+    /// Starts another program on a pseudo-terminal.
+    #[must_use]
+    pub fn start_program_on_terminal(program: &Path, arguments: &[&str]) -> Self {
+        let (child, master) = pty::spawn(program, arguments);
         let input = master.try_clone().expect("a descriptor can be duplicated");
         Self::around(child, master, Some(Box::new(input)))
     }

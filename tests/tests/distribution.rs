@@ -10,6 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use machine_tests::shell::Shell;
 use machine_tests::{Machine, text};
 
 /// A boot takes a fraction of this on an idle host.
@@ -17,43 +18,6 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port").port()
-}
-
-/// A login shell on the serial line.
-struct Shell {
-    machine: Machine,
-    commands: u32,
-}
-
-impl Shell {
-    fn login(mut machine: Machine) -> Self {
-        machine.expect("login:", PATIENCE);
-        machine.send("root\n");
-        machine.expect("root@debian", PATIENCE);
-        let mut shell = Self { machine, commands: 0 };
-        // Escape sequences of the prompt are none of our business.
-        shell.must("bind 'set enable-bracketed-paste off'; stty cols 4000; export PAGER=cat");
-        shell
-    }
-
-    /// Runs what has to succeed; its output.
-    fn must(&mut self, command: &str) -> String {
-        self.commands += 1;
-        let (before, number) = (self.machine.text().len(), self.commands);
-        // The marks are not in what is echoed.
-        self.machine
-            .send(&format!("echo BE''GIN{number}; {{ {command}\n}}; echo EN''D{number}:$?:DO''NE{number}\n"));
-        let (begin, end) = (format!("BEGIN{number}"), format!("END{number}:"));
-        self.machine.expect(&format!("DONE{number}"), PATIENCE);
-        let all = self.machine.text();
-        let new = all.get(before..).unwrap_or(&all);
-        let (output, status) = new
-            .split_once(&begin)
-            .and_then(|(_, rest)| rest.split_once(&end))
-            .unwrap_or_else(|| panic!("{command}: the marks are missing in:\n{new}"));
-        assert!(status.starts_with("0:"), "{command} ended with {status}:\n{output}");
-        output.trim().to_owned()
-    }
 }
 
 /// A package that installs one program, in a repository of its own.

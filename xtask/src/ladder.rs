@@ -14,7 +14,7 @@ use crate::steps::{Step, cargo, step, summary, target_directory, trellis_binary}
 const IMAGES: &[&str] = &["debian-cloud-amd64", "debian-memtest86+-amd64"];
 
 /// What the distribution's test uses beyond what every disk has.
-const DISTRIBUTION_PACKAGES: &str = "gcc,libc6-dev,iperf3,stress-ng";
+const DISTRIBUTION_PACKAGES: &str = "gcc,libc6-dev,iperf3,stress-ng,fio";
 
 /// Runs the ladders.
 pub fn run() -> anyhow::Result<()> {
@@ -65,12 +65,29 @@ pub fn distribution() -> anyhow::Result<()> {
     summary(&steps)
 }
 
+/// Disks measured beside QEMU's, in the distribution's guest.
+pub fn disks() -> anyhow::Result<()> {
+    let mut steps = vec![build()?];
+    if steps[0].passed {
+        let cache = target_directory().join("distribution");
+        steps.push(fetch_distribution(&cache)?);
+        let mut measure = cargo(&["test", "--package", "machine_tests", "--test", "disk_speed"]);
+        measure.args(["--", "--ignored", "--nocapture"]).env("TRELLIS_BINARY", trellis_binary());
+        steps.push(step("disks", fetch_into(measure, &cache))?);
+    }
+    summary(&steps)
+}
+
+fn fetch_distribution(cache: &std::path::Path) -> anyhow::Result<Step> {
+    let mut fetch = Command::new(trellis_binary());
+    fetch.args(["image", "fetch", "debian", "--rootfs", "--size", "4G", "--include", DISTRIBUTION_PACKAGES]);
+    step("image debian-rootfs-amd64", fetch_into(fetch, cache))
+}
+
 /// The steps of [`distribution`] after the build.
 pub fn distribution_steps() -> anyhow::Result<Vec<Step>> {
     let cache = target_directory().join("distribution");
-    let mut fetch = Command::new(trellis_binary());
-    fetch.args(["image", "fetch", "debian", "--rootfs", "--size", "4G", "--include", DISTRIBUTION_PACKAGES]);
-    let fetch = step("image debian-rootfs-amd64", fetch_into(fetch, &cache))?;
+    let fetch = fetch_distribution(&cache)?;
     if !fetch.passed {
         return Ok(vec![fetch]);
     }

@@ -21,7 +21,13 @@ pub fn run() -> anyhow::Result<()> {
             steps.push(ladder::fetch(image)?);
         }
         // The distribution's test has a step, and a cache, of its own.
-        steps.push(ladder::machine_tests(&["--ignored", "--skip", "debian_boots_to_login"])?);
+        steps.push(ladder::machine_tests(&[
+            "--ignored",
+            "--skip",
+            "debian_boots_to_login",
+            "--skip",
+            "disks_beside_qemu",
+        ])?);
         steps.extend(ladder::distribution_steps()?);
         let mut differential = cargo(&["test", "--release", "--package", "x86_interp", "--no-fail-fast"]);
         differential.env("TRELLIS_CASES", DIFFERENTIAL_CASES);

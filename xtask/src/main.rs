@@ -30,6 +30,8 @@ enum Task {
     Long,
     /// Builds a Debian system on a disk (once), boots it and works in it: login, apt, ssh, gcc, iperf3, stress-ng
     Distribution,
+    /// Measures disks with fio in that system, beside QEMU's on the same images
+    Disks,
     /// Formatting, clippy with warnings denied, documentation
     Lint,
     /// Licences, duplicate and foreign-source dependencies, by cargo-deny where it is installed
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
         Task::Test => ladder::run(),
         Task::Long => long::run(),
         Task::Distribution => ladder::distribution(),
+        Task::Disks => ladder::disks(),
         Task::Lint => steps::lint(),
         Task::Deny => deny::run(),
         Task::Soak { options } => steps::tool(&["trellis", "soak"], &options),

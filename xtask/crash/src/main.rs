@@ -42,6 +42,9 @@ struct Cli {
     victim: Option<Vec<String>>,
 }
 
+/// After so many kills the image is made anew: the first writes to an image make tables that later ones find there.
+const FRESH_EVERY: u32 = 25;
+
 /// The longest that a victim lives, in microseconds.
 const LONGEST_US: u64 = 40_000;
 
@@ -81,7 +84,6 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     for name in names {
         let format = format(name)?;
         let path = directory.path().join(format!("disk.{name}"));
-        model::make_image(&path, format)?;
         let tally = kill_often(cli, &path, format).with_context(|| {
             format!("{name}, seed {}; the moments of the kills are not repeatable", cli.seed)
         })?;
@@ -108,6 +110,10 @@ fn kill_often(cli: &Cli, path: &Path, format: ImageFormat) -> anyhow::Result<Tal
     let mut rng = SplitMix64::new(cli.seed);
     let (mut blocks, mut tally) = (Blocks::default(), Tally::default());
     for number in 0..cli.kills {
+        if number % FRESH_EVERY == 0 {
+            model::make_image(path, format)?;
+            blocks = Blocks::default();
+        }
         let round = Round { seed: cli.seed, number };
         let reported = kill_one(path, format, round, Duration::from_micros(rng.next() % LONGEST_US))?;
         let image =

@@ -30,6 +30,7 @@ pub const WANTED: &[&str] = &[
     "9p",
     "overlay",
     "ext4",
+    "crc32c_generic",
     "vfat",
     "nls_ascii",
     "nls_cp437",

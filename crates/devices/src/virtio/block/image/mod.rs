@@ -6,6 +6,7 @@
 //! What a file is, is never guessed from what a guest can write: a qcow2 header in a file that is called raw would give the
 //! guest every file of the host that the header names. The name decides, or the user.
 
+mod check;
 mod held;
 mod host_file;
 mod qcow2;

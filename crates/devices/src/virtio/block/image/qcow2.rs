@@ -16,6 +16,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +29,7 @@ use imago::{
     DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, StorageOpenOptions,
 };
 
+use super::check::{check_header, check_tables};
 use super::held::{Held, HeldFile};
 use super::host_file::{HostFile, Identity};
 use super::{ImageError, ImageFormat, write_zeros};
@@ -69,6 +71,11 @@ impl ImplicitOpenGate<Storage> for Gate {
         let path = options.get_filename().map(Path::to_owned).unwrap_or_default();
         if options.get_writable() {
             return Err(io::Error::other("it keeps its data in another file, which is not supported"));
+        }
+        // Before it is opened, for who has it open has it locked.
+        let known = std::fs::metadata(&path).map(|file| (file.dev(), file.ino()));
+        if known.is_ok_and(|identity| self.chain.contains(&identity)) {
+            return Err(io::Error::other("the chain of backing files is a loop"));
         }
         let host = HostFile::open(&path, true).map_err(io::Error::other)?;
         if self.chain.contains(&host.identity) {
@@ -136,8 +143,10 @@ fn check_counts(host: &HostFile) -> io::Result<()> {
 /// Opens an image; gives what it holds back beside it.
 fn open_qcow2(host: HostFile, writable: bool) -> io::Result<(Access, Arc<Held>)> {
     let mut table = 0..0;
+    check_header(&host)?;
     if writable {
         check_counts(&host)?;
+        check_tables(&host)?;
         table = l1_table(&host)?;
     }
     let gate = Gate { chain: vec![host.identity] };

@@ -348,3 +348,49 @@ fn tables_that_overlap_or_point_anywhere_are_survived() {
         }
     }
 }
+
+/// Cluster n of an image of [`qcow2`], as a table's entry that has it alone.
+fn entry(cluster: u64) -> [u8; 8] {
+    (1 << 63 | cluster << 16).to_be_bytes()
+}
+
+#[test]
+fn tables_that_overlap_are_refused_to_a_writer_in_one_line() {
+    const L1: usize = 3 << 16;
+    let l2 = |entries: &[[u8; 8]]| {
+        let mut image = qcow2(64 << 20, None);
+        image.resize(6 << 16, 0);
+        image[L1..L1 + 8].copy_from_slice(&entry(4));
+        image[4 << 16..][..8 * entries.len()].copy_from_slice(entries.as_flattened());
+        image
+    };
+    let mut loops = qcow2(64 << 20, None);
+    loops[L1..L1 + 8].copy_from_slice(&entry(3));
+    for (what, image) in [
+        ("a table that is its own second level", loops),
+        ("data over the header", l2(&[entry(0)])),
+        ("data over the counts", l2(&[entry(5), entry(2)])),
+        ("data over its own table", l2(&[entry(4)])),
+        ("two places in one cluster", l2(&[entry(5), entry(5)])),
+    ] {
+        let file = Scratch::new("overlap.qcow2", &image);
+        let error = open_qcow2(&file.0).expect_err(what);
+        assert!(one_line(&error).contains("overlaps"), "{what}: {error}");
+    }
+    let sound = Scratch::new("sound.qcow2", &l2(&[entry(5)]));
+    assert!(open_qcow2(&sound.0).is_ok());
+}
+
+#[test]
+fn encrypted_and_impossibly_large_images_are_one_clear_line() {
+    let mut encrypted = qcow2(64 << 20, None);
+    encrypted[35] = 1;
+    let file = Scratch::new("encrypted.qcow2", &encrypted);
+    assert!(one_line(&open_qcow2(&file.0).unwrap_err()).contains("encrypted"));
+    for size in [1u64 << 63, u64::MAX - 511, 1 << 52] {
+        let mut image = qcow2(64 << 20, None);
+        image[24..32].copy_from_slice(&size.to_be_bytes());
+        let file = Scratch::new("huge.qcow2", &image);
+        assert!(one_line(&open_qcow2(&file.0).unwrap_err()).contains("larger than its format"), "{size:#x}");
+    }
+}
