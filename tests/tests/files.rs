@@ -1,6 +1,6 @@
 //! The host's files in a guest, commands of the host in a VM, and disks that outlive the program.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -122,6 +122,46 @@ fn exec_passes_signals_on() {
     let mut rest = String::new();
     reader.read_line(&mut rest).expect("it is text");
     assert_eq!((rest.as_str(), child.wait().expect("it ends").code()), ("got it\n", Some(3)));
+}
+
+#[test]
+fn exec_on_a_terminal_gives_the_command_one() {
+    let script =
+        "trap 'echo INT; exit 9' INT; tty; stty size; test -t 2 && echo READY; while :; do sleep 0.05; done";
+    let arguments = ["exec", "--engine", "bt", "--timeout", "200", "--", "sh", "-c", script];
+    let (mut child, mut terminal) = machine_tests::pty::spawn(&trellis(), &arguments);
+    let mut output = Vec::new();
+    let mut block = [0; 1024];
+    while !String::from_utf8_lossy(&output).contains("READY") {
+        let count = terminal.read(&mut block).expect("it runs");
+        output.extend(&block[..count]);
+    }
+    // Ctrl-C.
+    terminal.write_all(b"\x03").expect("it reads");
+    // The other side is closed at the end, which a terminal tells as an error.
+    while let Ok(count @ 1..) = terminal.read(&mut block) {
+        output.extend(&block[..count]);
+    }
+    let output = String::from_utf8_lossy(&output);
+    assert_eq!(child.wait().expect("it ends").code(), Some(9), "{output}");
+    assert!(output.contains("/dev/pts/") && output.contains("25 100") && output.contains("INT"), "{output}");
+}
+
+#[test]
+fn exec_takes_limits_and_groups_along_and_has_named_descriptors() {
+    let script = "cat /dev/fd/0; ulimit -Sn; id -G; echo error > /dev/stderr";
+    let here =
+        Command::new("sh").args(["-c", "ulimit -Sn 777; ulimit -Sn; id -G"]).output().expect("sh is there");
+    let exec = format!(
+        "ulimit -Sn 777; exec {} exec --engine bt --timeout 200 -- sh -c '{script}'",
+        text(&trellis())
+    );
+    let mut command = Command::new("sh");
+    command.args(["-c", &exec]);
+    let output = output_of(command, b"input\n");
+    assert_eq!(output.status.code(), Some(0), "{}", shown(&output));
+    assert_eq!(output.stdout, [b"input\n", &here.stdout[..]].concat(), "{}", shown(&output));
+    assert_eq!(output.stderr, b"error\n");
 }
 
 #[test]

@@ -217,9 +217,6 @@ pub enum Command {
         #[command(flatten)]
         exec: ExecArgs,
     },
-    /// The inside of exec.
-    #[command(hide = true)]
-    ExecAgent,
     /// Show and fetch bootable images
     Image {
         /// What to do.

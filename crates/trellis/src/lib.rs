@@ -48,6 +48,13 @@ const USAGE: u8 = 2;
 
 /// Runs the program with `arguments` (the first is its name) and returns its exit status.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    // Before everything else: this is the inside of a guest, where each instruction is dear.
+    if let [_, word, rest @ ..] = &arguments[..]
+        && word == exec::AGENT
+    {
+        return exec::agent::run(rest);
+    }
     start_logging();
     survive_file_size_limit();
     let code = match Cli::try_parse_from(arguments) {
@@ -121,7 +128,6 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
             boot(machine.into_flags(None).or(file.unwrap_or_default()))
         }
         Command::Exec { exec } => exec::run(&exec),
-        Command::ExecAgent => Ok(exec::agent::run()),
         Command::Image { command } => image_command(command),
         Command::List { json } => print_out(client::list(json).as_bytes()),
         Command::Stat { vm, json: true } => tell(client::stats_json(vm.as_deref())),
