@@ -35,6 +35,7 @@ use std::io::{self, Write as _};
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use clap::Parser as _;
 
 use cli::{Cli, Command, ImageCommand};
@@ -164,7 +165,9 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Man { output } => {
             let mut page = Vec::new();
-            cli::man(output.as_deref(), &mut page)?;
+            let place = || output.as_deref().map_or("memory".into(), std::path::Path::to_string_lossy);
+            cli::man(output.as_deref(), &mut page)
+                .with_context(|| format!("cannot write manual pages to {}", place()))?;
             print_out(&page)
         }
     }

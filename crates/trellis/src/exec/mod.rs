@@ -65,9 +65,17 @@ pub struct ExecArgs {
     /// End after so many seconds, with status 124
     #[arg(long, value_name = "SECONDS", value_parser = parse_timeout)]
     timeout: Option<f64>,
-    /// The command and its arguments
-    #[arg(required = true, last = true, value_name = "COMMAND")]
+    /// The command and its arguments; behind -- if it could be taken for an option
+    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]
     command: Vec<OsString>,
+}
+
+impl ExecArgs {
+    /// The command and its arguments.
+    #[must_use]
+    pub fn command(&self) -> &[OsString] {
+        &self.command
+    }
 }
 
 /// What the threads of a run share.
