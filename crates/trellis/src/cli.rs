@@ -644,7 +644,7 @@ mod tests {
             (&["boot", "debian", "contract"], "contract"),
             (&["run"], "VM.toml"),
             (&["exec"], "see trellis exec --help"),
-            (&["exec", "--wr", "."], "did you mean '--rw'"),
+            (&["exec", "--wr", "."], "see trellis exec --help"),
             (&["image", "fetch"], "see trellis image fetch --help"),
             (&["boot", "--balloon=4K"], "at least 2M"),
             (&["boot", "--vsock", "cid=2,socket=s"], "cid=3 to"),
