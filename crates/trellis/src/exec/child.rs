@@ -2,6 +2,7 @@
 //! before it does: session and terminal, limits, groups, user, working directory.
 
 use std::ffi::{OsStr, OsString};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -65,10 +66,16 @@ pub fn run(file: &Path) -> ExitCode {
 fn become_user(start: &Start) -> rustix::io::Result<()> {
     use rustix::fs::{Gid, Uid};
     use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
+    let (user, group) = (Uid::from_raw_unchecked(start.user), Gid::from_raw_unchecked(start.group));
+    // Its pipes and its terminal are its own, so that it may open them by their names (/dev/stderr).
+    let (input, output, errors) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+    for stream in [input.as_fd(), output.as_fd(), errors.as_fd()] {
+        rustix::fs::fchown(stream, Some(user), Some(group))?;
+    }
     let groups: Vec<Gid> = start.groups.iter().map(|&group| Gid::from_raw_unchecked(group)).collect();
     set_thread_groups(&groups)?;
-    set_thread_gid(Gid::from_raw_unchecked(start.group))?;
-    set_thread_uid(Uid::from_raw_unchecked(start.user))
+    set_thread_gid(group)?;
+    set_thread_uid(user)
 }
 
 fn failed(status: u8, text: &str) -> ExitCode {
