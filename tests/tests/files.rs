@@ -1,8 +1,9 @@
 //! The host's files in a guest, commands of the host in a VM, and disks that outlive the program.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use machine_tests::{run, text, trellis};
@@ -124,6 +125,46 @@ fn exec_passes_signals_on() {
 }
 
 #[test]
+fn exec_on_a_terminal_gives_the_command_one() {
+    let script =
+        "trap 'echo INT; exit 9' INT; tty; stty size; test -t 2 && echo READY; while :; do sleep 0.05; done";
+    let arguments = ["exec", "--engine", "bt", "--timeout", "200", "--", "sh", "-c", script];
+    let (mut child, mut terminal) = machine_tests::pty::spawn(&trellis(), &arguments);
+    let mut output = Vec::new();
+    let mut block = [0; 1024];
+    while !String::from_utf8_lossy(&output).contains("READY") {
+        let count = terminal.read(&mut block).expect("it runs");
+        output.extend(&block[..count]);
+    }
+    // Ctrl-C.
+    terminal.write_all(b"\x03").expect("it reads");
+    // The other side is closed at the end, which a terminal tells as an error.
+    while let Ok(count @ 1..) = terminal.read(&mut block) {
+        output.extend(&block[..count]);
+    }
+    let output = String::from_utf8_lossy(&output);
+    assert_eq!(child.wait().expect("it ends").code(), Some(9), "{output}");
+    assert!(output.contains("/dev/pts/") && output.contains("25 100") && output.contains("INT"), "{output}");
+}
+
+#[test]
+fn exec_takes_limits_and_groups_along_and_has_named_descriptors() {
+    let script = "cat /dev/fd/0; ulimit -Sn; id -G; echo error > /dev/stderr";
+    let here =
+        Command::new("sh").args(["-c", "ulimit -Sn 777; ulimit -Sn; id -G"]).output().expect("sh is there");
+    let exec = format!(
+        "ulimit -Sn 777; exec {} exec --engine bt --timeout 200 -- sh -c '{script}'",
+        text(&trellis())
+    );
+    let mut command = Command::new("sh");
+    command.args(["-c", &exec]);
+    let output = output_of(command, b"input\n");
+    assert_eq!(output.status.code(), Some(0), "{}", shown(&output));
+    assert_eq!(output.stdout, [b"input\n", &here.stdout[..]].concat(), "{}", shown(&output));
+    assert_eq!(output.stderr, b"error\n");
+}
+
+#[test]
 fn exec_killed_leaves_nothing_behind() {
     let directory = tempfile::tempdir().expect("a directory");
     let mut command = exec(&[], &["sh", "-c", "echo ready; sleep 100"]);
@@ -215,4 +256,67 @@ fn check_blocks(path: &Path, last: usize) {
     for n in 1..=last.min(1023) {
         assert_eq!(disk[n * 4096..n * 4096 + 6], *format!("{n:06}").as_bytes(), "block {n} of {last}");
     }
+}
+
+/// A guest that lists, reads and writes while the host's programs change everything under it: it goes on, and reaches nothing
+/// outside of the directory.
+#[test]
+fn share_whose_files_change_and_become_links_harms_nobody() {
+    let home = tempfile::tempdir().expect("a directory");
+    let (shared, outside) = (home.path().join("shared"), home.path().join("outside"));
+    for directory in [&shared, &outside] {
+        std::fs::create_dir(directory).expect("a directory");
+    }
+    std::fs::write(outside.join("secret"), b"SECRET").expect("a file");
+    let stop = AtomicBool::new(false);
+    let rounds = AtomicU64::new(0);
+    let share = format!("{}:work", text(&shared));
+    let commands = "modprobe virtiofs; mkdir /w; mount -t virtiofs work /w; cd /w; n=0; while [ $n -lt 40 ]; do n=$((n+1)); \
+                    ls -lR . > /dev/null; cat f d/f l l/secret g; echo guest > f; mkdir d; echo guest > d/g; rm -f g; mv f g; \
+                    ln -s /etc/x y; rm -f y; done > /out 2> /dev/null; grep -c SECRET /out; echo ROUNDS=$n";
+    let append = format!("console=ttyS0 quiet trellis.run=\"{commands}\"");
+    let ended = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::SeqCst) {
+                disturb(&shared, &outside);
+                rounds.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        let end = StopOnDrop(&stop);
+        let ended = run(&["boot", IMAGE, "--engine", "bt", "--append", &append, "--share", &share], PATIENCE);
+        drop(end);
+        ended
+    });
+    println!("the host changed everything {} times", rounds.load(Ordering::SeqCst));
+    assert!(ended.output.contains("ROUNDS=40"), "{}\n{}", ended.output, ended.errors);
+    // What grep counted: nothing of the file outside came through.
+    assert!(ended.output.lines().any(|line| line.trim() == "0"), "{}", ended.output);
+    assert_eq!(std::fs::read(outside.join("secret")).expect("it is there"), b"SECRET");
+    assert_eq!(std::fs::read_dir(&outside).expect("it is there").count(), 1, "the guest wrote outside");
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Files change, vanish, become directories and links that lead out. What fails, the guest was quicker at.
+fn disturb(shared: &Path, outside: &Path) {
+    let place = |name: &str| shared.join(name);
+    drop(std::fs::write(place("f"), b"host"));
+    drop(std::os::unix::fs::symlink(outside, place("l")));
+    drop(std::fs::create_dir(place("d")));
+    drop(std::fs::write(place("d/f"), vec![b'h'; 9000]));
+    drop(std::fs::OpenOptions::new().write(true).open(place("g")).map(|file| file.set_len(1)));
+    drop(std::fs::remove_dir_all(place("d")));
+    drop(std::os::unix::fs::symlink(outside, place("d")));
+    drop(std::fs::remove_file(place("f")));
+    drop(std::os::unix::fs::symlink(outside.join("secret"), place("f")));
+    drop(std::fs::remove_file(place("d")));
+    drop(std::fs::rename(place("f"), place("g")));
+    drop(std::fs::remove_file(place("l")));
+    drop(std::fs::remove_file(place("g")));
 }

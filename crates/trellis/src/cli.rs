@@ -87,7 +87,7 @@ A file looks like this; every key is optional, and paths are relative to the fil
 
 const EXEC_EXAMPLES: &str = "\
 Examples:
-  trellis exec -- uname -a
+  trellis exec uname -a
   trellis exec --rw . -- make test                 may write here, and nowhere else on this host
   trellis exec -- sh -c 'rm -rf /usr; ls /usr'     changes are in the guest's memory and gone at the end
   git diff | trellis exec -- wc -l                 input, output, errors and signals as without a VM
@@ -217,9 +217,6 @@ pub enum Command {
         #[command(flatten)]
         exec: ExecArgs,
     },
-    /// The inside of exec.
-    #[command(hide = true)]
-    ExecAgent,
     /// Show and fetch bootable images
     Image {
         /// What to do.
@@ -572,9 +569,17 @@ pub fn completions(shell: clap_complete::Shell, output: &mut dyn std::io::Write)
 /// The output cannot be written.
 pub fn man(directory: Option<&std::path::Path>, output: &mut dyn std::io::Write) -> std::io::Result<()> {
     match directory {
-        Some(directory) => clap_mangen::generate_to(Cli::command(), directory),
+        Some(directory) => std::fs::create_dir_all(directory)
+            .and_then(|()| clap_mangen::generate_to(Cli::command(), directory)),
         None => clap_mangen::Man::new(Cli::command()).render(output),
     }
+}
+
+/// The command whose usage clap shows: `trellis image fetch`, say.
+fn command_of(rendered: &str) -> String {
+    let usage = rendered.lines().find_map(|line| line.trim().strip_prefix("Usage: ")).unwrap_or("trellis");
+    let is_word = |word: &&str| word.chars().all(|c| c.is_ascii_lowercase());
+    usage.split(' ').take_while(is_word).collect::<Vec<_>>().join(" ")
 }
 
 /// A clap error as one line: what is wrong, the nearest that is right, where the help is.
@@ -599,7 +604,7 @@ pub fn one_line(error: &clap::Error) -> String {
     let nearest = [ContextKind::SuggestedArg, ContextKind::SuggestedValue, ContextKind::SuggestedSubcommand];
     match nearest.into_iter().find_map(context) {
         Some(name) => line.push_str(&format!("; did you mean '{name}'?")),
-        None => line.push_str("; see trellis --help"),
+        None => line.push_str(&format!("; see {} --help", command_of(&rendered))),
     }
     line
 }
@@ -638,6 +643,14 @@ mod tests {
             (&["top", "-d", "-1"], "0.1 to 3600"),
             (&["boot", "debian", "contract"], "contract"),
             (&["run"], "VM.toml"),
+            (&["exec"], "see trellis exec --help"),
+            (&["exec", "--wr", "."], "see trellis exec --help"),
+            (&["image", "fetch"], "see trellis image fetch --help"),
+            (&["boot", "--balloon=4K"], "at least 2M"),
+            (&["boot", "--vsock", "cid=2,socket=s"], "cid=3 to"),
+            (&["boot", "--rtc", "utcc"], "did you mean 'utc'"),
+            (&["boot", "--shutdown-grace", "-1"], "from 0 to 86400"),
+            (&["balloon", "--size", "-1"], "512M"),
             (&["image", "fetch", "debian", "--arch", "amd46"], "amd64"),
         ];
         for (arguments, expected) in cases {
@@ -657,6 +670,20 @@ mod tests {
             (Some(StatsTarget::Print), Some("contract".into()))
         );
         assert_eq!(stats(&["trellis", "boot", "--stats=a.json"]).0, Some(StatsTarget::File("a.json".into())));
+    }
+
+    #[test]
+    fn command_of_exec_begins_with_its_first_word() {
+        for line in [
+            &["exec", "--rw", ".", "--", "make", "-j2", "--rw"][..],
+            &["exec", "--rw", ".", "make", "-j2", "--rw"],
+        ] {
+            let all = std::iter::once("trellis").chain(line.iter().copied());
+            let Command::Exec { exec } = Cli::try_parse_from(all).unwrap().command else {
+                panic!("{line:?}")
+            };
+            assert_eq!(exec.command(), ["make", "-j2", "--rw"], "{line:?}");
+        }
     }
 
     #[test]

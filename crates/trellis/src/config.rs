@@ -488,6 +488,88 @@ mod tests {
         assert!(parsed("\ngdb = 'x'").unwrap_err().starts_with(":2: gdb: 'x'"));
     }
 
+    /// What the command line calls otherwise, or has for itself alone.
+    #[test]
+    fn every_option_of_a_machine_is_a_key() {
+        use clap::{Args as _, Command};
+        let command = crate::cli::MachineArgs::augment_args(Command::new("machine"));
+        let names = command.get_arguments().filter(|argument| !argument.is_hide_set());
+        let names: Vec<String> =
+            names.filter_map(|argument| Some(argument.get_long()?.replace('-', "_"))).collect();
+        assert!(names.len() > 30, "{names:?}");
+        for name in &names {
+            let known = match name.as_str() {
+                // `monitor.virtual_exec`.
+                "virtual_exec" => MONITOR_KEYS.contains(&"virtual_exec"),
+                name => KEYS.contains(&name),
+            };
+            assert!(known, "there is no key for --{name}");
+        }
+        for key in KEYS.iter().filter(|key| !["image", "monitor"].contains(key)) {
+            assert!(names.iter().any(|name| name == key), "there is no option for the key {key}");
+        }
+    }
+
+    /// A key that is listed and not read would be an error, or lost.
+    #[test]
+    fn every_key_is_read() {
+        for (key, value) in [
+            ("image", "'debian'"),
+            ("kernel", "'k'"),
+            ("initrd", "'i'"),
+            ("append", "'a'"),
+            ("disk", "'d'"),
+            ("snapshot", "true"),
+            ("share", "'/tmp'"),
+            ("root", "'/tmp'"),
+            ("net", "'user'"),
+            ("forward", "'tcp:1:1'"),
+            ("memory", "'1G'"),
+            ("cpus", "2"),
+            ("cpu", "'max'"),
+            ("engine", "'bt'"),
+            ("mmu", "'software'"),
+            ("rtc", "'base=localtime'"),
+            ("balloon", "true"),
+            ("vsock", "'socket=s'"),
+            ("shutdown_grace", "1.5"),
+            ("serial", "'none'"),
+            ("vga", "'text'"),
+            ("debugcon", "'stdio'"),
+            ("isa_debug_exit", "true"),
+            ("no_reboot", "true"),
+            ("timeout", "1"),
+            ("name", "'n'"),
+            ("control", "'c'"),
+            ("metrics", "9100"),
+            ("gdb", "true"),
+            ("gdb_wait", "true"),
+            ("stats", "true"),
+            ("trace", "'events'"),
+            ("trace_range", "'1-2'"),
+            ("perf_map", "true"),
+            ("jitdump", "'.'"),
+            ("profile", "100"),
+            ("clock", "'icount'"),
+            ("monitor", "{ virtual_exec = 'software' }"),
+        ] {
+            assert!(KEYS.contains(&key), "{key}");
+            let flags = parsed(&format!("{key} = {value}")).unwrap_or_else(|error| panic!("{key}: {error}"));
+            assert_ne!(flags, VmFlags::default(), "{key} says nothing");
+        }
+    }
+
+    #[test]
+    fn smaller_devices_are_described_as_on_the_command_line() {
+        let flags =
+            parsed("balloon = '1G,oom=off'\nvsock = 'cid=9,socket=s'\nshutdown_grace = 0").unwrap().extras;
+        assert_eq!(flags.balloon, Some(parse_balloon("1G,oom=off").unwrap()));
+        assert_eq!(flags.vsock.map(|vsock| (vsock.cid, vsock.socket)), Some((9, "/vm/s".into())));
+        assert_eq!(flags.shutdown_grace, Some(std::time::Duration::ZERO));
+        assert_eq!(parsed("balloon = false").unwrap().extras.balloon, None);
+        assert!(parsed("\nrtc = 'base=ucc'").unwrap_err().starts_with(":2: rtc: 'ucc'"));
+    }
+
     #[test]
     fn file_empty_says_nothing() {
         assert_eq!(parsed("").unwrap(), VmFlags::default());

@@ -35,6 +35,7 @@ use std::io::{self, Write as _};
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use clap::Parser as _;
 
 use cli::{Cli, Command, ImageCommand};
@@ -48,6 +49,13 @@ const USAGE: u8 = 2;
 
 /// Runs the program with `arguments` (the first is its name) and returns its exit status.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    // Before everything else: this is the inside of a guest, where each instruction is dear.
+    if let [_, word, rest @ ..] = &arguments[..]
+        && word == exec::AGENT
+    {
+        return exec::agent::run(rest);
+    }
     start_logging();
     survive_file_size_limit();
     let code = match Cli::try_parse_from(arguments) {
@@ -121,7 +129,6 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
             boot(machine.into_flags(None).or(file.unwrap_or_default()))
         }
         Command::Exec { exec } => exec::run(&exec),
-        Command::ExecAgent => Ok(exec::agent::run()),
         Command::Image { command } => image_command(command),
         Command::List { json } => print_out(client::list(json).as_bytes()),
         Command::Stat { vm, json: true } => tell(client::stats_json(vm.as_deref())),
@@ -158,7 +165,9 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Man { output } => {
             let mut page = Vec::new();
-            cli::man(output.as_deref(), &mut page)?;
+            let place = || output.as_deref().map_or("memory".into(), std::path::Path::to_string_lossy);
+            cli::man(output.as_deref(), &mut page)
+                .with_context(|| format!("cannot write manual pages to {}", place()))?;
             print_out(&page)
         }
     }

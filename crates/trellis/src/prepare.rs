@@ -19,7 +19,9 @@ use crate::extras::ExtraFlags;
 use crate::gdb::GdbTarget;
 use crate::image::{self, ImageSpec, Progress};
 use crate::inside::InsideFlags;
-use crate::options::{CharTarget, ClockChoice, DiskSpec, ShareSpec, StatsTarget, VgaChoice, VmOptions};
+use crate::options::{
+    CharTarget, ClockChoice, DiskSpec, ShareSpec, StatsTarget, VgaChoice, VmOptions, parse_memory,
+};
 
 /// Why the program ends before the guest starts.
 #[derive(Debug, thiserror::Error)]
@@ -284,6 +286,9 @@ fn find_guest(options: &VmOptions) -> Result<Guest, PrepareError> {
             is_contract: false,
         }),
         (Some("contract"), None) => Ok(contract()),
+        (Some(name), None) if options.extras.balloon.is_some() && parse_memory(name).is_ok() => {
+            Err(Usage(format!("'{name}' is no image; if it is the balloon's size, write --balloon={name}")))
+        }
         (Some(name), None) => {
             let spec = ImageSpec::from_name(name).map_err(|error| Usage(error.to_string()))?;
             fetched(&spec, options)

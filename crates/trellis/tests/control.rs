@@ -148,7 +148,8 @@ fn commands_reach_the_only_machine_and_quit_ends_it() {
     assert!(instructions(&stats) > 0);
     home.ok(&["type", "hello\\n"]);
     home.ok(&["type", "web", "--serial", "hello\\n"]);
-    home.ok(&["powerdown"]);
+    assert!(home.error(&["powerdown"]).contains("does not listen"));
+    assert!(home.error(&["balloon"]).contains("--balloon"));
     assert!(home.error(&["quit", "wob"]).contains("did you mean 'web'"));
     let taken = home.error(&["boot", "contract", "--name", "web"]);
     assert!(taken.contains("is running; choose another --name"));

@@ -1,13 +1,13 @@
 //! The guest's end of `trellis exec`: process 1 of the guest, out of the host's own file of this program.
 //!
 //! It starts the command, carries its input and output over the channel, passes signals on, and tells how it ended. The
-//! command has pipes, as in a shell's pipeline, and a process group of its own.
+//! command has pipes, as in a shell's pipeline, and a process group of its own; where the host's input and output are a
+//! terminal, one of the guest's and a session.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -17,6 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, wait};
 
 use super::protocol::{BLOCK, PORT, Start, kind, read_frame, write_frame};
@@ -26,14 +27,20 @@ const PORT_PATIENCE: Duration = Duration::from_secs(30);
 /// How often a stream of a command that has ended is looked at for what is left in it.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// What is to be run, for the process that becomes it.
+const START_FILE: &str = "/dev/shm/trellis.start";
+
 type Port = Arc<Mutex<File>>;
 
 /// Runs the agent; ends the machine.
-pub fn run() -> ExitCode {
-    // Only process 1 of a guest is an agent.
-    if std::process::id() != 1 {
-        crate::terminal::tell("trellis: error: exec-agent is for the inside of trellis exec\n");
-        return ExitCode::from(2);
+pub fn run(arguments: &[OsString]) -> ExitCode {
+    match (arguments, std::process::id()) {
+        ([], 1) => {}
+        ([file], own) if own != 1 && file == START_FILE => return super::child::run(Path::new(file)),
+        _ => {
+            crate::terminal::tell("trellis: error: exec-agent is for the inside of trellis exec\n");
+            return ExitCode::from(2);
+        }
     }
     if let Err(error) = serve() {
         eprintln!("trellis: the agent in the guest failed: {error}");
@@ -51,6 +58,11 @@ fn serve() -> io::Result<()> {
         let _there = std::fs::create_dir_all(place);
         let _without = rustix::mount::mount(kind, place, kind, rustix::mount::MountFlags::empty(), options);
     }
+    // As udev makes them.
+    for (name, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
+    {
+        let _there = std::os::unix::fs::symlink(target, Path::new("/dev").join(name));
+    }
     let port = OpenOptions::new().read(true).write(true).open(find_port()?)?;
     let mut input = port.try_clone()?;
     let port = Arc::new(Mutex::new(port));
@@ -60,13 +72,7 @@ fn serve() -> io::Result<()> {
         return Err(io::Error::other("the host did not say what to run"));
     }
     let start: Start = serde_json::from_slice(&data).map_err(io::Error::other)?;
-    let status = match spawn(&start) {
-        Ok(child) => supervise(child, &port, input)?,
-        Err((status, text)) => {
-            send(&port, kind::STDERR, text.as_bytes())?;
-            status
-        }
-    };
+    let status = supervise(spawn(&start)?, &port, input)?;
     rustix::fs::sync();
     send(&port, kind::EXIT, &[status])?;
     // Until the host has read it and ends the machine.
@@ -95,34 +101,50 @@ fn find_port() -> io::Result<PathBuf> {
     }
 }
 
-/// Starts the command; or the status and the line with which a shell would end.
-fn spawn(start: &Start) -> Result<Child, (u8, String)> {
-    let words: Vec<OsString> = start.command.iter().map(|word| OsString::from_vec(word.clone())).collect();
-    let Some((program, arguments)) = words.split_first() else {
-        return Err((127, "trellis: no command\n".to_owned()));
-    };
-    let shown = program.to_string_lossy().into_owned();
-    let directory = Path::new(OsStr::from_bytes(&start.directory));
-    if let Err(error) = std::env::set_current_dir(directory) {
-        return Err((126, format!("trellis: cannot change to {}: {error}\n", directory.display())));
-    }
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(start.umask & 0o777));
-    let variables = start.environment.iter().map(|(k, v)| (OsStr::from_bytes(k), OsStr::from_bytes(v)));
-    let mut command = Command::new(program);
-    command.args(arguments).env_clear().envs(variables);
+/// The command, and the terminal that it has.
+struct Started {
+    child: Child,
+    terminal: Option<File>,
+}
+
+/// Starts what becomes the command ([`super::child`]).
+fn spawn(start: &Start) -> io::Result<Started> {
+    std::fs::write(START_FILE, serde_json::to_vec(start)?)?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(super::AGENT).arg(START_FILE);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    if (start.user, start.group) != (0, 0) {
-        command.gid(start.group).uid(start.user);
+    let Some(size) = start.terminal else {
+        return Ok(Started { child: command.process_group(0).spawn()?, terminal: None });
+    };
+    let (terminal, other) = open_terminal(size)?;
+    command.stdin(other.try_clone()?).stdout(other.try_clone()?);
+    if start.terminal_errors {
+        command.stderr(other);
     }
-    command.process_group(0);
-    command.spawn().map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => (127, format!("trellis: {shown}: command not found\n")),
-        _ => (126, format!("trellis: cannot run {shown}: {error}\n")),
-    })
+    Ok(Started { child: command.spawn()?, terminal: Some(terminal) })
+}
+
+/// A terminal: our side and the command's.
+fn open_terminal((columns, rows): (u16, u16)) -> io::Result<(File, OwnedFd)> {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    grantpt(&ours)?;
+    unlockpt(&ours)?;
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let other = rustix::fs::open(ptsname(&ours, Vec::new())?, flags, Mode::empty())?;
+    set_size(&ours, columns, rows);
+    Ok((File::from(ours), other))
+}
+
+fn set_size(terminal: impl AsFd, columns: u16, rows: u16) {
+    let size = rustix::termios::Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
+    // A terminal that is gone has no size.
+    let _gone = rustix::termios::tcsetwinsize(terminal, size);
 }
 
 /// Carries everything to and fro until the command has ended; says its status.
-fn supervise(mut child: Child, port: &Port, input: File) -> io::Result<u8> {
+fn supervise(started: Started, port: &Port, input: File) -> io::Result<u8> {
+    let Started { mut child, terminal } = started;
     let ended = Arc::new(AtomicBool::new(false));
     let group = Pid::from_raw(i32::try_from(child.id()).unwrap_or(0))
         .ok_or_else(|| io::Error::other("the command has no process"))?;
@@ -130,13 +152,20 @@ fn supervise(mut child: Child, port: &Port, input: File) -> io::Result<u8> {
     if let Some(stream) = child.stdout.take() {
         pumps.push(pump(stream, kind::STDOUT, port, &ended));
     }
+    if let Some(terminal) = &terminal {
+        pumps.push(pump(terminal.try_clone()?, kind::STDOUT, port, &ended));
+    }
     if let Some(stream) = child.stderr.take() {
         pumps.push(pump(stream, kind::STDERR, port, &ended));
     }
-    let stdin = child.stdin.take();
+    let stdin: Option<Box<dyn Write + Send>> = match (&terminal, child.stdin.take()) {
+        (Some(terminal), _) => Some(Box::new(terminal.try_clone()?)),
+        (None, Some(pipe)) => Some(Box::new(pipe)),
+        (None, None) => None,
+    };
     let passed_on = std::thread::Builder::new().name("input".to_owned());
     let answers = Arc::clone(port);
-    passed_on.spawn(move || pass_on(input, answers, stdin, group))?;
+    passed_on.spawn(move || pass_on(input, answers, stdin, terminal, group))?;
     let status = wait_for(group)?;
     ended.store(true, Ordering::SeqCst);
     for pump in pumps {
@@ -194,7 +223,13 @@ fn pump(
 }
 
 /// Hands input and signals of the host to the command.
-fn pass_on(mut from: File, port: Port, stdin: Option<impl Write + Send + 'static>, group: Pid) {
+fn pass_on(
+    mut from: File,
+    port: Port,
+    stdin: Option<Box<dyn Write + Send>>,
+    terminal: Option<File>,
+    group: Pid,
+) {
     // Signals must not wait behind input that the command does not read.
     // The host sends no more than a window of what was not taken.
     let (to, waiting) = std::sync::mpsc::channel::<Vec<u8>>();
@@ -215,6 +250,11 @@ fn pass_on(mut from: File, port: Port, stdin: Option<impl Write + Send + 'static
             (kind::STDIN, _) => {
                 if let Some(to) = &to {
                     let _gone = to.send(data);
+                }
+            }
+            (kind::SIZE, &[c0, c1, r0, r1]) => {
+                if let Some(terminal) = &terminal {
+                    set_size(terminal, u16::from_le_bytes([c0, c1]), u16::from_le_bytes([r0, r1]));
                 }
             }
             (kind::SIGNAL, &[number]) => {

@@ -6,11 +6,12 @@
 //! is ours.
 
 pub mod agent;
+mod child;
 pub mod protocol;
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::io::{self, Read as _, Write};
+use std::io::{self, IsTerminal as _, Read as _, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -19,7 +20,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::{Args, ValueHint};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 use vmm::boot::BootSource;
 use vmm::{Outcome, ShareOptions, ShareProtocol, Vm, VmConfig, VmHandle};
 
@@ -30,8 +31,11 @@ use crate::options::{
     ClockChoice, EngineChoice, MAX_CPUS, MmuChoice, parse_cpus, parse_memory, parse_timeout,
 };
 use crate::prepare::PrepareError;
+use crate::terminal;
 use protocol::{BLOCK, Frames, PORT, Start, frame, kind};
 
+/// The word that makes this program the agent.
+pub const AGENT: &str = "exec-agent";
 /// Guest memory without `--memory`: the command's files that it writes lie in it, too.
 const MEMORY_BYTES: u64 = 1 << 30;
 /// CPUs without `--cpus`, at most.
@@ -61,9 +65,17 @@ pub struct ExecArgs {
     /// End after so many seconds, with status 124
     #[arg(long, value_name = "SECONDS", value_parser = parse_timeout)]
     timeout: Option<f64>,
-    /// The command and its arguments
-    #[arg(required = true, last = true, value_name = "COMMAND")]
+    /// The command and its arguments; behind -- if it could be taken for an option
+    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]
     command: Vec<OsString>,
+}
+
+impl ExecArgs {
+    /// The command and its arguments.
+    #[must_use]
+    pub fn command(&self) -> &[OsString] {
+        &self.command
+    }
 }
 
 /// What the threads of a run share.
@@ -196,6 +208,7 @@ impl Write for Console {
 /// A fault of the host, or of the guest before the command began.
 pub fn run(args: &ExecArgs) -> anyhow::Result<ExitCode> {
     let start = what_to_run(&args.command)?;
+    let has_terminal = start.terminal.is_some();
     let shared = Arc::<Shared>::default();
     let mut vm = Vm::new(machine(args, &shared)?)?;
     let _first = shared.handle.set(vm.handle());
@@ -205,16 +218,21 @@ pub fn run(args: &ExecArgs) -> anyhow::Result<ExitCode> {
         let start = serde_json::to_vec(&start).expect("bytes and numbers");
         drop(input.wait(|state| state.ready));
         input.send(kind::START, &start);
+        if has_terminal {
+            // Every key is the command's from here on; what the terminal refuses, it does as it did.
+            let _raw = terminal::RawMode::enter().map(|raw| raw.map(std::mem::forget));
+        }
         pass_input(&input);
     })?;
     let outcome = vm.run()?;
     drop(vm);
+    terminal::restore();
     let state = shared.lock();
     match (state.status, state.asked, outcome) {
         (Some(status), _, _) => Ok(ExitCode::from(status)),
         (None, Some(signal), _) => Ok(ExitCode::from(u8::try_from(128 + signal).unwrap_or(1))),
         (None, None, Outcome::Timeout) => {
-            crate::terminal::tell("trellis: time-out\n");
+            terminal::tell("trellis: time-out\n");
             Ok(ExitCode::from(124))
         }
         (None, None, outcome) => {
@@ -237,8 +255,18 @@ fn what_to_run(command: &[OsString]) -> anyhow::Result<Start> {
         directory: directory.into_os_string().into_vec(),
         user: rustix::process::getuid().as_raw(),
         group: rustix::process::getgid().as_raw(),
+        groups: rustix::process::getgroups()?.into_iter().map(rustix::process::Gid::as_raw).collect(),
         umask: umask.as_raw_mode(),
+        limits: child::limits(),
+        terminal: terminal_size(),
+        terminal_errors: io::stderr().is_terminal(),
     })
+}
+
+/// Columns and rows, if both input and output are a terminal: then the command gets one, too.
+fn terminal_size() -> Option<(u16, u16)> {
+    let both = io::stdin().is_terminal() && io::stdout().is_terminal();
+    both.then(|| terminal::window_size().unwrap_or((80, 24)))
 }
 
 /// The machine: our kernel, the host's root, the directories that may be changed.
@@ -252,7 +280,7 @@ fn machine(args: &ExecArgs, shared: &Arc<Shared>) -> anyhow::Result<VmConfig> {
     let mut plan = RootPlan {
         overlay: true,
         hostname: rustix::system::uname().nodename().to_string_lossy().into_owned(),
-        program: format!("{program} exec-agent"),
+        program: format!("{program} {AGENT}"),
         mounts: Vec::new(),
     };
     let mut shares = vec![ShareOptions {
@@ -329,13 +357,32 @@ fn pass_input(shared: &Shared) {
     }
 }
 
+/// Tells the guest how large the terminal is by now.
+fn send_size(shared: &Shared) {
+    if let Some((columns, rows)) = terminal_size().filter(|_| shared.lock().ready) {
+        shared.send(kind::SIZE, &[columns.to_le_bytes(), rows.to_le_bytes()].concat());
+    }
+}
+
 /// Passes signals on. Who asks twice for the end, or finds that the command does not follow, gets the end of the machine.
 fn watch_signals(shared: &Arc<Shared>) -> anyhow::Result<()> {
-    let mut signals =
-        signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2])?;
+    let mut signals = signal_hook::iterator::Signals::new([
+        SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH, SIGCONT,
+    ])?;
     let shared = Arc::clone(shared);
     std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
         for signal in signals.forever() {
+            match signal {
+                SIGWINCH => {
+                    send_size(&shared);
+                    continue;
+                }
+                SIGCONT => {
+                    terminal::reenter();
+                    continue;
+                }
+                _ => {}
+            }
             let (ready, again) = {
                 let mut state = shared.lock();
                 let asks = !matches!(signal, SIGUSR1 | SIGUSR2);

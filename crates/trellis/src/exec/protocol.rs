@@ -34,6 +34,15 @@ pub mod kind {
     pub const TAKEN: u8 = 20;
 }
 
+/// A limit of a process (getrlimit(2)); `None` is infinite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limit {
+    /// What holds.
+    pub current: Option<u64>,
+    /// What it may be raised to.
+    pub maximum: Option<u64>,
+}
+
 /// What is to be run, and where. Strings are bytes, for names need not be text.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
@@ -47,8 +56,16 @@ pub struct Start {
     pub user: u32,
     /// His group.
     pub group: u32,
+    /// His other groups.
+    pub groups: Vec<u32>,
     /// File creation mask.
     pub umask: u32,
+    /// Limits, in the order of `exec::child`.
+    pub limits: Vec<Limit>,
+    /// Columns and rows of the terminal that input and output are.
+    pub terminal: Option<(u16, u16)>,
+    /// Standard error is it, too.
+    pub terminal_errors: bool,
 }
 
 /// Writes a frame, whole.

@@ -20,9 +20,7 @@ use signal_hook::consts::signal::{
 use signal_hook::iterator::Signals;
 
 use escape::{EscapeFilter, Key, Typed};
-use raw::RawMode;
-
-pub use raw::restore;
+pub use raw::{RawMode, reenter, restore};
 pub use writer::{ConsoleWriter, FileWriter, stop_waiting, stop_waiting_after, tell};
 
 const HELP: &str = "\n\
@@ -250,7 +248,7 @@ fn spawn_signal_thread(quit: QuitHandler, mut resize: ResizeHandler) -> io::Resu
 }
 
 /// Columns and rows of the terminal that standard output is.
-fn window_size() -> Option<(u16, u16)> {
+pub fn window_size() -> Option<(u16, u16)> {
     let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
     (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
 }
