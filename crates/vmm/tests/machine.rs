@@ -130,14 +130,17 @@ fn quit_from_another_thread_ends_the_run() {
     let mut vm = Vm::new(config(&SPIN)).unwrap();
     let handle = vm.handle();
     let quitter = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(50));
-        let stats = handle.stats().unwrap();
+        // A busy host may not have come to the guest at once.
+        let runs = (0..1000).any(|_| {
+            std::thread::sleep(Duration::from_millis(20));
+            handle.stats().unwrap().instructions() > 1000
+        });
         drop(handle.pause().unwrap());
         handle.quit();
-        stats
+        runs
     });
     assert_eq!(vm.run().unwrap(), Outcome::Quit);
-    assert!(quitter.join().unwrap().instructions() > 1000);
+    assert!(quitter.join().unwrap(), "the guest ran");
     assert!(vm.handle().stats().is_none(), "nobody answers after the end");
 }
 
