@@ -1,4 +1,4 @@
-//! The network device (virtio 1.2 section 5.1), one pair of queues, on a [`Backend`] of the host.
+//! The network device (virtio 1.2 section 5.1), one pair of queues, on a [`hostnet::Backend`] of the host.
 //!
 //! Way of the data: the driver notifies → the vCPU wakes the device's thread and goes on → [`Worker`] takes frames out of the
 //! transmit queue and gives them to the backend; what the backend has for the guest it puts into the receive queue. While
