@@ -149,7 +149,7 @@ impl Cache {
         fs::rename(built, &target).at("renaming to", &target)
     }
 
-    /// The manifest of image `name` if it is whole and of this program's format.
+    /// The manifest of image `name` if it is whole and of this program's format. A disk is the guest's: it stays, whichever program built it.
     #[must_use]
     pub fn load(&self, name: &str) -> Option<Manifest> {
         let directory = self.image_directory(name);
@@ -159,7 +159,7 @@ impl Cache {
             fs::metadata(directory.join(&file.name)).is_ok_and(|data| data.len() == file.len_bytes)
         };
         let disk = manifest.disk.as_ref().is_none_or(|disk| directory.join(disk).is_file());
-        let fits = manifest.format == initramfs::FORMAT && manifest.name == name;
+        let fits = (manifest.disk.is_some() || manifest.format == initramfs::FORMAT) && manifest.name == name;
         (fits && disk && manifest.files.iter().all(whole)).then_some(manifest)
     }
 
@@ -257,6 +257,26 @@ mod tests {
         build(&cache, b"kernel");
         fs::write(cache.image_directory("debian-test-amd64").join("vmlinuz"), b"ker").unwrap();
         assert!(cache.load("debian-test-amd64").is_none());
+    }
+
+    #[test]
+    fn only_images_with_a_disk_outlive_their_format() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::at(directory.path());
+        build(&cache, b"kernel");
+        let image = cache.image_directory("debian-test-amd64");
+        let mut manifest = cache.load("debian-test-amd64").unwrap();
+        manifest.format -= 1;
+        let rewrite = |manifest: &Manifest| {
+            fs::write(image.join("manifest.json"), serde_json::to_string(manifest).unwrap()).unwrap();
+        };
+        rewrite(&manifest);
+        assert!(cache.load("debian-test-amd64").is_none());
+        manifest.disk = Some("disk.img".to_owned());
+        rewrite(&manifest);
+        assert!(cache.load("debian-test-amd64").is_none(), "its disk is not there");
+        fs::write(image.join("disk.img"), b"the guest's").unwrap();
+        assert!(cache.load("debian-test-amd64").is_some());
     }
 
     #[test]

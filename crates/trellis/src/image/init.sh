@@ -39,6 +39,20 @@ load_bus virtio
 load_bus acpi
 modprobe -q evdev 2>/dev/null
 
+# What udhcpc does with the address that it is given.
+mkdir -p /etc/udhcpc
+cat > /etc/udhcpc/default.script <<'END'
+#!/bin/sh
+case $1 in
+    deconfig) ip link set "$interface" up; ip addr flush dev "$interface" ;;
+    bound | renew)
+        ip addr add "$ip/${mask:-24}" dev "$interface"
+        [ -n "$router" ] && ip route replace default via "${router%% *}"
+        for server in $dns; do echo "nameserver $server"; done > /etc/resolv.conf ;;
+esac
+END
+chmod 755 /etc/udhcpc/default.script
+
 # A console whose driver is a module (hvc0) exists only now.
 exec < /dev/console > /dev/console 2>&1
 

@@ -11,7 +11,7 @@ const INIT: &[u8] = include_bytes!("init.sh");
 const POWER_BUTTON: &[u8] = b"#!/bin/sh\necho 'trellis: power button' > /dev/console\nsync\npoweroff -f\n";
 
 /// Version of what this module builds; a cached image with another one is built anew.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 const DIRECTORIES: &[&str] = &[
     "bin",
