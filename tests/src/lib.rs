@@ -5,6 +5,7 @@
 
 pub mod guest;
 pub mod pty;
+pub mod qcow2;
 pub mod rsp;
 pub mod shell;
 

@@ -6,8 +6,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use machine_tests::qcow2::empty_qcow2;
 use machine_tests::shell::Shell;
 use machine_tests::{Machine, image_file, text};
+use trellis::image::cpio::Archive;
 
 const IMAGE: &str = "debian-rootfs-amd64";
 const DISK_BYTES: u64 = 512 << 20;
@@ -30,66 +32,16 @@ const VERIFIED: (&str, &str) = (
     "--rw=randrw --bs=4k --iodepth=8 --size=32M --verify=crc32c --verify_fatal=1",
 );
 
-/// One file of a newc archive (Linux `Documentation/driver-api/early-userspace/buffer-format.rst`).
-fn entry(name: &str, mode: u32, content: &[u8]) -> Vec<u8> {
-    let number = |value: usize| format!("{value:08x}");
-    let mut bytes = b"070701".to_vec();
-    let (mode, len, name_len) =
-        (number(usize::try_from(mode).expect("small")), number(content.len()), number(name.len() + 1));
-    let zero = number(0);
-    for field in [
-        &number(1),
-        &mode,
-        &zero,
-        &zero,
-        &number(1),
-        &zero,
-        &len,
-        &zero,
-        &zero,
-        &zero,
-        &zero,
-        &name_len,
-        &zero,
-    ] {
-        bytes.extend(field.bytes());
-    }
-    bytes.extend(name.bytes().chain([0]));
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
-    bytes.extend(content);
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
-    bytes
-}
-
 /// The initramfs that mounts the root disk, for whoever takes one file.
 fn initrd(directory: &Path) -> PathBuf {
     let mut bytes = std::fs::read(image_file(IMAGE, "initrd")).expect("it is there");
     bytes.resize(bytes.len().next_multiple_of(4), 0);
-    bytes.extend(entry("init", 0o100_755, INIT));
-    bytes.extend(entry("TRAILER!!!", 0, b""));
+    let mut archive = Archive::new();
+    archive.file("init", 0o755, INIT);
+    bytes.extend(archive.finish());
     let path = directory.join("initrd");
     std::fs::write(&path, bytes).expect("a file");
     path
-}
-
-/// An empty qcow2 image (qcow2 specification: header, count table, count block, L1).
-fn qcow2(path: &Path) {
-    let cluster = 64 << 10;
-    let mut image = vec![0; 4 * cluster];
-    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
-    let place = |clusters: u64| (clusters * 65536).to_be_bytes();
-    put(0, b"QFI\xfb\0\0\0\x03");
-    put(20, &16u32.to_be_bytes());
-    put(24, &DISK_BYTES.to_be_bytes());
-    put(36, &1u32.to_be_bytes());
-    put(40, &place(3));
-    put(48, &place(1));
-    put(56, &1u32.to_be_bytes());
-    put(96, &4u32.to_be_bytes());
-    put(100, &104u32.to_be_bytes());
-    put(cluster, &place(2));
-    (0..4).for_each(|n| put(2 * cluster + 2 * n, &1u16.to_be_bytes()));
-    std::fs::write(path, image).expect("a file");
 }
 
 /// KiB a second, read and written, of fio's terse output (version 3).
@@ -160,7 +112,7 @@ fn disks_beside_qemu() {
         if format == "raw" {
             std::fs::File::create(&disk).and_then(|file| file.set_len(DISK_BYTES)).expect("a file");
         } else {
-            qcow2(&disk);
+            std::fs::write(&disk, empty_qcow2(DISK_BYTES)).expect("a file");
         }
         let mine = measure(ours(&initrd, &disk));
         let other = measure(qemu(&initrd, &disk, format));

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use machine_tests::qcow2::empty_qcow2;
 use machine_tests::{Machine, text, trellis};
 
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -19,26 +20,6 @@ const GUEST: &str = "head -c 16777216 /dev/urandom > /tmp/r; \
     for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do \
     dd if=/tmp/r of=/dev/vda bs=1M conv=fsync 2> /tmp/e && echo WROTE-ALL && break; sleep 1; done; \
     echo 3 > /proc/sys/vm/drop_caches; head -c 16777216 /dev/vda | cmp - /tmp/r && echo SAME";
-
-/// An empty qcow2 image with clusters of 64 KiB (qcow2 specification: header, count table, count block, L1).
-fn qcow2() -> Vec<u8> {
-    let cluster = 64 << 10;
-    let mut image = vec![0; 4 * cluster];
-    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
-    let place = |clusters: u64| (clusters * 65536).to_be_bytes();
-    put(0, b"QFI\xfb\0\0\0\x03");
-    put(20, &16u32.to_be_bytes());
-    put(24, &DISK_BYTES.to_be_bytes());
-    put(36, &1u32.to_be_bytes());
-    put(40, &place(3));
-    put(48, &place(1));
-    put(56, &1u32.to_be_bytes());
-    put(96, &4u32.to_be_bytes());
-    put(100, &104u32.to_be_bytes());
-    put(cluster, &place(2));
-    (0..4).for_each(|n| put(2 * cluster + 2 * n, &1u16.to_be_bytes()));
-    image
-}
 
 /// Whether a file system can be mounted in a namespace.
 fn may_mount(directory: &Path) -> bool {
@@ -55,7 +36,8 @@ fn fill_and_go_on(disk: &str) {
         return;
     }
     let empty = directory.path().join("empty");
-    std::fs::write(&empty, if disk.ends_with("qcow2") { qcow2() } else { Vec::new() }).expect("a file");
+    std::fs::write(&empty, if disk.ends_with("qcow2") { empty_qcow2(DISK_BYTES) } else { Vec::new() })
+        .expect("a file");
     let size =
         if disk.ends_with("qcow2") { String::new() } else { format!("truncate -s {DISK_BYTES} {disk};") };
     let script = format!(

@@ -6,6 +6,7 @@
 //! own lock while it is called back by another device of the same rank.
 
 pub mod ahci;
+mod bell;
 pub mod bus;
 pub mod chipset;
 pub mod clock;

@@ -94,16 +94,9 @@ fn is_flat_code(descriptor: u64) -> bool {
         && attr.typ() & 1 != 0
 }
 
-/// RFLAGS of the frame.
-fn flags(frame: &Frame) -> u64 {
-    let status = u64::from(frame.get32(frame::FLAGS));
-    let of = if status & 1 != 0 { rflags::OF } else { 0 };
-    frame.get(frame::SYSFLAGS) | status >> 8 & 0xd5 | of
-}
-
 /// Delivers a fault of the instruction at `rip`, if all is as usual: then [`frame::RIP`] is the handler. The interpreter knows the mode.
 fn deliver(cpu: &Cpu, frame: &Frame, exception: Exception, rip: u64) -> Option<()> {
-    let flags = flags(frame);
+    let flags = frame.get(frame::SYSFLAGS) | state::status_flags(frame);
     if cpu.code_size != CodeSize::Bits64 {
         return None;
     }

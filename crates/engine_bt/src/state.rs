@@ -202,14 +202,19 @@ fn fill_iret(cpu: &Cpu, frame: &Frame) {
     frame.set(frame::GDT_BASE, cpu.s.gdtr.base);
 }
 
+/// The arithmetic flags of the frame, as RFLAGS has them.
+pub fn status_flags(frame: &Frame) -> u64 {
+    let f = u64::from(frame.get32(frame::FLAGS));
+    let of = if f & 1 != 0 { rflags::OF } else { 0 };
+    f >> 8 & 0xd5 | of
+}
+
 /// The frame into the `Cpu`, RIP excepted.
 pub fn read(cpu: &mut Cpu, frame: &Frame) {
     for (at, value) in (frame::GPR..).step_by(8).zip(&mut cpu.gpr[..16]) {
         *value = frame.get(at);
     }
-    let f = u64::from(frame.get32(frame::FLAGS));
-    let of = if f & 1 != 0 { rflags::OF } else { 0 };
-    cpu.flags = LazyFlags::from_rflags(f >> 8 & 0xd5 | of);
+    cpu.flags = LazyFlags::from_rflags(status_flags(frame));
     cpu.s.msr.kernel_gs_base = frame.get(frame::KERNEL_GS_BASE);
     read_nulled(cpu, frame);
     for (segment, at) in [(sreg::FS, frame::FS_BASE), (sreg::GS, frame::GS_BASE)] {

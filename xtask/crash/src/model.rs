@@ -6,9 +6,10 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use devices::virtio::block::{Image, ImageFormat};
 use devices::virtio::rng::SplitMix64;
+use machine_tests::qcow2::empty_qcow2;
 
 /// Places that are written: one in each cluster of the disk.
 pub const SLOTS: u64 = 4096;
@@ -109,28 +110,12 @@ impl Blocks {
     }
 }
 
-/// Makes an empty image; qcow2 with clusters of [`SLOT_BYTES`] (qcow2 specification: header, count table, count block, L1).
+/// Makes an empty image; clusters of qcow2 are as large as slots.
 pub fn make_image(path: &Path, format: ImageFormat) -> anyhow::Result<()> {
-    let file = File::create(path)?;
     if format == ImageFormat::Raw {
-        return Ok(file.set_len(DISK_BYTES)?);
+        return Ok(File::create(path)?.set_len(DISK_BYTES)?);
     }
-    let cluster = usize::try_from(SLOT_BYTES)?;
-    let mut image = vec![0; 4 * cluster];
-    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0, b"QFI\xfb\0\0\0\x03");
-    put(20, &16u32.to_be_bytes());
-    put(24, &DISK_BYTES.to_be_bytes());
-    put(36, &1u32.to_be_bytes());
-    put(40, &(3 * SLOT_BYTES).to_be_bytes());
-    put(48, &SLOT_BYTES.to_be_bytes());
-    put(56, &1u32.to_be_bytes());
-    put(96, &4u32.to_be_bytes());
-    put(100, &104u32.to_be_bytes());
-    put(cluster, &(2 * SLOT_BYTES).to_be_bytes());
-    (0..4).for_each(|n| put(2 * cluster + 2 * n, &1u16.to_be_bytes()));
-    ensure!(DISK_BYTES <= 512 << 20, "one L1 entry covers 512 MiB");
-    Ok(std::fs::write(path, image)?)
+    Ok(std::fs::write(path, empty_qcow2(DISK_BYTES))?)
 }
 
 #[cfg(test)]

@@ -6,17 +6,15 @@
 #![expect(unsafe_code, reason = "poll(2) on descriptors that another thread may close")]
 
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use hostnet::{Backend, Interest, Offloads};
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::{read, write};
 
 use super::{Card, Plug, Round};
+use crate::bell::{Bell, BellThread};
 use crate::bus::lock;
 
 /// The longest sleep: what a backend forgot to ask for is looked at then.
@@ -27,8 +25,6 @@ type Wish = (RawFd, libc::c_short);
 
 /// What the thread and vCPUs share.
 struct Shared {
-    event: OwnedFd,
-    stop: AtomicBool,
     /// The thread sleeps or is about to: whoever has work must ring. While this is false it looks again by itself.
     sleepy: AtomicBool,
     card: Arc<dyn Card>,
@@ -63,32 +59,29 @@ impl Backend for Taken {
 /// The thread, and how to wake it.
 pub(crate) struct Worker {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: BellThread,
 }
 
 impl Worker {
     pub fn start(name: &str, card: Arc<dyn Card>, plug: &Plug) -> io::Result<Self> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let (stop, sleepy) = (AtomicBool::new(false), AtomicBool::new(true));
-        let shared = Arc::new(Shared { event, stop, sleepy, card, slot: Mutex::default() });
+        let shared = Arc::new(Shared { sleepy: AtomicBool::new(true), card, slot: Mutex::default() });
         let (mine, plug) = (Arc::clone(&shared), Arc::clone(plug));
-        let thread = std::thread::Builder::new().name(name.to_owned());
-        let thread = thread.spawn(move || {
+        let thread = BellThread::start(name, move |bell| {
             // For life: a card that takes another's place waits here until that one has let go.
             let mut plugged = lock(&plug);
             lock(&mine.slot).backend = Some(std::mem::replace(&mut *plugged, Box::new(Taken)));
-            mine.run();
+            mine.run(bell);
             if let Some(backend) = lock(&mine.slot).backend.take() {
                 *plugged = backend;
             }
         })?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, thread })
     }
 
     /// There may be work.
     pub fn wake(&self) {
         if self.shared.sleepy.swap(false, Ordering::SeqCst) {
-            self.shared.ring();
+            self.thread.ring();
         }
     }
 
@@ -114,13 +107,7 @@ impl Worker {
 
     /// Ends the thread. Idempotent.
     pub fn stop(&mut self) {
-        self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.ring();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the thread of a network card panicked");
-        }
+        self.thread.stop();
     }
 }
 
@@ -150,15 +137,10 @@ impl Slot {
 }
 
 impl Shared {
-    fn ring(&self) {
-        // It cannot fail for long: only a full counter refuses, and that one wakes, too.
-        let _ = write(&self.event, &1u64.to_ne_bytes());
-    }
-
     /// The thread's life.
-    fn run(&self) {
+    fn run(&self, bell: &Bell) {
         let mut list = Vec::new();
-        while !self.stop.load(Ordering::SeqCst) {
+        while !bell.is_stopped() {
             // Before the look at what there is: who has more from here on rings, and the sleep ends at once.
             self.sleepy.store(true, Ordering::SeqCst);
             let mut slot = lock(&self.slot);
@@ -168,13 +150,13 @@ impl Shared {
             }
             slot.wish(&*self.card, left != Some(Some(Round::NoRoom)));
             list.clear();
-            let event = (self.event.as_raw_fd(), libc::POLLIN);
+            let event = (bell.as_fd().as_raw_fd(), libc::POLLIN);
             let all = std::iter::once(&event).chain(&slot.wishes);
             list.extend(all.map(|&(fd, events)| libc::pollfd { fd, events, revents: 0 }));
             let until = slot.until;
             drop(slot);
             sleep(&mut list, until);
-            let _ = read(&self.event, &mut [0; 8]);
+            bell.hush();
         }
     }
 }

@@ -12,7 +12,6 @@
 
 pub mod active;
 pub mod balloon;
-mod bell;
 pub mod block;
 pub mod chain;
 pub mod channel;

@@ -14,9 +14,9 @@ use super::connection::BUFFER_BYTES;
 use super::hub::Hub;
 use super::packet::{HEADER_BYTES, Header};
 use super::{EVENT, Endpoint, RECEIVE, TRANSMIT, VsockPlug};
+use crate::bell::{Bell, BellThread};
 use crate::bus::lock;
 use crate::virtio::ActiveQueue;
-use crate::virtio::bell::{Bell, BellThread};
 use crate::virtio::chain::Chain;
 use crate::virtio::queue::Position;
 

@@ -1,7 +1,7 @@
 //! A thread of a device that sleeps until somebody rings: its vCPU, or a file descriptor that it waits for.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -12,7 +12,7 @@ use rustix::io::{read, write};
 
 /// What the thread sleeps on.
 #[derive(Debug)]
-pub(super) struct Bell {
+pub(crate) struct Bell {
     event: OwnedFd,
     stop: AtomicBool,
 }
@@ -28,6 +28,11 @@ impl Bell {
         let _ = write(&self.event, &1u64.to_ne_bytes());
     }
 
+    /// Forgets that it rang: behind a sleep on the descriptor.
+    pub fn hush(&self) {
+        let _ = read(&self.event, &mut [0; 8]);
+    }
+
     /// Sleeps until the bell rings, one of `list` has what it waits for, or `limit` is over.
     pub fn sleep<'a>(&'a self, list: &mut Vec<PollFd<'a>>, limit: Duration) {
         list.push(PollFd::new(&self.event, PollFlags::IN));
@@ -40,18 +45,25 @@ impl Bell {
             list.iter_mut().for_each(PollFd::clear_revents);
         }
         list.pop();
-        let _ = read(&self.event, &mut [0; 8]);
+        self.hush();
+    }
+}
+
+/// Ready when the bell has rung: for threads that sleep by other means than [`Bell::sleep`].
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
     }
 }
 
 /// The thread, and how to wake it.
-pub(super) struct BellThread {
+pub(crate) struct BellThread {
     bell: Arc<Bell>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl BellThread {
-    /// Starts a thread that lives `life`, which must look at [`Bell::is_stopped`] and sleep by [`Bell::sleep`].
+    /// Starts a thread that lives `life`, which must look at [`Bell::is_stopped`] and sleep by [`Bell::sleep`], or on the bell's descriptor.
     pub fn start(name: &str, life: impl FnOnce(&Bell) + Send + 'static) -> io::Result<Self> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let bell = Arc::new(Bell { event, stop: AtomicBool::new(false) });
