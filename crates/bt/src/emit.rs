@@ -564,6 +564,13 @@ impl Asm {
         self.imm32(0);
         Fixup(self.here() - 4)
     }
+    /// LOOP, LOOPE, LOOPNE or JRCXZ, by their opcode, over the next `bytes`; `narrow`: of ECX.
+    pub fn jump_by_count(&mut self, opcode: u8, narrow: bool, bytes: u8) {
+        if narrow {
+            self.code.push(0x67);
+        }
+        self.bytes(&[opcode, bytes]);
+    }
     /// `jmp target`, to be filled in.
     pub fn jmp(&mut self) -> Fixup {
         self.bytes(&[0xe9]);

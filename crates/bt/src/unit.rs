@@ -3,8 +3,8 @@
 #![expect(clippy::cast_possible_truncation, reason = "offsets in a page")]
 
 use iced_x86::{
-    Decoder, DecoderError, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
-    Register, RflagsBits,
+    Code, Decoder, DecoderError, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    OpKind, Register, RflagsBits,
 };
 
 use crate::hints::Hints;
@@ -104,7 +104,29 @@ impl<'a> Reader<'a> {
 /// Whether a unit ends with this instruction. It goes on behind a conditional jump that is not taken.
 #[must_use]
 pub fn ends_unit(i: &Instruction) -> bool {
-    i.flow_control() != FlowControl::Next && (!i.is_jcc_short_or_near() || is_narrow_branch(i))
+    i.flow_control() != FlowControl::Next && !is_conditional(i)
+}
+
+/// Whether an instruction is a direct conditional jump behind which translated code goes on.
+#[must_use]
+pub fn is_conditional(i: &Instruction) -> bool {
+    (i.is_jcc_short_or_near() || count(i).is_some()) && !is_narrow_branch(i)
+}
+
+/// Of a jump that looks at RCX or ECX: its opcode, and whether it is ECX. Those of CX are interpreted: 64-bit code has none.
+#[must_use]
+pub const fn count(i: &Instruction) -> Option<(u8, bool)> {
+    match i.code() {
+        Code::Loopne_rel8_64_RCX => Some((0xe0, false)),
+        Code::Loope_rel8_64_RCX => Some((0xe1, false)),
+        Code::Loop_rel8_64_RCX => Some((0xe2, false)),
+        Code::Jrcxz_rel8_64 => Some((0xe3, false)),
+        Code::Loopne_rel8_64_ECX | Code::Loopne_rel8_32_ECX | Code::Loopne_rel8_16_ECX => Some((0xe0, true)),
+        Code::Loope_rel8_64_ECX | Code::Loope_rel8_32_ECX | Code::Loope_rel8_16_ECX => Some((0xe1, true)),
+        Code::Loop_rel8_64_ECX | Code::Loop_rel8_32_ECX | Code::Loop_rel8_16_ECX => Some((0xe2, true)),
+        Code::Jecxz_rel8_64 | Code::Jecxz_rel8_32 | Code::Jecxz_rel8_16 => Some((0xe3, true)),
+        _ => None,
+    }
 }
 
 /// Whether an instruction takes translations back. A unit ends behind it: what was learnt of them holds no more.

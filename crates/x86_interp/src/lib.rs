@@ -15,6 +15,7 @@ pub mod decode;
 pub mod flags;
 pub mod holder;
 pub mod intercept;
+pub mod local;
 pub mod memory;
 pub mod ops;
 mod run;

@@ -12,6 +12,7 @@ use x86::state::sreg;
 
 use crate::census::Steps;
 use crate::cpu::{CodeSize, Cpu, FLAT_STACK};
+use crate::local::LocalPage;
 use crate::tlb::{Entry, TRACED, Tlb};
 
 /// The walker's access to guest memory: nested paging is off, so a step is the identity.
@@ -70,6 +71,33 @@ impl WalkMemory for Seen<'_> {
 
     fn update(&mut self, gpa: Gpa, bytes: u8, old: u64, new: u64) -> bool {
         self.memory.update(gpa, bytes, old, new)
+    }
+}
+
+/// The same, without accessed bits: whether one would have been set.
+struct Unchanged<'a> {
+    memory: Physical<'a>,
+    would_change: bool,
+}
+
+impl WalkMemory for Unchanged<'_> {
+    type Fault = std::convert::Infallible;
+
+    fn step(&mut self, gpa: Gpa, write: bool) -> Result<Gpa, Self::Fault> {
+        self.memory.step(gpa, write)
+    }
+
+    fn load32(&mut self, gpa: Gpa) -> u32 {
+        self.memory.load32(gpa)
+    }
+
+    fn load64(&mut self, gpa: Gpa) -> u64 {
+        self.memory.load64(gpa)
+    }
+
+    fn update(&mut self, _gpa: Gpa, _bytes: u8, _old: u64, _new: u64) -> bool {
+        self.would_change = true;
+        true
     }
 }
 
@@ -468,6 +496,20 @@ impl Cpu {
         }
     }
 
+    /// Walks the tables again for pages whose entries a flush would have dropped: those that agree with them stay (INV-TLB-2). The census counts what
+    /// a processor's flush drops.
+    pub(crate) fn look_again(&mut self, pages: Vec<LocalPage>) {
+        let access = Access { kind: AccessKind::Read, user: false, ac: true };
+        for page in pages {
+            let mut tables = Unchanged { memory: Physical(&self.mem), would_change: self.census.is_some() };
+            let now = walk(&mut tables, &self.paging, Gva(page.la), access);
+            match now {
+                Ok(now) if !tables.would_change && page.agrees(&now) => self.tlb.keep(page),
+                _ => self.tlb.invalidate_page(page.la),
+            }
+        }
+    }
+
     /// A walk of which the census hears.
     #[cold]
     fn counted_walk(&mut self, la: u64, access: Access) -> Result<Translation, Exception> {
@@ -521,13 +563,7 @@ impl Cpu {
                 addend: page.hva.0.wrapping_sub(la & !PAGE_MASK),
                 gfn: gfn.0 | if writable && traced { TRACED } else { 0 },
             };
-            self.tlb.fill(
-                la,
-                variant,
-                entry,
-                t.page_shift,
-                t.global && self.s.cr4 & x86::bits::cr4::PGE != 0,
-            );
+            self.tlb.fill(la, variant, entry, t, t.global && self.s.cr4 & x86::bits::cr4::PGE != 0);
             if self.census.is_some() {
                 self.count_fill(la, variant, tag, t.page_shift);
             }

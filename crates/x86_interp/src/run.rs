@@ -136,7 +136,7 @@ impl Interp {
         let gfn = t.gpa.gfn();
         self.cpu.mem.page(gfn)?;
         let global = t.global && self.cpu.s.cr4 & cr4::PGE != 0;
-        self.cpu.tlb.fill_code_frame(la, user, gfn.0, t.page_shift, global);
+        self.cpu.tlb.fill_code_frame(la, user, gfn.0, &t, global);
         Some(gfn)
     }
 
@@ -349,7 +349,7 @@ impl Interp {
         let key = PageKey { gfn, size: self.cpu.code_size };
         let at = self.cache.page(key, self.cpu.mem.code_version(gfn));
         let global = t.global && self.cpu.s.cr4 & cr4::PGE != 0;
-        self.cpu.tlb.fill_code(la, variant, at, t.page_shift, global);
+        self.cpu.tlb.fill_code(la, variant, at, &t, global);
         Ok(Some(at))
     }
 

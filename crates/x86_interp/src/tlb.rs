@@ -2,12 +2,17 @@
 //!
 //! A tag is the page's linear address with a context number in its low 12 bits, so that one compare checks both. The
 //! lower and the upper half of the address space have a context each. A CR3 write gives the lower half another number
-//! (the PCID's old one, if CR3 bit 63 says that it may live on); the upper half keeps its number as long as only
-//! global pages were filled there. A number is never used again before the whole table was wiped.
+//! (the PCID's old one, if CR3 bit 63 says that it may live on); the upper half keeps its number, and its few pages that are not
+//! global are [walked again](crate::local). A number is never used again before the whole table was wiped.
 //!
 //! INV-TLB-1: an entry with the write right names a page that is RAM, dirty in the guest's tables and not traced.
+//!
+//! INV-TLB-2: after a load of CR3, an entry of the upper half is a global page's, or agrees with what the tables said then.
 
 use x86::addr::PAGE_MASK;
+use x86::paging::Translation;
+
+use crate::local::{LocalPage, LocalPages};
 
 /// Entries for each kind of rights.
 pub const SETS: usize = 8192;
@@ -86,8 +91,8 @@ pub struct Tlb {
     writable: Vec<u64>,
     /// For some of them, hashed: the frame and its only entry, or [`MANY`].
     only: Box<[(u64, usize)]>,
-    /// A page that is not global was filled in the upper half.
-    upper_has_local: bool,
+    /// Pages of the upper half that are not global.
+    locals: LocalPages,
     /// Hashed GiBs from which a large page was filled, per half.
     large: [u64; 2],
     pcids: Vec<PcidContext>,
@@ -120,7 +125,7 @@ impl Default for Tlb {
             forced_slow: false,
             writable: Vec::new(),
             only: vec![(u64::MAX, MANY); HINTS].into_boxed_slice(),
-            upper_has_local: false,
+            locals: LocalPages::default(),
             large: [0; 2],
             pcids: Vec::new(),
             pcid: 0,
@@ -201,17 +206,17 @@ impl Tlb {
     }
 
     /// Remembers the frame that holds the code at `la`.
-    pub fn fill_code_frame(&mut self, la: u64, user: bool, gfn: u64, page_shift: u32, global: bool) {
-        self.note_filled(la, page_shift, global);
+    pub fn fill_code_frame(&mut self, la: u64, user: bool, gfn: u64, t: &Translation, global: bool) {
+        self.note_filled(la, t, global);
         let tag = self.fill_tag(la);
         if let Some(e) = self.frames.get_mut(Self::fetch_slot(la, usize::from(user))) {
             *e = FetchEntry { tag, page: usize::try_from(gfn).unwrap_or(usize::MAX) };
         }
     }
 
-    /// Remembers a translation: `page_shift` and `global` as the walk found them.
-    pub fn fill(&mut self, la: u64, variant: usize, entry: Entry, page_shift: u32, global: bool) {
-        self.note_filled(la, page_shift, global);
+    /// Remembers a translation, as the walk found it; `global`: and CR4.PGE is set.
+    pub fn fill(&mut self, la: u64, variant: usize, entry: Entry, t: &Translation, global: bool) {
+        self.note_filled(la, t, global);
         if entry.write_tag != 0 {
             self.note_writable(entry.gfn, Self::slot(la, variant));
         }
@@ -260,13 +265,13 @@ impl Tlb {
         was
     }
 
-    fn note_filled(&mut self, la: u64, page_shift: u32, global: bool) {
+    fn note_filled(&mut self, la: u64, t: &Translation, global: bool) {
         let half = half(la);
-        if half == 1 && !global && !self.upper_has_local {
-            self.upper_has_local = true;
-            self.kept_changed = true;
+        if half == 1 && !global {
+            self.kept_changed |= self.locals.is_empty();
+            self.locals.add(la, t);
         }
-        if page_shift > 12 && self.large[half] & gib_bit(la) == 0 {
+        if t.page_shift > 12 && self.large[half] & gib_bit(la) == 0 {
             self.large[half] |= gib_bit(la);
             self.kept_changed = true;
         }
@@ -311,7 +316,7 @@ impl Tlb {
             self.next += 2;
             self.current = both;
             self.large = [0; 2];
-            self.upper_has_local = false;
+            self.locals.take();
         }
         self.next += 1;
         self.next - 1
@@ -325,40 +330,56 @@ impl Tlb {
         let upper = self.fresh();
         self.current = [lower, upper];
         self.large = [0; 2];
-        self.upper_has_local = false;
+        self.locals.take();
         self.publish();
     }
 
-    /// Forgets all but global pages of the current address space.
-    pub fn flush_local(&mut self) {
+    /// Forgets all but global pages of the current address space. The upper half's that are to be [looked at](Tlb::keep).
+    #[must_use = "INV-TLB-2"]
+    pub fn flush_local(&mut self) -> Vec<LocalPage> {
         self.tell(TlbEvent::FlushLower);
         let pcid = self.pcid;
         self.pcids.retain(|p| p.pcid != pcid);
         self.current[0] = self.fresh();
         self.large[0] = 0;
-        self.flush_upper_local();
-        self.publish();
+        self.take_locals()
     }
 
-    fn flush_upper_local(&mut self) {
-        if self.upper_has_local {
+    /// The pages of the upper half that are not global, unless there are too many: then the upper half is dropped.
+    fn take_locals(&mut self) -> Vec<LocalPage> {
+        let many = self.locals.many;
+        let mut pages = self.locals.take();
+        if many {
+            pages.clear();
             self.tell(TlbEvent::FlushAll);
-            self.upper_has_local = false;
             self.current[1] = self.fresh();
             self.large[1] = 0;
         }
+        self.publish();
+        pages
     }
 
-    /// A CR3 write: another address space, whose old translations live on if `keep`.
-    pub fn switch(&mut self, pcid: u64, keep: bool) {
+    /// The entries of a page that [`Tlb::switch`] gave out agree with the tables: they stay.
+    pub fn keep(&mut self, page: LocalPage) {
+        let la = page.la;
+        if !self.locals.keep(page) {
+            self.invalidate_page(la);
+        }
+    }
+
+    /// A CR3 write: another address space, whose old translations live on if `keep`. The pages of the upper half that are not global: each
+    /// is to be [kept](Tlb::keep) or [dropped](Tlb::invalidate_page).
+    #[must_use = "INV-TLB-2"]
+    pub fn switch(&mut self, pcid: u64, keep: bool) -> Vec<LocalPage> {
         self.tell(TlbEvent::FlushLower);
         self.change_space(pcid, keep);
+        self.take_locals()
     }
 
     /// PCIDs, the current one among them, with the numbers of their contexts and their part of [`Tlb::large`], between which [`Tlb::switch`] with `keep` does
     /// nothing but exchange those of the lower half, and tell that; none where it does more.
     pub fn kept(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
-        let plain = !self.upper_has_local && !self.forced_slow;
+        let plain = self.locals.is_empty() && !self.forced_slow;
         let current = (self.pcid, self.current[0], self.large[0]);
         let others = self.pcids.iter().map(|p| (p.pcid, p.context, p.large));
         let all = others.filter(|p| p.0 != self.pcid).chain(std::iter::once(current));
@@ -367,7 +388,9 @@ impl Tlb {
 
     /// Another engine has switched, to one of [`Tlb::kept`] and maybe back and forth, and told everybody.
     pub fn adopt(&mut self, pcid: u64) {
+        debug_assert!(self.locals.is_empty(), "INV-TLB-2");
         self.change_space(pcid, true);
+        self.publish();
     }
 
     fn change_space(&mut self, pcid: u64, keep: bool) {
@@ -385,8 +408,6 @@ impl Tlb {
                 self.large[0] = 0;
             }
         }
-        self.flush_upper_local();
-        self.publish();
     }
 
     fn remember_current(&mut self) {
@@ -406,10 +427,11 @@ impl Tlb {
         self.pcids.retain(|p| p.pcid != pcid);
     }
 
-    /// INVPCID type 3: all PCIDs, global pages excepted.
-    pub fn flush_all_local(&mut self) {
+    /// INVPCID type 3: all PCIDs, global pages excepted. As [`Tlb::flush_local`].
+    #[must_use = "INV-TLB-2"]
+    pub fn flush_all_local(&mut self) -> Vec<LocalPage> {
         self.pcids.clear();
-        self.flush_local();
+        self.flush_local()
     }
 
     /// INVLPG: forgets the page at `la`; all pieces of it, should it have been a large one.
@@ -420,12 +442,15 @@ impl Tlb {
             self.current[half] = self.fresh();
             self.large[half] = 0;
             if half == 1 {
-                self.upper_has_local = false;
+                self.locals.take();
             }
             self.publish();
             return;
         }
         self.tell(TlbEvent::Page(la));
+        if half == 1 {
+            self.locals.remove(la);
+        }
         let tag = self.fill_tag(la);
         for variant in 0..FETCH_VARIANTS {
             if let Some(e) = self.fetch.get_mut(Self::fetch_slot(la, variant))
@@ -463,8 +488,8 @@ impl Tlb {
     }
 
     /// Remembers the decoded page of `la`.
-    pub fn fill_code(&mut self, la: u64, variant: usize, page: usize, page_shift: u32, global: bool) {
-        self.note_filled(la, page_shift, global);
+    pub fn fill_code(&mut self, la: u64, variant: usize, page: usize, t: &Translation, global: bool) {
+        self.note_filled(la, t, global);
         let tag = self.fill_tag(la);
         if let Some(e) = self.fetch.get_mut(Self::fetch_slot(la, variant)) {
             *e = FetchEntry { tag, page };
@@ -512,9 +537,20 @@ impl Tlb {
 mod tests {
     use super::*;
 
+    fn translation(la: u64, page_shift: u32, global: bool) -> Translation {
+        let gpa = x86::addr::Gpa(la & 0xffff_f000);
+        Translation { gpa, page_shift, user: false, writable: true, dirty: true, executable: true, global }
+    }
+    /// A switch after which local pages are dropped.
+    fn switch(tlb: &mut Tlb, pcid: u64, keep: bool) {
+        for page in tlb.switch(pcid, keep) {
+            tlb.invalidate_page(page.la);
+        }
+    }
     fn fill(tlb: &mut Tlb, la: u64, shift: u32, global: bool) {
         let tag = tlb.fill_tag(la);
-        tlb.fill(la, 0, Entry { read_tag: tag, write_tag: tag, addend: 0, gfn: la >> 12 }, shift, global);
+        let entry = Entry { read_tag: tag, write_tag: tag, addend: 0, gfn: la >> 12 };
+        tlb.fill(la, 0, entry, &translation(la, shift, global), global);
     }
     fn hits(tlb: &Tlb, la: u64) -> bool {
         tlb.entry(la, 0).read_tag == tlb.tag(la)
@@ -527,25 +563,51 @@ mod tests {
         let mut tlb = Tlb::default();
         fill(&mut tlb, 0x1000, 12, false);
         fill(&mut tlb, KERNEL, 12, true);
-        tlb.switch(0, false);
+        switch(&mut tlb, 0, false);
         assert!(!hits(&tlb, 0x1000) && hits(&tlb, KERNEL));
         fill(&mut tlb, KERNEL + 0x1000, 12, false);
-        tlb.switch(0, false);
-        assert!(!hits(&tlb, KERNEL + 0x1000));
+        switch(&mut tlb, 0, false);
+        assert!(!hits(&tlb, KERNEL + 0x1000) && hits(&tlb, KERNEL));
+    }
+
+    #[test]
+    fn local_pages_are_given_out_at_each_switch_and_may_be_kept() {
+        let mut tlb = Tlb { events: Some(Vec::new()), ..Tlb::default() };
+        fill(&mut tlb, KERNEL, 12, false);
+        assert_eq!(tlb.kept().count(), 0);
+        for _ in 0..3 {
+            let pages = tlb.switch(0, false);
+            assert_eq!(pages.iter().map(|p| p.la).collect::<Vec<_>>(), [KERNEL]);
+            pages.into_iter().for_each(|p| tlb.keep(p));
+            assert!(hits(&tlb, KERNEL));
+        }
+        tlb.invalidate_page(KERNEL);
+        assert!(!hits(&tlb, KERNEL));
+        assert!(tlb.switch(0, false).is_empty() && tlb.kept().count() > 0);
+        assert!(!tlb.events.unwrap().contains(&TlbEvent::FlushAll));
+    }
+
+    #[test]
+    fn too_many_local_pages_drop_the_upper_half() {
+        let mut tlb = Tlb::default();
+        (0..200).for_each(|n| fill(&mut tlb, KERNEL + (n << 12), 12, false));
+        fill(&mut tlb, KERNEL - 0x1000, 12, true);
+        assert!(tlb.switch(0, false).is_empty());
+        assert!((-1..200).all(|n| !hits(&tlb, KERNEL.wrapping_add_signed(n << 12))));
     }
 
     #[test]
     fn switch_back_with_keep_finds_old_entries() {
         let mut tlb = Tlb::default();
-        tlb.switch(1, false);
+        switch(&mut tlb, 1, false);
         fill(&mut tlb, 0x1000, 12, false);
-        tlb.switch(2, false);
+        switch(&mut tlb, 2, false);
         assert!(!hits(&tlb, 0x1000));
-        tlb.switch(1, true);
+        switch(&mut tlb, 1, true);
         assert!(hits(&tlb, 0x1000));
-        tlb.switch(2, true);
+        switch(&mut tlb, 2, true);
         tlb.forget_pcid(1);
-        tlb.switch(1, true);
+        switch(&mut tlb, 1, true);
         assert!(!hits(&tlb, 0x1000));
     }
 
@@ -564,18 +626,18 @@ mod tests {
     #[test]
     fn large_pages_of_a_space_that_lives_on_are_remembered() {
         let mut tlb = Tlb::default();
-        tlb.switch(1, false);
+        switch(&mut tlb, 1, false);
         fill(&mut tlb, 0x20_1000, 21, false);
-        tlb.switch(2, false);
+        switch(&mut tlb, 2, false);
         fill(&mut tlb, 0x20_4000, 12, false);
         fill(&mut tlb, 0x20_2000, 12, false);
         tlb.invalidate_page(0x20_4000);
         assert!(!hits(&tlb, 0x20_4000) && hits(&tlb, 0x20_2000));
-        tlb.switch(1, true);
+        switch(&mut tlb, 1, true);
         assert!(hits(&tlb, 0x20_1000));
         tlb.invalidate_page(0x20_7000);
         assert!(!hits(&tlb, 0x20_1000));
-        tlb.switch(2, true);
+        switch(&mut tlb, 2, true);
         assert!(hits(&tlb, 0x20_2000));
         tlb.invalidate_page(0x20_2000);
         assert!(!hits(&tlb, 0x20_2000));
@@ -587,7 +649,7 @@ mod tests {
         for _ in 0..10_000 {
             fill(&mut tlb, 0x1000, 12, false);
             fill(&mut tlb, KERNEL, 12, true);
-            tlb.switch(0, false);
+            switch(&mut tlb, 0, false);
             assert!(!hits(&tlb, 0x1000));
         }
         fill(&mut tlb, 0x1000, 12, false);

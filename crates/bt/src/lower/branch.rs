@@ -132,8 +132,35 @@ impl Lowering<'_, '_> {
         self.facts.page_rip.is_some_and(|rip| rip >> 63 == 1) && i32::try_from(offset as i64).is_ok()
     }
 
-    /// A conditional jump; the straight line goes on where it is not taken.
-    pub(super) fn conditional(&mut self, i: &Instruction) {
+    /// A conditional jump; the straight line goes on where it is not taken. `reads`: the flags. False: not done here.
+    pub(super) fn conditional_jump(&mut self, i: &Instruction, reads: bool) -> bool {
+        match unit::count(i) {
+            // It may have to be executed once more, and would count once more.
+            Some(_) if self.is_bounded() && !in_page(i.near_branch_target()) => return false,
+            Some(count) => self.conditional_by_count(i, count, reads),
+            None => self.conditional_by_flags(i),
+        }
+        true
+    }
+
+    /// LOOP and JRCXZ decide as they are: RCX is in its own register, and they write no flags. `reads`: ZF.
+    fn conditional_by_count(&mut self, i: &Instruction, (opcode, narrow): (u8, bool), reads: bool) {
+        const JUMP_BYTES: u8 = 5;
+        if reads {
+            self.need_flags();
+        }
+        let (held, in_host) = (self.held, self.in_host);
+        self.asm.jump_by_count(opcode, narrow, JUMP_BYTES);
+        let not_taken = self.asm.jmp();
+        let target = i.near_branch_target();
+        let live = self.targets.live(target);
+        self.leave_to(target, live);
+        self.asm.bind(not_taken);
+        self.in_host = in_host;
+        (self.held, self.kept) = (held, held);
+    }
+
+    fn conditional_by_flags(&mut self, i: &Instruction) {
         self.need_flags();
         let held = self.held;
         let target = i.near_branch_target();

@@ -4,7 +4,7 @@ use iced_x86::{ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, Regist
 
 use super::Lowering;
 use super::memory::Operand;
-use super::registers::{frame_slot, host_number, in_frame, rename};
+use super::registers::{frame_slot, host_number, in_frame, rename, rename_value};
 use super::scratch::Scratch;
 use super::segment::{address_bits, displacement, names_high_byte};
 use crate::emit::{S0, S1};
@@ -224,7 +224,9 @@ impl Lowering<'_, '_> {
         if names_high_byte(i) {
             return self.with_high_byte(i, needs, touches, operand);
         }
-        let Some((mut renamed, used)) = rename(i, &free, &mut self.info) else { return false };
+        let Some((mut renamed, used)) = rename(i, &free, &mut self.info) else {
+            return self.with_value(i, needs, touches, operand);
+        };
         let mut at = operand;
         if operand.uses(S0) && !used.is_empty() {
             self.asm.lea(S0, operand.base, operand.index.map(|x| (x, 0)), operand.disp);
@@ -248,6 +250,29 @@ impl Lowering<'_, '_> {
             self.kept.delta = delta;
             used.iter().for_each(|b| self.kept.hold(b.host, b.guest));
         }
+        if touches || needs {
+            self.in_host = true;
+        }
+        let flags_in_host = self.in_host;
+        self.complete(operand.first, flags_in_host);
+        true
+    }
+
+    /// As [`Lowering::with_operand`] for what names more of the frame's registers than there is room for beside the operand: its value is
+    /// loaded first. (MULX of two of them; bignum libraries are full of it.)
+    fn with_value(&mut self, i: &Instruction, needs: bool, touches: bool, operand: Operand) -> bool {
+        let Some((renamed, used)) = rename_value(i, &mut self.info) else { return false };
+        self.asm.load_from(i.memory_size().size(), S1, operand.place());
+        self.held = Scratch::default();
+        self.kept = Scratch::default();
+        if needs && !self.in_host {
+            self.asm.restore_flags_on_stack(frame::FLAGS);
+        }
+        self.load_borrowed(&used);
+        if !self.asm.instruction(&renamed) {
+            return false;
+        }
+        self.store_borrowed(&used);
         if touches || needs {
             self.in_host = true;
         }

@@ -477,7 +477,7 @@ fn liveness(unit: &Unit, targets: &mut Targets<'_, '_>) -> Vec<u32> {
     for (n, i) in unit.instructions.iter().enumerate().rev() {
         let (read, written) = unit::flag_effects(i);
         let mut after = live[n + 1];
-        if i.is_jcc_short_or_near() {
+        if unit::is_conditional(i) {
             after |= targets.live(i.near_branch_target());
         }
         live[n] = after & !written | read;
@@ -568,9 +568,8 @@ impl Lowering<'_, '_> {
         self.held = std::mem::take(&mut self.kept);
         self.poll_after_shadow(self.current, live_before);
         if i.flow_control() != FlowControl::Next {
-            let direct = i.is_jcc_short_or_near() && !unit::is_narrow_branch(i);
-            if direct && self.reachable(i.near_branch_target()) {
-                self.conditional(i);
+            let direct = unit::is_conditional(i) && self.reachable(i.near_branch_target());
+            if direct && self.conditional_jump(i, read != 0) {
                 return true;
             }
             if !self.terminator(i, live_after) {

@@ -1,8 +1,8 @@
 //! Guest registers to host registers.
 
-use iced_x86::{Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
+use iced_x86::{EncodingKind, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
 
-use crate::emit::SP;
+use crate::emit::{S0, S1, SP};
 use crate::frame;
 
 /// A guest register of the frame that an instruction uses, in a scratch register meanwhile.
@@ -90,6 +90,55 @@ pub(super) fn rename(
                 b.load |= u.access() != OpAccess::Write || u.register().size() < 4;
             }
         }
+    }
+    Some((renamed, used))
+}
+
+/// The same for an instruction whose memory operand is read, and nothing else read is of the frame but one register, with the operand's value in
+/// [`S1`] instead: [`S0`] and then [`S1`] take what it writes, as instructions of several operands read before they write. None if it is not
+/// of that kind.
+pub(super) fn rename_value(
+    i: &Instruction,
+    info: &mut InstructionInfoFactory,
+) -> Option<(Instruction, Vec<Borrowed>)> {
+    if i.encoding() != EncodingKind::VEX {
+        return None;
+    }
+    let mut renamed = *i;
+    let mut used: Vec<Borrowed> = Vec::new();
+    let mut written = [S0, S1].into_iter();
+    for n in 0..i.op_count() {
+        let access = info.info(i).op_access(n);
+        if i.op_kind(n) == OpKind::Memory {
+            let like = match i.memory_size().size() {
+                8 => Register::R15,
+                4 => Register::R15D,
+                _ => return None,
+            };
+            renamed.set_op_kind(n, OpKind::Register);
+            renamed.set_op_register(n, like);
+            continue;
+        }
+        if i.op_kind(n) != OpKind::Register {
+            continue;
+        }
+        let r = i.op_register(n);
+        if !in_frame(r) {
+            renamed.set_op_register(n, sized(host_number(r), r));
+            continue;
+        }
+        let guest = r.full_register();
+        let (host, load, store) = match access {
+            OpAccess::Read => (S0, true, false),
+            // Two writes of one register: of MULX the first operand's counts (SDM 2B MULX).
+            OpAccess::Write => match used.iter().find(|b| b.store && b.guest == guest) {
+                Some(b) => (b.host, false, true),
+                None => (written.next()?, false, true),
+            },
+            _ => return None,
+        };
+        renamed.set_op_register(n, sized(host, r));
+        used.push(Borrowed { guest, host, load, store });
     }
     Some((renamed, used))
 }

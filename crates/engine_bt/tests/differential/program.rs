@@ -288,6 +288,9 @@ impl Builder<'_> {
 
     /// A conditional jump or a jump; the catalogue seldom picks one.
     fn branch(&mut self) {
+        if self.bits == 64 && self.rng.chance(12) {
+            return self.branch_by_count();
+        }
         let code = match self.rng.below(8) {
             0 => Code::Jmp_rel32_64,
             1 => Code::Call_rel32_64,
@@ -316,6 +319,28 @@ impl Builder<'_> {
         let label = self.label();
         let bits = if self.bits == 16 && self.rng.chance(30) { 32 } else { self.bits };
         let instruction = Instruction::with_branch(branch_code(code, bits), 0).unwrap();
+        self.items.push(Item { instruction, refers: Refers::Branch, label });
+    }
+
+    /// LOOP, JRCXZ and their kin, to a place that is near enough.
+    fn branch_by_count(&mut self) {
+        const CODES: [Code; 6] = [
+            Code::Jrcxz_rel8_64,
+            Code::Jecxz_rel8_64,
+            Code::Loop_rel8_64_RCX,
+            Code::Loop_rel8_64_ECX,
+            Code::Loope_rel8_64_RCX,
+            Code::Loopne_rel8_64_RCX,
+        ];
+        if self.rng.chance(50) {
+            // mov ecx, a few: else it is mostly as good as infinite.
+            let few = self.rng.below(3) as u32;
+            self.items.push(plain(Instruction::with2(Code::Mov_r32_imm32, Register::ECX, few).unwrap()));
+        }
+        let instruction = Instruction::with_branch(*self.rng.pick(&CODES), 0).unwrap();
+        let here = self.items.len();
+        let label =
+            if self.rng.chance(30) { here.saturating_sub(1) } else { here + 1 + self.rng.below(3) as usize };
         self.items.push(Item { instruction, refers: Refers::Branch, label });
     }
 

@@ -139,7 +139,8 @@ pub fn write_cr3(cpu: &mut Cpu, value: u64) -> Result<(), Exception> {
     }
     cpu.s.cr3 = value;
     cpu.derive_paging();
-    cpu.tlb.switch(if pcid_on { value & 0xfff } else { 0 }, keep);
+    let locals = cpu.tlb.switch(if pcid_on { value & 0xfff } else { 0 }, keep);
+    cpu.look_again(locals);
     Ok(())
 }
 
@@ -256,10 +257,16 @@ pub fn invpcid(cpu: &mut Cpu, kind: u64, pcid: u64, la: u64) -> Result<(), Excep
     match kind {
         0 if !is_canonical(la) => return Err(Exception::GP0),
         0 if pcid == current => cpu.tlb.invalidate_page(la),
-        1 if pcid == current => cpu.tlb.flush_local(),
+        1 if pcid == current => {
+            let locals = cpu.tlb.flush_local();
+            cpu.look_again(locals);
+        }
         0 | 1 => cpu.tlb.forget_pcid(pcid),
         2 => cpu.tlb.flush_all(),
-        _ => cpu.tlb.flush_all_local(),
+        _ => {
+            let locals = cpu.tlb.flush_all_local();
+            cpu.look_again(locals);
+        }
     }
     Ok(())
 }
