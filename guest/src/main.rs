@@ -40,12 +40,14 @@ mod snapshot;
 mod string;
 mod syscalls;
 mod traps;
+mod upper;
 
 const GROUPS: &[&[harness::Test]] = &[
     faults::TESTS,
     paging::TESTS,
     modes::TESTS,
     paging32::TESTS,
+    upper::TESTS,
     debug::TESTS,
     segments::TESTS,
     segments32::TESTS,

@@ -78,6 +78,8 @@ pub const REFILL_GROUP: i32 = 0x300;
 pub const SECOND_TLB: i32 = 0x198;
 /// Context numbers of the lower and the upper half of the address space.
 pub const CONTEXT: i32 = 0x1a0;
+/// The same for where code is: the upper half's changes only when code there has moved.
+pub const CODE_CONTEXT: i32 = 0xb40;
 /// Host address of machine memory.
 pub const MEMORY: i32 = 0x1b0;
 /// Where the next displacement of a filled TLB entry is logged, lower and upper half, and where the logs end.

@@ -44,6 +44,7 @@ mod switch_cost;
 mod tables;
 pub mod trace;
 mod trap;
+mod upper_code;
 mod user_code;
 mod xstate;
 
@@ -334,6 +335,8 @@ impl BtVcpu {
         for event in events.drain(..) {
             self.tables.apply(event);
         }
+        let interp = &mut self.interp;
+        self.tables.look_again_at_code(|la, user| interp.cpu().glance_at_code(la, user));
         any
     }
 
@@ -571,6 +574,9 @@ impl BtVcpu {
 
     /// Has jumps to `rip` find a fragment.
     fn remember(&mut self, fragment: u32, rip: u64, code: u64, variant: bt::Variant, legacy: bool) {
+        if let Some(key) = self.cache.key(fragment) {
+            self.note_upper_code(rip, key);
+        }
         match self.cache.key(fragment) {
             // For ranges that cross pages only: jumps do not lead to it.
             Some(key) if key.plain => {}
@@ -580,6 +586,15 @@ impl BtVcpu {
                 self.tables.set_user_jump(rip, key.gfn, code, variant, legacy);
             }
             _ => self.tables.set_jump(rip, code, variant, legacy),
+        }
+    }
+
+    /// Jumps and links are about to lead to the code at `rip`, which has this key (INV-UP-1).
+    fn note_upper_code(&mut self, rip: u64, key: Key) {
+        let user = key.variant == bt::Variant::User;
+        self.tables.note_upper_code(rip, key.gfn, user);
+        if key.second != NO_FRAME {
+            self.tables.note_upper_code(rip.wrapping_add(0x1000), key.second, user);
         }
     }
 
@@ -622,6 +637,8 @@ impl BtVcpu {
         if let Some(fragment) = self.find_key(key, facts)
             && epoch == self.cache.epoch()
         {
+            let rip = legacy::linear_rip(self.interp.cpu());
+            self.note_upper_code(rip, self.cache.key(fragment).unwrap_or(key));
             let reach = other_page || bt::unit::may_cross(u64::from(key.offset));
             if self.cache.link(number, fragment, reach) {
                 self.bt.links += 1;

@@ -50,7 +50,7 @@ macro_rules! lookup {
             "jmp trellis_bt_leave",
             site = const frame::SITE,
             alarm = const frame::ALARM,
-            context = const frame::CONTEXT,
+            context = const frame::CODE_CONTEXT,
             class = const $class,
             sets = const frame::SECOND_JUMP_ENTRIES,
             second = const frame::SECOND_JUMPS,

@@ -164,6 +164,7 @@ pub fn fill(cpu: &mut Cpu, frame: &Frame, counter: Option<u64>) {
     frame.set(frame::CR4, cpu.s.cr4);
     frame.set(frame::CONTEXT, cpu.tlb.context[0]);
     frame.set(frame::CONTEXT + 8, cpu.tlb.context[1]);
+    frame.set(frame::CODE_CONTEXT, cpu.tlb.context[0]);
     frame.set(frame::KERNEL_GS_BASE, cpu.s.msr.kernel_gs_base);
     frame.set(frame::TSC_OFFSET, counter.unwrap_or(0).wrapping_add(cpu.s.msr.tsc_offset));
     frame.set(

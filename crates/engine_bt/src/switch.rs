@@ -33,7 +33,7 @@ global_asm!(
     // A log that is full does not say what was filled.
     "mov rax, gs:[{jump_log}]\ncmp rax, gs:[{jump_log_end}]\njae 9f",
     "mov rax, gs:[{tlb_log}]\ncmp rax, gs:[{tlb_log_end}]\njae 9f",
-    "mov gs:[{cr3}], r15\nmov gs:[{context}], rdx",
+    "mov gs:[{cr3}], r15\nmov gs:[{context}], rdx\nmov gs:[{code_context}], rdx",
     "mov rdx, gs:[r14 + {kept} + 16]\nmov gs:[{large}], rdx",
     // Entries whose tag is in the upper half are others' by now, or empty.
     "mov rcx, gs:[{starts}]\nmov gs:[{tlb_log}], rcx\njmp 3f",
@@ -65,6 +65,7 @@ global_asm!(
     large = const frame::LARGE,
     cr3 = const frame::CR3,
     context = const frame::CONTEXT,
+    code_context = const frame::CODE_CONTEXT,
     tlb = const frame::TLB,
     tlb_entries = const frame::TLB_ENTRIES,
     jumps = const frame::JUMPS,

@@ -5,7 +5,8 @@
 //! numbers in their tags, so that a process that comes back finds its own again.
 //!
 //! INV-TAB-1: an entry of a half was filled under the half's current context number: every change of that number comes with an event that
-//! empties the half. A context number is not used again before everything was emptied.
+//! empties the half. A context number is not used again before everything was emptied. Jumps in the upper half have a number of their own, which
+//! changes only when code there has moved (INV-UP-1).
 
 #![expect(clippy::cast_possible_truncation, reason = "masked to the number of sets")]
 #![expect(unsafe_code, reason = "shares the logs with assembly")]
@@ -18,6 +19,7 @@ use crate::exec::Frame;
 use crate::huge;
 use crate::knobs::Knobs;
 use crate::page_filter::PageFilter;
+use crate::upper_code::UpperCode;
 use crate::user_code::UserCode;
 
 /// Tag and host address.
@@ -34,6 +36,9 @@ pub struct Tables {
     /// Pages that have entries in `user`.
     user_pages: PageFilter,
     upper_changed: bool,
+    /// What the upper half's code depends on, and whether that is to be looked at.
+    upper_code: UpperCode,
+    upper_flushed: bool,
     user: UserCode,
     /// Entries that each log has room for; it counts as full with the last.
     log_entries: u32,
@@ -44,6 +49,9 @@ pub struct Tables {
     /// Of 16- and 32-bit code, by variant.
     environments: [u8; 3],
 }
+
+/// Numbers of the upper half's code, which tags have room for; when they come round, all jumps are forgotten.
+const CODE_CONTEXTS: u64 = 1 << 12;
 
 const fn half(address: u64) -> usize {
     (address >> 63) as usize
@@ -78,6 +86,8 @@ impl Tables {
             pages: PageFilter::new(),
             user_pages: PageFilter::new(),
             upper_changed: false,
+            upper_code: UpperCode::default(),
+            upper_flushed: false,
             log_entries: knobs.log.clamp(1, frame::LOG_ENTRIES),
             only: None,
             distrust: !knobs.context,
@@ -163,7 +173,7 @@ impl Tables {
     pub fn set_jump(&mut self, rip: u64, code: u64, variant: Variant, legacy: bool) {
         let class = frame::jump_class(variant, legacy);
         let environment = if legacy { self.environments[variant as usize] } else { 0 };
-        let context = self.frame.get(frame::CONTEXT + 8 * half(rip) as i32);
+        let context = self.frame.get(frame::CODE_CONTEXT + 8 * half(rip) as i32);
         let at = frame::second_set(rip, context) as usize;
         if self.lower.len() == FEW_LOWER {
             for at in self.lower.drain(..) {
@@ -188,7 +198,7 @@ impl Tables {
         if legacy && let Some(code) = self.user.find_legacy(rip, variant) {
             return Some(code);
         }
-        let context = self.frame.get(frame::CONTEXT + 8 * half(rip) as i32);
+        let context = self.frame.get(frame::CODE_CONTEXT + 8 * half(rip) as i32);
         if variant == Variant::User && half(rip) == 0 {
             return self.user.find(rip);
         }
@@ -294,6 +304,7 @@ impl Tables {
         self.second.fill([frame::NO_SECOND_TAG, 0]);
         self.user.forget_pages();
         self.pages.clear();
+        self.upper_code.clear();
         self.lower.clear();
         self.user_pages.clear();
     }
@@ -347,17 +358,18 @@ impl Tables {
         let switched = matches!(event, TlbEvent::FlushLower | TlbEvent::FlushAll);
         let event = if self.distrust && switched { TlbEvent::ContextsAnew } else { event };
         self.upper_changed |= match event {
-            TlbEvent::FlushAll | TlbEvent::ContextsAnew => true,
+            TlbEvent::ContextsAnew => true,
             TlbEvent::Page(la) => {
                 half(la) == 1 && (self.has_jumps(la) || self.has_jumps(la.wrapping_sub(0x1000)))
             }
-            TlbEvent::FlushLower | TlbEvent::WriteProtect(_) => false,
+            TlbEvent::FlushAll | TlbEvent::FlushLower | TlbEvent::WriteProtect(_) => false,
         };
         match event {
             TlbEvent::FlushLower => self.forget_half(0),
             TlbEvent::FlushAll => {
                 self.forget_half(0);
-                self.forget_half(1);
+                self.forget_tlb(1);
+                self.upper_flushed = true;
             }
             TlbEvent::ContextsAnew => {
                 self.forget_tlb(0);
@@ -372,6 +384,7 @@ impl Tables {
                     }
                 }
                 self.forget_jumps_in(la & !0xfff);
+                self.upper_code.remove(la);
             }
             TlbEvent::WriteProtect(gfn) => self.write_protect(gfn),
         }
@@ -430,6 +443,29 @@ impl Tables {
         for &at in &self.lower {
             self.second.get_mut(at as usize).into_iter().for_each(forget);
         }
+    }
+
+    /// Code in the page at `rip` was found in a frame (INV-UP-1).
+    pub fn note_upper_code(&mut self, rip: u64, gfn: Gfn, user: bool) {
+        if half(rip) == 1 {
+            self.pages.add(rip);
+            self.upper_code.note(rip, gfn, user);
+        }
+    }
+
+    /// Behind events: if the upper half was flushed, code there stays known only if all of it is where it was. `find` as for [`UpperCode::still`].
+    pub fn look_again_at_code(&mut self, find: impl FnMut(u64, bool) -> Option<Gfn>) {
+        if !std::mem::take(&mut self.upper_flushed) || self.upper_code.still(find) {
+            return;
+        }
+        self.upper_code.clear();
+        self.upper_changed = true;
+        self.forget_cached_jumps(1);
+        let context = (self.frame.get(frame::CODE_CONTEXT + 8) + 1) % CODE_CONTEXTS;
+        if context == 0 {
+            self.forget_targets();
+        }
+        self.frame.set(frame::CODE_CONTEXT + 8, context);
     }
 
     fn write_protect(&mut self, gfn: u64) {

@@ -501,13 +501,25 @@ impl Cpu {
     pub(crate) fn look_again(&mut self, pages: Vec<LocalPage>) {
         let access = Access { kind: AccessKind::Read, user: false, ac: true };
         for page in pages {
-            let mut tables = Unchanged { memory: Physical(&self.mem), would_change: self.census.is_some() };
-            let now = walk(&mut tables, &self.paging, Gva(page.la), access);
-            match now {
-                Ok(now) if !tables.would_change && page.agrees(&now) => self.tlb.keep(page),
+            match self.glance(page.la, access) {
+                Some(now) if self.census.is_none() && page.agrees(&now) => self.tlb.keep(page),
                 _ => self.tlb.invalidate_page(page.la),
             }
         }
+    }
+
+    /// The translation of `la`, if walking the tables for it changes nothing in them and raises nothing.
+    fn glance(&self, la: u64, access: Access) -> Option<Translation> {
+        let mut tables = Unchanged { memory: Physical(&self.mem), would_change: false };
+        let t = walk(&mut tables, &self.paging, Gva(la), access).ok()?;
+        (!tables.would_change).then_some(t)
+    }
+
+    /// The frame of the code at `la`, as [`Cpu::walk`] would find it without a change.
+    #[must_use]
+    pub fn glance_at_code(&self, la: u64, user: bool) -> Option<Gfn> {
+        let access = Access { kind: AccessKind::Fetch, user, ac: false };
+        self.glance(la, access).map(|t| t.gpa.gfn())
     }
 
     /// A walk of which the census hears.
