@@ -6,7 +6,7 @@ use crate::traps::*;
 use crate::{code64, cpu, skip, tests};
 
 tests!("upper":
-    global_code_at_flushes, crossing_code_at_flushes, local_code_at_cr3, many_local_pages, local_accessed_dirty, local_rights, local_pages_of_two_spaces,
+    global_code_at_flushes, global_code_at_invlpg, crossing_code_at_flushes, local_code_at_cr3, many_local_pages, local_accessed_dirty, local_rights, local_pages_of_two_spaces,
 );
 
 const HIGH: u64 = 0xffff_9000_0000_0000;
@@ -20,6 +20,29 @@ fn store(va: u64) -> Outcome {
 }
 fn jump(va: u64) -> Outcome {
     Ctx::kernel(code64!("call rdi")).rdi(va).run()
+}
+
+fn global_code_at_invlpg() -> Verdict {
+    let s = Space::active();
+    let (first, a, b) = two_pages();
+    cpu::set_cr4(cpu::cr4() | PGE);
+    // Code beside it, which stays: HIGH + 0x800 jumps to NEXT + 0x1010.
+    put(first + 0x800, &[0xe9, 0x0b, 0x18, 0, 0]);
+    s.map(HIGH, first, P | W | G);
+    s.map(NEXT, a, P | W | G);
+    s.map(NEXT + 0x1000, b, P | W | G);
+    for turn in 0..40 {
+        let (frame, want) = if turn & 1 == 0 { (b, 0x222) } else { (a, 0x111) };
+        wr(s.entry(NEXT, 1), frame | P | W | G);
+        cpu::invlpg(NEXT + 0x123);
+        for _ in 0..5 {
+            eq(call(HIGH), want, "the page that was invalidated is another")?;
+            eq(call(HIGH + 0x800), 0x222, "the one behind it is not")?;
+        }
+    }
+    wr(s.entry(NEXT, 1), 0);
+    cpu::invlpg(NEXT);
+    page_fault(&jump(HIGH), 0x10, NEXT + 0x10, "the page is gone")
 }
 
 /// Drops everything: by CR4.PGE, or by INVPCID if there is one.

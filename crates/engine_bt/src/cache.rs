@@ -573,6 +573,22 @@ impl Cache {
         }
     }
 
+    /// Undoes the links from other pages to code in the page at a linear address, or to an instruction that reaches into it.
+    pub fn unlink_page(&mut self, page: u64) {
+        let leads_there = |e: &Entry| match e.key.page_rip {
+            own if own == page => true,
+            own => own == page.wrapping_sub(0x1000) && e.key.second != NO_FRAME,
+        };
+        // They stay in the list, as those do that were detached.
+        for n in 0..self.between_pages.len() {
+            let Some(&link) = self.between_pages.get(n) else { break };
+            let to = self.link_of(link).filter(|l| l.between).and_then(|l| self.entry(l.to));
+            if to.is_some_and(leads_there) {
+                self.unlink(link);
+            }
+        }
+    }
+
     /// Makes a fragment's entries lead out of the cache.
     fn close(&mut self, fragment: u32) {
         let Some(e) = self.entry(fragment).filter(|e| e.replaced.is_none()) else { return };

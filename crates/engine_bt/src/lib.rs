@@ -62,6 +62,7 @@ pub use knobs::{Knobs, TlbKnob};
 use sample::Activity;
 use state::Host;
 use tables::Tables;
+use upper_code::UpperChange;
 use x86::CpuState;
 use x86::bits::is_canonical;
 use x86::cpuid::{CpuModel, Gate};
@@ -363,10 +364,12 @@ impl BtVcpu {
         self.tables.forget_jumps();
     }
 
-    /// Undoes the links between pages if the mapping of kernel code may have changed.
+    /// Undoes the links between pages whose mapping may have changed.
     fn unlink_if_remapped(&mut self) {
-        if self.tables.take_upper_changed() {
-            self.cache.unlink_pages();
+        match self.tables.take_upper_changed() {
+            UpperChange::None => {}
+            UpperChange::Page(page) => self.cache.unlink_page(page),
+            UpperChange::Anything => self.cache.unlink_pages(),
         }
     }
 

@@ -19,7 +19,7 @@ use crate::exec::Frame;
 use crate::huge;
 use crate::knobs::Knobs;
 use crate::page_filter::PageFilter;
-use crate::upper_code::UpperCode;
+use crate::upper_code::{UpperChange, UpperCode};
 use crate::user_code::UserCode;
 
 /// Tag and host address.
@@ -35,7 +35,7 @@ pub struct Tables {
     pages: PageFilter,
     /// Pages that have entries in `user`.
     user_pages: PageFilter,
-    upper_changed: bool,
+    upper_changed: UpperChange,
     /// What the upper half's code depends on, and whether that is to be looked at.
     upper_code: UpperCode,
     upper_flushed: bool,
@@ -85,7 +85,7 @@ impl Tables {
             lower: Vec::with_capacity(FEW_LOWER),
             pages: PageFilter::new(),
             user_pages: PageFilter::new(),
-            upper_changed: false,
+            upper_changed: UpperChange::None,
             upper_code: UpperCode::default(),
             upper_flushed: false,
             log_entries: knobs.log.clamp(1, frame::LOG_ENTRIES),
@@ -357,13 +357,6 @@ impl Tables {
     pub fn apply(&mut self, event: TlbEvent) {
         let switched = matches!(event, TlbEvent::FlushLower | TlbEvent::FlushAll);
         let event = if self.distrust && switched { TlbEvent::ContextsAnew } else { event };
-        self.upper_changed |= match event {
-            TlbEvent::ContextsAnew => true,
-            TlbEvent::Page(la) => {
-                half(la) == 1 && (self.has_jumps(la) || self.has_jumps(la.wrapping_sub(0x1000)))
-            }
-            TlbEvent::FlushAll | TlbEvent::FlushLower | TlbEvent::WriteProtect(_) => false,
-        };
         match event {
             TlbEvent::FlushLower => self.forget_half(0),
             TlbEvent::FlushAll => {
@@ -375,6 +368,7 @@ impl Tables {
                 self.forget_tlb(0);
                 self.forget_tlb(1);
                 self.forget_targets();
+                self.upper_changed = UpperChange::Anything;
             }
             TlbEvent::Page(la) => {
                 for variant in 0..frame::VARIANTS {
@@ -383,8 +377,10 @@ impl Tables {
                         self.clear_entry(at);
                     }
                 }
-                self.forget_jumps_in(la & !0xfff);
-                self.upper_code.remove(la);
+                if half(la) == 0 || self.upper_code.remove(la) {
+                    self.upper_changed.add(la);
+                    self.forget_jumps_in(la & !0xfff);
+                }
             }
             TlbEvent::WriteProtect(gfn) => self.write_protect(gfn),
         }
@@ -395,9 +391,9 @@ impl Tables {
         self.pages.has(la) || self.user_pages.has(la)
     }
 
-    /// Whether the mapping of code in the upper half may have changed since this was last asked.
-    pub const fn take_upper_changed(&mut self) -> bool {
-        std::mem::replace(&mut self.upper_changed, false)
+    /// Of which code in the upper half the mapping may have changed since this was last asked.
+    pub const fn take_upper_changed(&mut self) -> UpperChange {
+        std::mem::replace(&mut self.upper_changed, UpperChange::None)
     }
 
     /// Forgets where code in the page at a linear address is, in every context; and in the page before, whose last instruction may reach
@@ -459,7 +455,7 @@ impl Tables {
             return;
         }
         self.upper_code.clear();
-        self.upper_changed = true;
+        self.upper_changed = UpperChange::Anything;
         self.forget_cached_jumps(1);
         let context = (self.frame.get(frame::CODE_CONTEXT + 8) + 1) % CODE_CONTEXTS;
         if context == 0 {

@@ -37,9 +37,9 @@ impl UpperCode {
         self.lost |= self.pages.insert(page, place).is_some_and(|before| before != place);
     }
 
-    /// Nothing is known of code in a page any more.
-    pub fn remove(&mut self, la: u64) {
-        self.pages.remove(&(la & !0xfff));
+    /// Whether anything may be known of code in a page; and if so, that is not so any more.
+    pub fn remove(&mut self, la: u64) -> bool {
+        self.pages.remove(&(la & !0xfff)).is_some() || self.lost
     }
 
     /// Nothing is known of any.
@@ -51,6 +51,30 @@ impl UpperCode {
     /// Whether all pages are where they were; `find` says in which frame the page at an address is, for who has a user's rights or not.
     pub fn still(&self, mut find: impl FnMut(u64, bool) -> Option<Gfn>) -> bool {
         !self.lost && self.pages.iter().all(|(&page, place)| find(page, place.user) == Some(place.gfn))
+    }
+}
+
+/// Where the mapping of code may have changed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum UpperChange {
+    /// Nowhere.
+    None,
+    /// In the page at this address.
+    Page(u64),
+    /// In more than one page, or anywhere.
+    Anything,
+}
+
+impl UpperChange {
+    /// In this page too, if it is one of the upper half.
+    pub const fn add(&mut self, la: u64) {
+        let page = la & !0xfff;
+        *self = match *self {
+            same if page >> 63 == 0 => same,
+            Self::None => Self::Page(page),
+            Self::Page(other) if other == page => Self::Page(page),
+            _ => Self::Anything,
+        };
     }
 }
 
@@ -73,8 +97,20 @@ mod tests {
         assert!(code.still(map));
         assert!(!code.still(|page, user| map(page, user).filter(|gfn| gfn.0 != 9)));
         assert!(!code.still(|_, _| Some(Gfn(7))));
-        code.remove(PAGE + 0x1fff);
+        assert!(code.remove(PAGE + 0x1fff) && !code.remove(PAGE + 0x1fff));
         assert!(code.still(|_, _| Some(Gfn(7))));
+    }
+
+    #[test]
+    fn changes_of_one_page_stay_one() {
+        let mut change = UpperChange::None;
+        change.add(0x7fff_ffff_f000);
+        assert_eq!(change, UpperChange::None);
+        change.add(PAGE + 5);
+        change.add(PAGE + 9);
+        assert_eq!(change, UpperChange::Page(PAGE));
+        change.add(PAGE + 0x1000);
+        assert_eq!(change, UpperChange::Anything);
     }
 
     #[test]
@@ -83,6 +119,7 @@ mod tests {
         code.note(PAGE, Gfn(7), false);
         code.note(PAGE, Gfn(8), false);
         assert!(!code.still(|_, _| Some(Gfn(8))));
+        assert!(code.remove(PAGE + 0x5000));
         code.clear();
         (0..=MAX_PAGES as u64).for_each(|n| code.note(PAGE.wrapping_sub(n << 12), Gfn(7), false));
         assert!(!code.still(|_, _| Some(Gfn(7))));
