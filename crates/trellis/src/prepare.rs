@@ -269,9 +269,25 @@ fn host_memory_bytes() -> Option<u64> {
     Some(limit.map_or(host, |limit| host.min(limit)))
 }
 
+/// What to say of a name that looks like the value of an option before it, which takes one only behind `=`.
+fn misplaced(options: &VmOptions, name: &str) -> Option<String> {
+    let is_place = name.contains(':') || name.parse::<u16>().is_ok();
+    let meant = if options.extras.balloon.is_some() && parse_memory(name).is_ok() {
+        format!("the balloon's size, write --balloon={name}")
+    } else if options.gdb.is_some() && is_place {
+        format!("where gdb attaches, write --gdb={}", name.trim_start_matches("tcp:"))
+    } else {
+        return None;
+    };
+    Some(format!("'{name}' is no image; if it is {meant}"))
+}
+
 /// What to boot: a kernel file, the contract suite, a fetched image; by default Debian, or the contract suite where
 /// Debian cannot be had.
 fn find_guest(options: &VmOptions) -> Result<Guest, PrepareError> {
+    if let Some(error) = options.image.as_deref().and_then(|name| misplaced(options, name)) {
+        return Err(Usage(error));
+    }
     match (options.image.as_deref(), options.kernel.as_deref()) {
         (Some(image), Some(_)) => {
             Err(Usage(format!("'{image}' and --kernel both name a guest; give one of them")))
@@ -286,9 +302,6 @@ fn find_guest(options: &VmOptions) -> Result<Guest, PrepareError> {
             is_contract: false,
         }),
         (Some("contract"), None) => Ok(contract()),
-        (Some(name), None) if options.extras.balloon.is_some() && parse_memory(name).is_ok() => {
-            Err(Usage(format!("'{name}' is no image; if it is the balloon's size, write --balloon={name}")))
-        }
         (Some(name), None) => {
             let spec = ImageSpec::from_name(name).map_err(|error| Usage(error.to_string()))?;
             fetched(&spec, options)
