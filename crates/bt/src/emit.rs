@@ -61,7 +61,7 @@ pub enum Op {
 pub struct Asm {
     /// The bytes so far.
     pub code: Vec<u8>,
-    encoder: Encoder,
+    encoder: Box<Encoder>,
     /// The host has BMI2.
     bmi2: bool,
 }
@@ -75,10 +75,18 @@ const fn low3(r: u8) -> u8 {
 }
 
 impl Asm {
-    /// Empty code for a host with or without BMI2.
+    /// Code into `code`, which is empty, for a host with or without BMI2.
     #[must_use]
-    pub fn new(bmi2: bool) -> Self {
-        Self { code: Vec::with_capacity(1024), encoder: Encoder::new(64), bmi2 }
+    pub fn within(mut code: Vec<u8>, encoder: Option<Box<Encoder>>, bmi2: bool) -> Self {
+        code.reserve(1024);
+        let encoder = encoder.unwrap_or_else(|| Box::new(Encoder::new(64)));
+        Self { code, encoder, bmi2 }
+    }
+
+    /// What [`Asm::within`] took.
+    #[must_use]
+    pub fn into_parts(self) -> (Vec<u8>, Box<Encoder>) {
+        (self.code, self.encoder)
     }
 
     /// Offset of the next byte.

@@ -7,6 +7,7 @@ pub mod emit;
 pub mod frame;
 pub mod hints;
 pub mod listing;
+mod look;
 pub mod lower;
 pub mod normal;
 pub mod unit;

@@ -3,11 +3,12 @@
 #![expect(clippy::cast_possible_truncation, reason = "offsets in a page")]
 
 use iced_x86::{
-    Code, Decoder, DecoderError, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
-    OpKind, Register, RflagsBits,
+    Code, Decoder, DecoderError, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind,
+    Register, RflagsBits,
 };
 
 use crate::hints::Hints;
+use crate::look::{flag_effects, is_write};
 use crate::normal::{Decoding, normal};
 
 /// Instructions in a unit at most.
@@ -174,10 +175,6 @@ pub fn form_checked(reader: &mut Reader<'_>, offset: usize, limit: usize) -> Uni
     unit
 }
 
-const fn is_write(access: OpAccess) -> bool {
-    !matches!(access, OpAccess::None | OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess)
-}
-
 /// The longest instruction (SDM 2A 2.3.11).
 pub const MAX_LEN: usize = 15;
 
@@ -202,30 +199,4 @@ pub fn form_crossing(page: &[u8; 4096], next: &[u8; MAX_LEN], offset: usize, dec
         unit.instructions.push(normal(i, decoding.bits));
     }
     unit
-}
-
-/// Flags that an instruction reads, and that it overwrites whatever happens.
-#[must_use]
-pub fn flag_effects(i: &Instruction) -> (u32, u32) {
-    let read = i.rflags_read() & STATUS;
-    let mut written = i.rflags_modified() & STATUS;
-    if may_leave_flags(i) {
-        written = 0;
-    }
-    (read, written)
-}
-
-/// Shifts by a count that may be zero leave the flags alone then; REP string instructions with a count of zero too. MOV of control and
-/// debug registers leaves them undefined by the manual (SDM 2B MOV), alone on every processor.
-fn may_leave_flags(i: &Instruction) -> bool {
-    use iced_x86::Mnemonic as M;
-    let shift = matches!(
-        i.mnemonic(),
-        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
-    );
-    if !shift {
-        return i.mnemonic() == M::Mov || i.has_rep_prefix() || i.has_repne_prefix();
-    }
-    let last = i.op_count().saturating_sub(1);
-    i.op_kind(last) == OpKind::Register || i.immediate(last) & 0x1f == 0
 }

@@ -88,14 +88,14 @@ impl Lowering<'_, '_> {
     /// An instruction on registers only, its operands renamed. False: it cannot be encoded.
     pub(super) fn on_registers(&mut self, i: &Instruction) -> bool {
         let order = self.held.order(i);
-        let Some((renamed, used)) = rename(i, &order, &mut self.info) else { return false };
+        let Some((renamed, used)) = rename(i, &order, &mut self.room.info) else { return false };
         self.load_borrowed(&used);
         if !self.asm.instruction(&renamed) {
             return false;
         }
         self.store_borrowed(&used);
         self.kept = self.held;
-        for b in &used {
+        for b in used.iter() {
             self.kept.hold(b.host, b.guest);
         }
         true

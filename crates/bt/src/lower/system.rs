@@ -171,7 +171,7 @@ impl Lowering<'_, '_> {
 
     fn pop_flags(&mut self, i: &Instruction, supervisor: bool) {
         let size = stack::item(i);
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         self.in_host = false;
         if supervisor {
             self.poll_here();
@@ -279,7 +279,7 @@ impl Lowering<'_, '_> {
         if self.facts.legacy.is_some() || i.op1_kind() != OpKind::Register {
             return false;
         }
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         self.spill(live_before);
         self.register_to(S0, i.op1_register());
         self.asm.and32(S0, 0xffff);
@@ -357,7 +357,7 @@ impl Lowering<'_, '_> {
     }
 
     fn write_base(&mut self, i: &Instruction, live_before: u32) {
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         self.spill(live_before);
         self.register_to(S0, i.op0_register());
         if i.op0_register().size() == 8 {
