@@ -4,6 +4,7 @@
 //! with [`emit::Asm`]; [`frame`] is the contract with the engine that runs it.
 
 pub mod emit;
+mod encode;
 pub mod frame;
 pub mod hints;
 pub mod listing;
