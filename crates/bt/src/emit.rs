@@ -100,6 +100,7 @@ impl Head {
         self.len += 1;
     }
 
+    #[inline(always)]
     fn opcode(&mut self, rex: u8, opcode: &[u8]) {
         if rex != 0x40 {
             self.push(rex);
@@ -193,8 +194,7 @@ impl Asm {
         // ModRM with SIB and no base: an absolute 32-bit displacement.
         head.push(low3(reg) << 3 | 4);
         head.push(0x25);
-        self.short(head.bytes, head.len);
-        self.imm32(disp);
+        self.with_disp32(head, disp);
     }
 
     /// `opcode reg, gs:[index * 2^scale + disp]`; without scale the index is a base.
@@ -209,8 +209,15 @@ impl Asm {
             head.push(low3(reg) << 3 | 4);
             head.push(scale << 6 | low3(index) << 3 | 5);
         }
-        self.short(head.bytes, head.len);
-        self.imm32(disp);
+        self.with_disp32(head, disp);
+    }
+
+    /// Appends first bytes and a displacement.
+    fn with_disp32(&mut self, head: Head, disp: i32) {
+        let end = self.code.len() + head.len + 4;
+        let all = u128::from(head.bytes) | u128::from(disp as u32) << (8 * head.len);
+        self.code.extend_from_slice(&all.to_le_bytes());
+        self.code.truncate(end);
     }
 
     /// `op reg, gs:[disp]`, 64 bits.
@@ -411,9 +418,10 @@ impl Asm {
         if mode == 0x40 {
             head.push(disp as u8);
         }
-        self.short(head.bytes, head.len);
         if mode == 0x80 {
-            self.imm32(disp);
+            self.with_disp32(head, disp);
+        } else {
+            self.short(head.bytes, head.len);
         }
     }
     fn memory_op(

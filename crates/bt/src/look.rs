@@ -61,9 +61,9 @@ pub struct Look {
     pub ident: bool,
     /// It has a memory operand with a ModRM byte, as we see it.
     pub memory: bool,
-    /// It names a general register that is another in the host.
+    /// It names a general register that is another in the host: RSP, or one that lives in the frame.
     pub renamed: bool,
-    /// It writes memory. Known only when [`Look::each_written`] has asked.
+    /// It writes memory. Of what is not [`Look::is_known`], known when [`Look::each_written`] has asked.
     pub writes: bool,
     effect: Effect,
 }
@@ -94,7 +94,11 @@ fn traits(i: &Instruction) -> Traits {
 /// Flags that an instruction reads, and that it overwrites whatever happens.
 #[must_use]
 pub fn flag_effects(i: &Instruction) -> (u32, u32) {
-    let known = traits(i);
+    flags_by(traits(i), i)
+}
+
+#[inline]
+fn flags_by(known: Traits, i: &Instruction) -> (u32, u32) {
     if known.special || i.has_rep_prefix() || i.has_repne_prefix() {
         return flags_of(i);
     }
@@ -263,12 +267,37 @@ const fn is_plain(kind: OpKind) -> bool {
     matches!(kind, OpKind::Memory) || (kind as u32) < OpKind::MemorySegSI as u32
 }
 
+/// See [`gpr_number`].
+const GPR_NUMBERS: [u8; 256] = {
+    let mut numbers = [u8::MAX; 256];
+    let mut r = 1;
+    while r <= 68 {
+        // AL to BL, AH to BH, SPL to R15L, and three times sixteen in order.
+        numbers[r as usize] = match r {
+            1..=4 => r - 1,
+            5..=8 => r - 5,
+            9..=20 => r - 5,
+            _ => (r - 21) & 15,
+        };
+        r += 1;
+    }
+    numbers
+};
+
+/// The number of a general register; above 15 for what is none.
+#[must_use]
+pub const fn gpr_number(r: Register) -> u8 {
+    let index = r as u8;
+    GPR_NUMBERS[index as usize]
+}
+
 impl Look {
     /// Looks at an instruction.
     #[must_use]
+    #[inline]
     pub fn at(i: &Instruction) -> Self {
         let known = traits(i);
-        let (read, written) = flag_effects(i);
+        let (read, written) = flags_by(known, i);
         let mut look = Self {
             read,
             written,
@@ -281,30 +310,42 @@ impl Look {
         if known.special {
             look.touches = i.rflags_modified() & STATUS != 0;
         }
-        for n in 0..i.op_count() {
-            let kind = if n == 0 { i.op0_kind() } else { i.op_kind(n) };
-            if kind == OpKind::Register {
-                look.names(if n == 0 { i.op0_register() } else { i.op_register(n) });
-            } else if kind == OpKind::Memory {
-                look.memory = true;
-            } else if !is_plain(kind) {
-                look.effect = Effect::Ask;
-            }
-        }
-        // A shift by nothing writes nothing.
-        if known.special && !look.touches {
+        let count = i.op_count();
+        let first = [
+            (i.op0_kind(), i.op0_register()),
+            (i.op1_kind(), i.op1_register()),
+            (i.op2_kind(), i.op2_register()),
+        ];
+        first.into_iter().take(count as usize).for_each(|(kind, r)| look.has(kind, r));
+        (3..count).for_each(|n| look.has(i.op_kind(n), i.op_register(n)));
+        // A shift by nothing writes nothing. To pop RSP is something else.
+        if known.special && !look.touches || look.effect == Effect::Pop && i.op0_register() == Register::RSP {
             look.effect = Effect::Ask;
         }
+        look.writes =
+            look.effect == Effect::Push || look.effect == Effect::First && i.op0_kind() == OpKind::Memory;
         look
     }
 
-    fn names(&mut self, r: Register) {
-        if r.is_gpr() {
-            let number = r.full_register().number();
-            self.renamed |= number == 4 || number >= 13;
-        } else {
-            self.ident = false;
+    /// It has this operand; the register counts if it is one.
+    #[inline]
+    fn has(&mut self, kind: OpKind, r: Register) {
+        match kind {
+            OpKind::Register => {
+                let number = gpr_number(r);
+                self.ident &= number < 16;
+                self.renamed |= matches!(number, 4 | 13..=15);
+            }
+            OpKind::Memory => self.memory = true,
+            kind if is_plain(kind) => {}
+            _ => self.effect = Effect::Ask,
         }
+    }
+
+    /// Whether it is known without asking what it writes.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        self.effect != Effect::Ask
     }
 
     /// Tells each general register that the instruction writes, and notes whether it writes memory.
@@ -321,18 +362,14 @@ impl Look {
         };
         match self.effect {
             Effect::Nothing => {}
-            Effect::First if i.op0_kind() == OpKind::Memory => self.writes = true,
+            Effect::First if self.writes => {}
             Effect::First => tell_gpr(i.op0_register()),
-            Effect::Push => {
-                self.writes = true;
-                tell_gpr(Register::RSP);
-            }
-            Effect::Return => tell_gpr(Register::RSP),
-            Effect::Pop if i.op0_register() != Register::RSP => {
+            Effect::Push | Effect::Return => tell_gpr(Register::RSP),
+            Effect::Pop => {
                 tell_gpr(Register::RSP);
                 tell_gpr(i.op0_register());
             }
-            Effect::Pop | Effect::Ask => {
+            Effect::Ask => {
                 let info = info.info(i);
                 self.writes = info.used_memory().iter().any(|m| is_write(m.access()));
                 let written = info.used_registers().iter().filter(|u| is_write(u.access()));
@@ -377,6 +414,14 @@ mod tests {
                     see(&crate::normal::normal(i, bits));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn gpr_numbers_are_those_of_the_full_registers() {
+        for r in Register::values() {
+            let number = if r.is_gpr() { r.full_register().number() } else { 255 };
+            assert_eq!(usize::from(gpr_number(r)), number, "{r:?}");
         }
     }
 

@@ -49,25 +49,41 @@ impl<'a> Reader<'a> {
         self.page
     }
 
-    /// The instruction at `offset`, if it lies within the page.
-    fn at(&mut self, offset: usize) -> Option<Instruction> {
-        self.decoder.set_position(offset).ok()?;
+    /// From here on [`Reader::next`] reads. False: that is not in the page.
+    fn go_to(&mut self, offset: usize) -> bool {
         self.decoder.set_ip(offset as u64);
-        let i = self.decoder.decode();
-        (self.decoder.last_error() == DecoderError::None).then(|| normal(i, self.decoder.bitness()))
+        self.decoder.set_position(offset).is_ok()
+    }
+
+    /// The next instruction into `i`. False: it does not lie within the page.
+    fn next(&mut self, i: &mut Instruction) -> bool {
+        self.decoder.decode_out(i);
+        if self.decoder.bitness() != 64 {
+            *i = normal(*i, self.decoder.bitness());
+        }
+        self.decoder.last_error() == DecoderError::None
     }
 
     /// The unit at `offset`. `limit` bounds its instructions (1 for bisecting). Empty if the first instruction cannot be decoded within
     /// the page.
     #[must_use]
     pub fn form(&mut self, offset: usize, limit: usize) -> Unit {
-        let mut unit = Unit { instructions: Vec::with_capacity(16), end: offset, hints: Hints::new() };
-        while unit.instructions.len() < limit.clamp(1, MAX_INSTRUCTIONS) {
-            let Some(i) = self.at(unit.end) else { break };
-            unit.end += i.len();
-            unit.instructions.push(i);
-            if ends_unit(&i) || takes_translations_back(&i) {
-                break;
+        let mut unit = Unit { instructions: Vec::with_capacity(24), end: offset, hints: Hints::new() };
+        if !self.go_to(offset) {
+            return unit;
+        }
+        let limit = limit.clamp(1, MAX_INSTRUCTIONS);
+        let mut ends = false;
+        while !ends && unit.instructions.len() < limit {
+            // Read where it is to be: instructions are large.
+            unit.instructions.push(Instruction::default());
+            let Some(i) = unit.instructions.last_mut() else { break };
+            if self.next(i) {
+                unit.end += i.len();
+                ends = ends_unit(i) || takes_translations_back(i);
+            } else {
+                unit.instructions.pop();
+                ends = true;
             }
         }
         unit
@@ -78,12 +94,14 @@ impl<'a> Reader<'a> {
     #[must_use]
     pub fn live_at(&mut self, offset: usize) -> (u32, usize) {
         let (mut live, mut unknown, mut at) = (0, STATUS, offset);
+        let in_page = self.go_to(offset);
+        let mut i = Instruction::default();
         for _ in 0..PEEK {
-            let Some(i) = self.at(at) else {
+            if !in_page || !self.next(&mut i) {
                 // What could not be decoded was looked at too.
                 at = (at + MAX_LEN).min(4096);
                 break;
-            };
+            }
             at += i.len();
             let (read, written) = flag_effects(&i);
             live |= read & unknown;
@@ -138,7 +156,7 @@ fn takes_translations_back(i: &Instruction) -> bool {
 /// Whether an instruction loads CR3.
 #[must_use]
 pub fn switches_space(i: &Instruction) -> bool {
-    i.op_count() == 2 && i.op0_kind() == OpKind::Register && i.op0_register() == Register::CR3
+    i.op0_register() == Register::CR3 && i.op_count() == 2 && i.op0_kind() == OpKind::Register
 }
 
 /// Whether a direct branch cuts its target to 16 bits: AMD's do with an operand-size prefix, in 64-bit code too (APM 3 Jcc). No compiler emits

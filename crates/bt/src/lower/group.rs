@@ -20,7 +20,7 @@ use super::{Facts, Lowering, segment, vector};
 use crate::emit::{S0, S1, SP};
 use crate::frame;
 use crate::hints::Form;
-use crate::look::Look;
+use crate::look::{Look, gpr_number};
 use crate::unit::Unit;
 
 /// Bytes from a group's first to its last at most: the longer, the more often it crosses a page.
@@ -87,7 +87,7 @@ pub(super) struct Plan {
 }
 
 fn number(r: Register) -> usize {
-    r.full_register().number() & 15
+    usize::from(gpr_number(r) & 15)
 }
 
 /// The access of an instruction, if it can share a check.
@@ -223,12 +223,20 @@ impl Plan {
         let mut values = [Value::default(); 16];
         let mut epoch = 0;
         for (n, (i, look)) in unit.instructions.iter().zip(looks).enumerate() {
+            let adapted = || unit.hints.has(i.ip(), Form::Direct) || unit.hints.has(i.ip(), Form::Halves);
+            let shared = |look: &Look| access(i, facts, look).filter(|_| !facts.plain && !adapted());
             // What the instruction changes counts for those behind it.
-            let before = values;
-            look.each_written(i, info, |r| values[number(r)].change(i, r, facts));
-            let adapted = unit.hints.has(i.ip(), Form::Direct) || unit.hints.has(i.ip(), Form::Halves);
-            if let Some(a) = access(i, facts, look).filter(|_| !facts.plain && !adapted) {
-                self.add(n, a, &before, epoch);
+            if look.is_known() {
+                if let Some(a) = shared(look) {
+                    self.add(n, a, &values, epoch);
+                }
+                look.each_written(i, info, |r| values[number(r)].change(i, r, facts));
+            } else {
+                let before = values;
+                look.each_written(i, info, |r| values[number(r)].change(i, r, facts));
+                if let Some(a) = shared(look) {
+                    self.add(n, a, &before, epoch);
+                }
             }
             epoch += u32::from(matches!(i.mnemonic(), Mnemonic::Stac | Mnemonic::Clac));
         }
@@ -321,7 +329,7 @@ impl Lowering<'_, '_> {
             None if stack => 0,
             None => displacement(i, self.facts.legacy.is_some())?,
         };
-        let mut held = self.held.delta == Some(group);
+        let mut held = self.held.delta == Some(group as u8);
         let first = self.room.misses.len();
         if self.room.plan.open >> group & 1 == 0 {
             let own = super::Own {

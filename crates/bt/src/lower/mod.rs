@@ -603,7 +603,8 @@ impl Lowering<'_, '_> {
             return false;
         }
         // With all exceptions masked WAIT finds none.
-        if is_nop(i) || i.mnemonic() == Mnemonic::Wait && self.facts.fp >= FpLevel::X87 {
+        let known = self.look.ident;
+        if !known && (is_nop(i) || i.mnemonic() == Mnemonic::Wait && self.facts.fp >= FpLevel::X87) {
             self.kept = self.held;
             return true;
         }
@@ -620,7 +621,10 @@ impl Lowering<'_, '_> {
             return true;
         }
         let mark = self.mark();
-        let ok = if i.has_rep_prefix() || i.has_repne_prefix() || i.is_string_instruction() {
+        let repeats = i.has_rep_prefix() || i.has_repne_prefix();
+        let ok = if self.look.ident && !repeats {
+            self.ident(i, live_before, reads)
+        } else if repeats || i.is_string_instruction() {
             self.string(i, live_before)
         } else {
             match i.mnemonic() {
@@ -628,7 +632,6 @@ impl Lowering<'_, '_> {
                 Mnemonic::Pop => self.pop(i, live_before),
                 Mnemonic::Leave => self.leave_frame(i, live_before),
                 Mnemonic::Div | Mnemonic::Idiv => self.divide(i, live_before),
-                _ if self.look.ident => self.ident(i, live_before, reads),
                 _ if self.system(i, live_before) => true,
                 _ => self.vector(i, live_before, reads),
             }

@@ -6,7 +6,7 @@ use iced_x86::{EncodingKind, Instruction, InstructionInfoFactory, OpAccess, OpKi
 
 use crate::emit::{S0, S1, SP};
 use crate::frame;
-use crate::look::is_write;
+use crate::look::{gpr_number, is_write};
 
 /// A guest register of the frame that an instruction uses, in a scratch register meanwhile.
 #[derive(Clone, Copy, Default)]
@@ -48,19 +48,19 @@ impl DerefMut for Borrowing {
 }
 
 /// Guest registers that live in the frame.
-pub(super) fn in_frame(r: Register) -> bool {
-    matches!(r.full_register(), Register::R13 | Register::R14 | Register::R15)
+pub(super) const fn in_frame(r: Register) -> bool {
+    matches!(gpr_number(r), 13..=15)
 }
 
-pub(super) fn frame_slot(r: Register) -> i32 {
-    frame::GPR + 8 * r.full_register().number() as i32
+pub(super) const fn frame_slot(r: Register) -> i32 {
+    frame::GPR + 8 * (gpr_number(r) & 15) as i32
 }
 
 /// The host register number of a guest register that is not in the frame.
-pub(super) fn host_number(r: Register) -> u8 {
-    match r.full_register() {
-        Register::RSP => SP,
-        full => full.number() as u8,
+pub(super) const fn host_number(r: Register) -> u8 {
+    match gpr_number(r) {
+        4 => SP,
+        number => number & 15,
     }
 }
 

@@ -127,11 +127,17 @@ impl Lowering<'_, '_> {
 
     /// Behind an instruction that may have set IF, when its shadow is over: leaves at `offset` if the alarm is set.
     pub(super) fn poll_after_shadow(&mut self, offset: u64, live: u32) {
+        if self.poll_in != 0 {
+            self.count_shadow(offset, live);
+        }
+    }
+
+    fn count_shadow(&mut self, offset: u64, live: u32) {
         if self.poll_in == 1 {
             self.spill(live);
             self.poll_at(offset);
         }
-        self.poll_in = self.poll_in.saturating_sub(1);
+        self.poll_in -= 1;
     }
 
     /// Sets the alarm if a signal waits. Clobbers flags and [`S0`].
