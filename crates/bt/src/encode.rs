@@ -264,9 +264,11 @@ impl Encoded {
                 }
             }
         }
-        let constant = u64::from(i.immediate32()) & ((1 << (8 * shape.constant)) - 1);
-        e.tail |= constant << (8 * e.tail_len);
-        e.tail_len += usize::from(shape.constant);
+        if shape.constant != 0 {
+            let constant = u64::from(i.immediate32()) & ((1 << (8 * shape.constant)) - 1);
+            e.tail |= constant << (8 * e.tail_len);
+            e.tail_len += usize::from(shape.constant);
+        }
         Some(e)
     }
 

@@ -92,6 +92,10 @@ fn number(r: Register) -> usize {
 
 /// The access of an instruction, if it can share a check.
 fn access(i: &Instruction, facts: Facts, look: &Look) -> Option<Access> {
+    // PUSH and its kin are not among those.
+    if look.ident && !look.memory {
+        return None;
+    }
     let write = look.writes;
     let stack = |disp, size, write| Access {
         base: Register::RSP,
@@ -238,7 +242,8 @@ impl Plan {
                     self.add(n, a, &before, epoch);
                 }
             }
-            epoch += u32::from(matches!(i.mnemonic(), Mnemonic::Stac | Mnemonic::Clac));
+            let changes_ac = !look.ident && matches!(i.mnemonic(), Mnemonic::Stac | Mnemonic::Clac);
+            epoch += u32::from(changes_ac);
         }
         self.disband(unit);
         self.finish();
