@@ -6,6 +6,8 @@
 
 use iced_x86::{Encoder, Instruction};
 
+use crate::encode::Encoded;
+
 /// Host scratch register.
 pub const S0: u8 = 14;
 /// Host scratch register.
@@ -61,7 +63,7 @@ pub enum Op {
 pub struct Asm {
     /// The bytes so far.
     pub code: Vec<u8>,
-    encoder: Encoder,
+    encoder: Box<Encoder>,
     /// The host has BMI2.
     bmi2: bool,
 }
@@ -74,11 +76,52 @@ const fn low3(r: u8) -> u8 {
     r & 7
 }
 
+/// The first bytes of an instruction: prefixes to SIB byte, or the byte behind.
+#[derive(Clone, Copy, Default)]
+struct Head {
+    bytes: u64,
+    len: usize,
+}
+
+impl Head {
+    const fn of(byte: u8) -> Self {
+        Self { bytes: byte as u64, len: 1 }
+    }
+
+    /// With a REX prefix, needed or not.
+    fn with_rex(rex: u8, opcode: u8) -> Self {
+        let mut head = Self::of(rex);
+        head.push(opcode);
+        head
+    }
+
+    const fn push(&mut self, byte: u8) {
+        self.bytes |= (byte as u64) << (8 * self.len);
+        self.len += 1;
+    }
+
+    #[inline(always)]
+    fn opcode(&mut self, rex: u8, opcode: &[u8]) {
+        if rex != 0x40 {
+            self.push(rex);
+        }
+        opcode.iter().for_each(|&byte| self.push(byte));
+    }
+}
+
 impl Asm {
-    /// Empty code for a host with or without BMI2.
+    /// Code into `code`, which is empty, for a host with or without BMI2.
     #[must_use]
-    pub fn new(bmi2: bool) -> Self {
-        Self { code: Vec::with_capacity(1024), encoder: Encoder::new(64), bmi2 }
+    pub fn within(mut code: Vec<u8>, encoder: Option<Box<Encoder>>, bmi2: bool) -> Self {
+        code.reserve(1024);
+        let encoder = encoder.unwrap_or_else(|| Box::new(Encoder::new(64)));
+        Self { code, encoder, bmi2 }
+    }
+
+    /// What [`Asm::within`] took.
+    #[must_use]
+    pub fn into_parts(self) -> (Vec<u8>, Box<Encoder>) {
+        (self.code, self.encoder)
     }
 
     /// Offset of the next byte.
@@ -90,6 +133,13 @@ impl Asm {
     /// Appends bytes.
     pub fn bytes(&mut self, b: &[u8]) {
         self.code.extend_from_slice(b);
+    }
+
+    /// Appends the lowest `len` bytes of `bytes`, eight at most. A copy of a known length costs less than one of few bytes.
+    fn short(&mut self, bytes: u64, len: usize) {
+        let end = self.code.len() + len;
+        self.code.extend_from_slice(&bytes.to_le_bytes());
+        self.code.truncate(end);
     }
 
     /// NOPs up to an offset that is at most five bytes away (SDM 2B NOP, recommended sequences).
@@ -112,6 +162,11 @@ impl Asm {
 
     /// Appends an instruction; false (and nothing appended) if it has no encoding.
     pub fn instruction(&mut self, i: &Instruction) -> bool {
+        if let Some(e) = Encoded::of(i) {
+            self.short(e.head, e.head_len);
+            self.short(e.tail, e.tail_len);
+            return true;
+        }
         let mark = self.code.len();
         self.encoder.set_buffer(std::mem::take(&mut self.code));
         let ok = self.encoder.encode(i, 0).is_ok();
@@ -127,32 +182,42 @@ impl Asm {
     }
 
     fn opcode(&mut self, rex: u8, opcode: &[u8]) {
-        if rex != 0x40 {
-            self.code.push(rex);
-        }
-        self.bytes(opcode);
+        let mut head = Head::default();
+        head.opcode(rex, opcode);
+        self.short(head.bytes, head.len);
     }
 
     /// `opcode reg, gs:[disp]` (or the reverse, as the opcode says), 64 bits if `wide`.
     fn gs_op(&mut self, wide: bool, opcode: &[u8], reg: u8, disp: i32) {
-        self.code.push(0x65);
-        self.opcode(Self::rex(wide, reg, 0, 0), opcode);
+        let mut head = Head::of(0x65);
+        head.opcode(Self::rex(wide, reg, 0, 0), opcode);
         // ModRM with SIB and no base: an absolute 32-bit displacement.
-        self.bytes(&[low3(reg) << 3 | 4, 0x25]);
-        self.imm32(disp);
+        head.push(low3(reg) << 3 | 4);
+        head.push(0x25);
+        self.with_disp32(head, disp);
     }
 
     /// `opcode reg, gs:[index * 2^scale + disp]`; without scale the index is a base.
     fn gs_index_op(&mut self, wide: bool, opcode: u8, reg: u8, (index, scale): (u8, u8), disp: i32) {
-        self.code.push(0x65);
+        let mut head = Head::of(0x65);
         if scale == 0 {
             debug_assert!(low3(index) != 4, "would need a SIB byte");
-            self.opcode(Self::rex(wide, reg, 0, index), &[opcode, 0x80 | low3(reg) << 3 | low3(index)]);
+            head.opcode(Self::rex(wide, reg, 0, index), &[opcode]);
+            head.push(0x80 | low3(reg) << 3 | low3(index));
         } else {
-            self.opcode(Self::rex(wide, reg, index, 0), &[opcode, low3(reg) << 3 | 4]);
-            self.code.push(scale << 6 | low3(index) << 3 | 5);
+            head.opcode(Self::rex(wide, reg, index, 0), &[opcode]);
+            head.push(low3(reg) << 3 | 4);
+            head.push(scale << 6 | low3(index) << 3 | 5);
         }
-        self.imm32(disp);
+        self.with_disp32(head, disp);
+    }
+
+    /// Appends first bytes and a displacement.
+    fn with_disp32(&mut self, head: Head, disp: i32) {
+        let end = self.code.len() + head.len + 4;
+        let all = u128::from(head.bytes) | u128::from(disp as u32) << (8 * head.len);
+        self.code.extend_from_slice(&all.to_le_bytes());
+        self.code.truncate(end);
     }
 
     /// `op reg, gs:[disp]`, 64 bits.
@@ -330,28 +395,33 @@ impl Asm {
             self.bytes(&value.to_le_bytes());
         }
     }
-    /// ModRM, SIB and displacement of `[base + index * 2^scale + disp]`.
-    fn memory(&mut self, reg: u8, base: u8, index: Option<(u8, u8)>, disp: i32) {
-        let short = i8::try_from(disp);
+    /// ModRM, SIB and displacement of `[base + index * 2^scale + disp]`, behind the first bytes.
+    fn memory(&mut self, mut head: Head, reg: u8, base: u8, index: Option<(u8, u8)>, disp: i32) {
+        let short = i8::try_from(disp).is_ok();
         let none = disp == 0 && low3(base) != 5;
-        let mode = if none {
-            0
-        } else if short.is_ok() {
-            0x40
-        } else {
-            0x80
+        let mode = match (none, short) {
+            (true, _) => 0,
+            (_, true) => 0x40,
+            _ => 0x80,
         };
         match index {
-            None if low3(base) != 4 => self.code.push(mode | low3(reg) << 3 | low3(base)),
-            None => self.bytes(&[mode | low3(reg) << 3 | 4, 0x24]),
+            None if low3(base) != 4 => head.push(mode | low3(reg) << 3 | low3(base)),
+            None => {
+                head.push(mode | low3(reg) << 3 | 4);
+                head.push(0x24);
+            }
             Some((i, scale)) => {
-                self.bytes(&[mode | low3(reg) << 3 | 4, scale << 6 | low3(i) << 3 | low3(base)]);
+                head.push(mode | low3(reg) << 3 | 4);
+                head.push(scale << 6 | low3(i) << 3 | low3(base));
             }
         }
-        match short {
-            _ if none => {}
-            Ok(d) => self.code.push(d as u8),
-            Err(_) => self.imm32(disp),
+        if mode == 0x40 {
+            head.push(disp as u8);
+        }
+        if mode == 0x80 {
+            self.with_disp32(head, disp);
+        } else {
+            self.short(head.bytes, head.len);
         }
     }
     fn memory_op(
@@ -363,9 +433,9 @@ impl Asm {
         index: Option<(u8, u8)>,
         disp: i32,
     ) {
-        let rex = Self::rex(wide, reg, index.map_or(0, |(i, _)| i), base);
-        self.opcode(rex, opcode);
-        self.memory(reg, base, index, disp);
+        let mut head = Head::default();
+        head.opcode(Self::rex(wide, reg, index.map_or(0, |(i, _)| i), base), opcode);
+        self.memory(head, reg, base, index, disp);
     }
     /// `lea to, [base + index * 2^scale + disp]`; `index` None for none.
     pub fn lea(&mut self, to: u8, base: u8, index: Option<(u8, u8)>, disp: i32) {
@@ -408,8 +478,8 @@ impl Asm {
         match size {
             1 => {
                 // A REX prefix always, so that numbers 4 to 7 are SPL to DIL.
-                self.bytes(&[Self::rex(false, reg, index, base), 0x88]);
-                self.memory(reg, base, at, 0);
+                let head = Head::with_rex(Self::rex(false, reg, index, base), 0x88);
+                self.memory(head, reg, base, at, 0);
             }
             2 => {
                 self.code.push(0x66);
@@ -425,8 +495,8 @@ impl Asm {
         match size {
             1 => {
                 // A REX prefix always, so that numbers 4 to 7 are SPL to DIL.
-                self.bytes(&[Self::rex(false, reg, index, base), 0x3a]);
-                self.memory(reg, base, at, 0);
+                let head = Head::with_rex(Self::rex(false, reg, index, base), 0x3a);
+                self.memory(head, reg, base, at, 0);
             }
             2 => {
                 self.code.push(0x66);

@@ -4,9 +4,11 @@
 //! with [`emit::Asm`]; [`frame`] is the contract with the engine that runs it.
 
 pub mod emit;
+mod encode;
 pub mod frame;
 pub mod hints;
 pub mod listing;
+mod look;
 pub mod lower;
 pub mod normal;
 pub mod unit;

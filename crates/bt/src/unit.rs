@@ -3,11 +3,12 @@
 #![expect(clippy::cast_possible_truncation, reason = "offsets in a page")]
 
 use iced_x86::{
-    Code, Decoder, DecoderError, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
-    OpKind, Register, RflagsBits,
+    Code, Decoder, DecoderError, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind,
+    Register, RflagsBits,
 };
 
 use crate::hints::Hints;
+use crate::look::{flag_effects, is_write};
 use crate::normal::{Decoding, normal};
 
 /// Instructions in a unit at most.
@@ -48,25 +49,41 @@ impl<'a> Reader<'a> {
         self.page
     }
 
-    /// The instruction at `offset`, if it lies within the page.
-    fn at(&mut self, offset: usize) -> Option<Instruction> {
-        self.decoder.set_position(offset).ok()?;
+    /// From here on [`Reader::next`] reads. False: that is not in the page.
+    fn go_to(&mut self, offset: usize) -> bool {
         self.decoder.set_ip(offset as u64);
-        let i = self.decoder.decode();
-        (self.decoder.last_error() == DecoderError::None).then(|| normal(i, self.decoder.bitness()))
+        self.decoder.set_position(offset).is_ok()
+    }
+
+    /// The next instruction into `i`. False: it does not lie within the page.
+    fn next(&mut self, i: &mut Instruction) -> bool {
+        self.decoder.decode_out(i);
+        if self.decoder.bitness() != 64 {
+            *i = normal(*i, self.decoder.bitness());
+        }
+        self.decoder.last_error() == DecoderError::None
     }
 
     /// The unit at `offset`. `limit` bounds its instructions (1 for bisecting). Empty if the first instruction cannot be decoded within
     /// the page.
     #[must_use]
     pub fn form(&mut self, offset: usize, limit: usize) -> Unit {
-        let mut unit = Unit { instructions: Vec::with_capacity(16), end: offset, hints: Hints::new() };
-        while unit.instructions.len() < limit.clamp(1, MAX_INSTRUCTIONS) {
-            let Some(i) = self.at(unit.end) else { break };
-            unit.end += i.len();
-            unit.instructions.push(i);
-            if ends_unit(&i) || takes_translations_back(&i) {
-                break;
+        let mut unit = Unit { instructions: Vec::with_capacity(24), end: offset, hints: Hints::new() };
+        if !self.go_to(offset) {
+            return unit;
+        }
+        let limit = limit.clamp(1, MAX_INSTRUCTIONS);
+        let mut ends = false;
+        while !ends && unit.instructions.len() < limit {
+            // Read where it is to be: instructions are large.
+            unit.instructions.push(Instruction::default());
+            let Some(i) = unit.instructions.last_mut() else { break };
+            if self.next(i) {
+                unit.end += i.len();
+                ends = ends_unit(i) || takes_translations_back(i);
+            } else {
+                unit.instructions.pop();
+                ends = true;
             }
         }
         unit
@@ -77,12 +94,14 @@ impl<'a> Reader<'a> {
     #[must_use]
     pub fn live_at(&mut self, offset: usize) -> (u32, usize) {
         let (mut live, mut unknown, mut at) = (0, STATUS, offset);
+        let in_page = self.go_to(offset);
+        let mut i = Instruction::default();
         for _ in 0..PEEK {
-            let Some(i) = self.at(at) else {
+            if !in_page || !self.next(&mut i) {
                 // What could not be decoded was looked at too.
                 at = (at + MAX_LEN).min(4096);
                 break;
-            };
+            }
             at += i.len();
             let (read, written) = flag_effects(&i);
             live |= read & unknown;
@@ -137,7 +156,7 @@ fn takes_translations_back(i: &Instruction) -> bool {
 /// Whether an instruction loads CR3.
 #[must_use]
 pub fn switches_space(i: &Instruction) -> bool {
-    i.op_count() == 2 && i.op0_kind() == OpKind::Register && i.op0_register() == Register::CR3
+    i.op0_register() == Register::CR3 && i.op_count() == 2 && i.op0_kind() == OpKind::Register
 }
 
 /// Whether a direct branch cuts its target to 16 bits: AMD's do with an operand-size prefix, in 64-bit code too (APM 3 Jcc). No compiler emits
@@ -174,10 +193,6 @@ pub fn form_checked(reader: &mut Reader<'_>, offset: usize, limit: usize) -> Uni
     unit
 }
 
-const fn is_write(access: OpAccess) -> bool {
-    !matches!(access, OpAccess::None | OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess)
-}
-
 /// The longest instruction (SDM 2A 2.3.11).
 pub const MAX_LEN: usize = 15;
 
@@ -202,30 +217,4 @@ pub fn form_crossing(page: &[u8; 4096], next: &[u8; MAX_LEN], offset: usize, dec
         unit.instructions.push(normal(i, decoding.bits));
     }
     unit
-}
-
-/// Flags that an instruction reads, and that it overwrites whatever happens.
-#[must_use]
-pub fn flag_effects(i: &Instruction) -> (u32, u32) {
-    let read = i.rflags_read() & STATUS;
-    let mut written = i.rflags_modified() & STATUS;
-    if may_leave_flags(i) {
-        written = 0;
-    }
-    (read, written)
-}
-
-/// Shifts by a count that may be zero leave the flags alone then; REP string instructions with a count of zero too. MOV of control and
-/// debug registers leaves them undefined by the manual (SDM 2B MOV), alone on every processor.
-fn may_leave_flags(i: &Instruction) -> bool {
-    use iced_x86::Mnemonic as M;
-    let shift = matches!(
-        i.mnemonic(),
-        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
-    );
-    if !shift {
-        return i.mnemonic() == M::Mov || i.has_rep_prefix() || i.has_repne_prefix();
-    }
-    let last = i.op_count().saturating_sub(1);
-    i.op_kind(last) == OpKind::Register || i.immediate(last) & 0x1f == 0
 }

@@ -15,17 +15,18 @@
 
 #![expect(clippy::cast_possible_truncation, reason = "numbers are bounded by the size of code memory")]
 
+mod index;
 mod segments;
 
 use std::hash::BuildHasher as _;
 
 use bt::{Facts, Fragment, Site, Variant};
 use guestmem::Gfn;
-use hashbrown::HashTable;
 use rustc_hash::{FxBuildHasher, FxHashMap, FxHashSet};
 
 use crate::code_memory::CodeMemory;
 use crate::content::{Check, Source};
+use index::Index;
 use segments::Segments;
 
 /// What a fragment is known by.
@@ -169,8 +170,8 @@ pub struct Evictions {
 pub struct Cache {
     code: CodeMemory,
     segments: Segments,
-    /// Fragments that can be found, by their keys. Only numbers: a million keys would be as large as their code.
-    index: HashTable<u32>,
+    /// Fragments that can be found, by the hash of their keys: a million keys would be as large as their code.
+    index: Index,
     entries: Vec<Option<Entry>>,
     /// Of fragments that check themselves.
     checks: FxHashMap<u32, Check>,
@@ -230,7 +231,7 @@ impl Cache {
         Ok(Self {
             code: CodeMemory::new(code_bytes)?,
             segments: Segments::new(code_bytes),
-            index: HashTable::new(),
+            index: Index::new()?,
             entries: Vec::new(),
             checks: FxHashMap::default(),
             free: Vec::new(),
@@ -266,7 +267,7 @@ impl Cache {
         boxes
             + lists
             + of(self.entries.capacity(), size_of::<Option<Entry>>())
-            + of(self.index.capacity(), size_of::<u32>() + 1)
+            + self.index.bytes()
             + of(self.pages.capacity(), size_of::<(Gfn, PageCode)>() + 1)
             + of(self.between_pages.capacity(), size_of::<u32>())
             + of(self.checks.capacity(), size_of::<(u32, Check)>() + 1)
@@ -317,8 +318,7 @@ impl Cache {
     /// The fragment's number, if there is one. It may be suspended or on probation.
     #[inline(always)]
     pub fn find(&self, key: &Key) -> Option<u32> {
-        let is_it = |n: &u32| self.entry(*n).is_some_and(|e| e.key == *key);
-        self.index.find(hash(key), is_it).copied()
+        self.index.find(hash(key), |number| self.entry(number).is_some_and(|e| e.key == *key))
     }
 
     /// Whether a fragment can be entered as it is.
@@ -452,9 +452,7 @@ impl Cache {
         if let Some(slot) = self.entries.get_mut(number as usize) {
             *slot = Some(entry);
         }
-        let entries = &self.entries;
-        let hash_of = |n: &u32| entries.get(*n as usize).and_then(Option::as_ref).map_or(0, |e| hash(&e.key));
-        self.index.insert_unique(hash(&key), number, hash_of);
+        self.index.insert(hash(&key), number);
     }
 
     /// What an exit leads to.
@@ -720,9 +718,7 @@ impl Cache {
     }
 
     fn forget_key(&mut self, key: &Key, fragment: u32) {
-        if let Ok(found) = self.index.find_entry(hash(key), |n| *n == fragment) {
-            found.remove();
-        }
+        self.index.remove(hash(key), fragment);
     }
 
     /// Fills the next segment from now on, and forgets what is still there.

@@ -36,8 +36,9 @@ impl Source {
     pub fn new(fragment: &Fragment, page: &[u8; 4096], next: &[u8]) -> Self {
         let second = u16::try_from(next.len()).unwrap_or(u16::MAX);
         let mut s = Self { ranges: join(&fragment.ranges), second, hash: 0 };
-        let mut bytes =
-            s.gather(|range| page.get(usize::from(range.0)..usize::from(range.1)).map(<[u8]>::to_vec));
+        let mut bytes = s.gather(|(from, to), bytes| {
+            bytes.extend_from_slice(page.get(usize::from(from)..usize::from(to)).unwrap_or_default());
+        });
         bytes.extend_from_slice(next);
         s.hash = hash_fixed(&mut bytes, fragment.variable);
         s
@@ -49,21 +50,20 @@ impl Source {
         filled.fold(0, |mask, &(from, to)| mask | lines(usize::from(from), usize::from(to - from)))
     }
 
-    fn gather(&self, read: impl Fn((u16, u16)) -> Option<Vec<u8>>) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(128);
-        for range in self.ranges.iter().filter(|r| r.0 < r.1) {
-            bytes.extend(read(*range).unwrap_or_default());
-        }
+    /// The bytes of all ranges; `read` appends those of one.
+    fn gather(&self, read: impl Fn((u16, u16), &mut Vec<u8>)) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(512);
+        self.ranges.iter().filter(|r| r.0 < r.1).for_each(|range| read(*range, &mut bytes));
         bytes
     }
 
     /// The bytes that are in memory now.
     fn now(&self, mem: &GuestMemory, key: &Key) -> Option<Vec<u8>> {
         let page = mem.page(key.gfn)?.hva;
-        let mut bytes = self.gather(|(from, to)| {
-            let mut part = vec![0; usize::from(to - from)];
-            mem.read_machine(Hva(page.0 + u64::from(from)), &mut part);
-            Some(part)
+        let mut bytes = self.gather(|(from, to), bytes| {
+            let at = bytes.len();
+            bytes.resize(at + usize::from(to - from), 0);
+            mem.read_machine(Hva(page.0 + u64::from(from)), &mut bytes[at..]);
         });
         if key.second != NO_FRAME {
             let mut part = vec![0; usize::from(self.second)];
@@ -96,15 +96,14 @@ fn hash_fixed(bytes: &mut [u8], variable: u128) -> u64 {
 
 /// At most [`RANGES`] ranges that cover those given, ascending; empty ones at the end.
 fn join(all: &[(u16, u16)]) -> [(u16, u16); RANGES] {
-    let mut sorted: Vec<_> = all.iter().copied().filter(|r| r.0 < r.1).collect();
-    sorted.sort_unstable();
-    let mut joined: Vec<(u16, u16)> = Vec::with_capacity(sorted.len());
-    for r in sorted {
-        match joined.last_mut() {
-            Some(last) if r.0 <= last.1 => last.1 = last.1.max(r.1),
-            _ => joined.push(r),
-        }
-    }
+    let mut joined = Vec::with_capacity(all.len());
+    joined.extend(all.iter().copied().filter(|r| r.0 < r.1));
+    joined.sort_unstable();
+    joined.dedup_by(|r, last| {
+        let touches = r.0 <= last.1;
+        last.1 = if touches { last.1.max(r.1) } else { last.1 };
+        touches
+    });
     while joined.len() > RANGES {
         let gap = |n: &usize| joined.get(n + 1).zip(joined.get(*n)).map_or(u16::MAX, |(b, a)| b.0 - a.1);
         let at = (0..joined.len() - 1).min_by_key(gap).unwrap_or(0);

@@ -15,6 +15,7 @@ mod callout;
 mod change;
 mod classify;
 mod code_memory;
+mod code_pages;
 mod content;
 mod cpuid;
 mod deliver;
@@ -83,6 +84,10 @@ struct Next {
     page: Box<[u8; 4096]>,
     version: u32,
 }
+
+/// The bytes that a fragment was made of are not those in memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Changed;
 
 /// Counters.
 #[derive(Clone, Copy, Debug, Default)]
@@ -167,6 +172,7 @@ pub struct BtVcpu {
     /// The environment of the jump tables' entries.
     environment: u8,
     places: places::Places,
+    code_pages: code_pages::CodePages,
     /// Writes to traced pages that hit no code, by hashed frame.
     innocent: Box<[u8; change::INNOCENT]>,
     /// The frame whose code was written last, and how often in a row.
@@ -231,6 +237,7 @@ impl BtVcpu {
             environments: Environments::default(),
             environment: 0,
             places: places::Places::default(),
+            code_pages: code_pages::CodePages::default(),
             innocent: Box::new([0; change::INNOCENT]),
             written_last: NO_FRAME,
             written_in_a_row: 0,
@@ -480,11 +487,41 @@ impl BtVcpu {
 
     fn translate(&mut self, key: Key, facts: bt::Facts) -> Option<u32> {
         let start = std::time::Instant::now();
-        let (page, version) = self.read_frame(key.gfn)?;
+        let (gfn, version) = (key.gfn, self.interp.cpu().mem.code_version(key.gfn));
+        let (mut page, kept) = self.code_pages.take(gfn, version);
+        let begin = if kept { usize::from(key.offset) & !63 } else { 0 };
+        let end = if kept { (begin + code_pages::FRESH).min(4096) } else { 4096 };
+        self.read_bytes(gfn, begin, &mut page[begin..end])?;
+        let mut number = self.translate_from(&page, version, key, facts);
+        if kept && number == Err(Changed) {
+            self.read_bytes(gfn, 0, &mut page[..])?;
+            number = self.translate_from(&page, version, key, facts);
+        }
+        self.code_pages.keep(gfn, version, page);
+        self.bt.translation_ns += u64::try_from(start.elapsed().as_nanos()).unwrap_or(0);
+        number.ok().flatten()
+    }
+
+    /// Bytes of a frame, from an offset on. None if it is none.
+    fn read_bytes(&mut self, gfn: Gfn, offset: usize, bytes: &mut [u8]) -> Option<()> {
+        let cpu = self.interp.cpu();
+        let hva = cpu.mem.page(gfn)?.hva;
+        cpu.mem.read_machine(guestmem::Hva(hva.0 + offset as u64), bytes);
+        Some(())
+    }
+
+    /// Makes a fragment of the page's bytes, if they are what is in memory.
+    fn translate_from(
+        &mut self,
+        page: &[u8; 4096],
+        version: u32,
+        key: Key,
+        facts: bt::Facts,
+    ) -> Result<Option<u32>, Changed> {
         self.note_code(key.gfn);
         let wants_check = facts.legacy.is_none() && (self.knobs.check || self.places.changes_often(&key));
-        let mut reader = Reader::new(&page, facts.decoding());
-        let (mut unit, next) = self.unit(key, &mut reader, facts, wants_check)?;
+        let mut reader = Reader::new(page, facts.decoding());
+        let Some((mut unit, next)) = self.unit(key, &mut reader, facts, wants_check) else { return Ok(None) };
         let second = next.as_ref().map_or(NO_FRAME, |next| next.gfn);
         let key = Key { second, ..key };
         let (sites, links) = self.cache.bases();
@@ -505,31 +542,30 @@ impl BtVcpu {
         };
         let beyond = unit.end.saturating_sub(4096);
         let head = next.as_ref().map_or(&[][..], |next| &next.page[..beyond]);
-        let source = Source::new(&fragment, &page, head);
+        let source = Source::new(&fragment, page, head);
         let check = check.map(|_| Check { sample: None, variable: fragment.variable });
         // The bytes are traced only now that it is known which; if they changed meanwhile, another time. Those that a fragment looks at itself need
         // no trace.
-        let mut unchanged = check.is_some() || self.trace(key.gfn, source.lines(), &page);
+        let mut unchanged = check.is_some() || self.trace(key.gfn, source.lines(), page);
         if let Some(next) = &next {
             unchanged &= self.trace(key.second, 1, &next.page);
         }
         self.apply_events();
         if !unchanged {
-            return None;
+            return Err(Changed);
         }
         let second_version = next.as_ref().map_or(0, |next| next.version);
         let number =
             self.cache.insert(&New { key, fragment: &fragment, source, check, version, second_version });
         self.wipe_emptied();
         let head = next.as_ref().map_or(&[][..], |next| &next.page[..bt::unit::MAX_LEN]);
-        self.note_made(number, &observe::Made::new(&unit, &page, head, &fragment, facts, (sites, links)));
+        self.note_made(number, &observe::Made::new(&unit, page, head, &fragment, facts, (sites, links)));
         self.bt.fragments += 1;
         self.bt.translated += fragment.map.len() as u64;
         self.bt.translated_bytes += fragment.code.len() as u64;
         self.bt.guest_bytes += (unit.end - usize::from(key.offset)) as u64;
         self.bt.direct_exits += fragment.exits.iter().filter(|e| e.place.is_some()).count() as u64;
-        self.bt.translation_ns += u64::try_from(start.elapsed().as_nanos()).unwrap_or(0);
-        number
+        Ok(number)
     }
 
     /// Traces lines of a frame; true if its bytes are still those given. Writes after this are told ([`BtVcpu::code_written`]).

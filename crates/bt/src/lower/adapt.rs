@@ -13,7 +13,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::memory::Halves;
 use super::scratch::Scratch;
-use super::{Lowering, SiteKind, ident, vector};
+use super::{Lowering, SiteKind, vector};
 use crate::emit::{S0, S1};
 use crate::frame;
 use crate::hints::Form;
@@ -49,18 +49,17 @@ pub(super) enum Making {
 }
 
 /// Whether the instruction has one memory operand, which is named, and does nothing unusual.
-fn has_plain_operand(i: &Instruction, facts: super::Facts) -> bool {
+fn has_plain_operand(i: &Instruction, facts: super::Facts, look: super::Look) -> bool {
     let named = (0..i.op_count()).filter(|n| i.op_kind(*n) == OpKind::Memory).count() == 1;
     let bits = matches!(i.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
         && i.op1_kind() == OpKind::Register;
-    let known = ident::is_ident(i) || vector::group_access(i, facts).is_some();
+    let known = look.ident || vector::group_access(i, facts).is_some();
     named && known && !bits && i.mnemonic() != Mnemonic::Lea && !i.has_rep_prefix() && !i.has_repne_prefix()
 }
 
 /// Whether an instruction may work on a copy of its operand (INV-ADAPT-1).
-fn may_have_halves(i: &Instruction, facts: super::Facts, write: bool) -> bool {
-    let stack = matches!(i.mnemonic(), Mnemonic::Push | Mnemonic::Pop | Mnemonic::Leave)
-        && (0..i.op_count()).all(|n| i.op_kind(n) != OpKind::Memory);
+fn may_have_halves(i: &Instruction, facts: super::Facts, look: super::Look) -> bool {
+    let stack = matches!(i.mnemonic(), Mnemonic::Push | Mnemonic::Pop | Mnemonic::Leave) && !look.memory;
     let locks = i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg;
     let masks = i.has_op_mask()
         || matches!(
@@ -68,7 +67,7 @@ fn may_have_halves(i: &Instruction, facts: super::Facts, write: bool) -> bool {
             Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq
         );
     // What a masked load leaves out may be copied all the same; if it cannot, the interpreter does the load.
-    stack || has_plain_operand(i, facts) && !locks && !(masks && write)
+    stack || has_plain_operand(i, facts, look) && !locks && !(masks && look.writes)
 }
 
 impl Lowering<'_, '_> {
@@ -78,11 +77,10 @@ impl Lowering<'_, '_> {
             return false;
         }
         let wants = |form| self.hints.has(self.current, form);
-        if wants(Form::Direct) && has_plain_operand(i, self.facts) {
+        if wants(Form::Direct) && has_plain_operand(i, self.facts, self.look) {
             return self.direct(i);
         }
-        let write = self.plan.writes(self.number);
-        wants(Form::Halves) && may_have_halves(i, self.facts, write) && self.halves(i, live_before, reads)
+        wants(Form::Halves) && may_have_halves(i, self.facts, self.look) && self.halves(i, live_before, reads)
     }
 
     /// Calls out, with the address in the frame.
@@ -93,7 +91,7 @@ impl Lowering<'_, '_> {
             return false;
         }
         let mark = self.mark();
-        let write = self.plan.writes(self.number);
+        let write = self.look.writes;
         self.spill(STATUS);
         if !self.address(i, size, write) {
             self.back_to(mark);
@@ -107,14 +105,14 @@ impl Lowering<'_, '_> {
 
     /// The first form; the second is made behind the fragment.
     fn halves(&mut self, i: &Instruction, live_before: u32, reads: bool) -> bool {
-        let (variant, first) = (self.variant, self.misses.len());
+        let (variant, first) = (self.variant, self.room.misses.len());
         self.making = Making::First;
         let done = self.lower(i, live_before, reads);
         self.making = Making::Plain;
         let accesses: Vec<usize> =
-            (first..self.misses.len()).filter(|n| self.miss_may_have_halves(*n)).collect();
+            (first..self.room.misses.len()).filter(|n| self.miss_may_have_halves(*n)).collect();
         if let (true, &[miss]) = (done, &accesses[..]) {
-            self.halves.push(Pending {
+            self.room.halves.push(Pending {
                 number: self.number,
                 live_before,
                 reads,
@@ -130,41 +128,44 @@ impl Lowering<'_, '_> {
 
     /// The second forms, behind the straight line.
     pub(super) fn finish_halves(&mut self, unit: &Unit) {
-        for p in std::mem::take(&mut self.halves) {
+        let mut halves = std::mem::take(&mut self.room.halves);
+        for p in halves.drain(..) {
             let Some(i) = unit.instructions.get(p.number) else { continue };
             let Some(site) = self.miss_site(p.miss) else { continue };
             let mark = self.mark();
             let at = self.asm.here();
-            (self.number, self.code, self.touch) = (p.number, i.code(), None);
+            self.begin(p.number);
+            (self.code, self.touch) = (i.code(), None);
             (self.current, self.next) = (i.ip(), i.next_ip());
             (self.variant, self.in_host, self.fp_loaded) = (p.variant, false, site.fp_loaded);
             (self.held, self.kept) = (Scratch::default(), Scratch::default());
             self.making = Making::Second;
-            let first = self.misses.len();
+            let first = self.room.misses.len();
             let done = self.lower(i, p.live_before, p.reads);
             self.making = Making::Plain;
             let Some(halves) = self.second.take().filter(|_| done) else {
                 self.back_to(mark);
                 continue;
             };
-            if self.plan.writes(p.number) || i.mnemonic() == Mnemonic::Push {
+            if self.look.writes || i.mnemonic() == Mnemonic::Push {
                 self.asm.call_gs(frame::JOIN);
             }
             debug_assert_eq!((self.in_host, self.fp_loaded), (p.in_host, p.fp_loaded));
             let end = self.asm.here();
             self.asm.jmp_to(p.done);
-            for miss in first..self.misses.len() {
+            for miss in first..self.room.misses.len() {
                 self.complete_one(miss, end, p.in_host);
             }
             self.complete_halves(halves, end, p.in_host);
             self.lead_to_halves(p.miss, at);
         }
+        self.room.halves = halves;
     }
 
     /// In the second form, in place of a check: from the linear address in [`S0`] to the copy at `S0 + S1`. The first byte
     /// of what the engine calls again if it could do nothing is at `retry`.
     pub(super) fn split(&mut self, size: usize, write: bool, retry: usize) -> usize {
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         self.asm.mov_imm(S1, size as u64);
         let site = self.site(SiteKind::Split { size: size as u8, write });
         self.second = Some(Halves { site });

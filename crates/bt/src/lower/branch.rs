@@ -67,7 +67,7 @@ impl Lowering<'_, '_> {
 
     fn exit(&mut self, jump: Fixup, target: u64, entry: Entry) {
         let variant = self.variant;
-        self.pending.push(PendingExit { jump, target, entry, variant, plain: false });
+        self.room.pending.push(PendingExit { jump, target, entry, variant, plain: false });
     }
 
     /// A jump (to be bound) that is taken when the alarm is set. Clobbers flags.
@@ -322,7 +322,8 @@ impl Lowering<'_, '_> {
     /// Where groups whose check failed go on: in code without groups.
     pub(super) fn finish_plain_exits(&mut self) {
         let mut emitted: Vec<(u16, usize)> = Vec::new();
-        for n in std::mem::take(&mut self.plain_exits) {
+        let mut exits = std::mem::take(&mut self.room.plain_exits);
+        for n in exits.drain(..) {
             let Some(guest) = self.miss_site(n).map(|s| s.guest) else { continue };
             let known = emitted.iter().find(|(g, _)| *g == guest).map(|e| e.1);
             let at = known.unwrap_or_else(|| {
@@ -330,18 +331,26 @@ impl Lowering<'_, '_> {
                 let jump = self.asm.jmp();
                 let variant = self.miss_variant(n);
                 let target = u64::from(guest);
-                self.pending.push(PendingExit { jump, target, entry: Entry::Link, variant, plain: true });
+                self.room.pending.push(PendingExit {
+                    jump,
+                    target,
+                    entry: Entry::Link,
+                    variant,
+                    plain: true,
+                });
                 emitted.push((guest, at));
                 at
             });
             self.complete_one(n, at, false);
         }
+        self.room.plain_exits = exits;
     }
 
     /// The stubs of all exits: where a jump that is not linked leads, and a poll that found the alarm set.
     pub(super) fn finish_exits(&mut self) {
         let mut stubs: Vec<(u64, super::Variant, bool, usize)> = Vec::new();
-        for p in std::mem::take(&mut self.pending) {
+        let mut pending = std::mem::take(&mut self.room.pending);
+        for p in pending.drain(..) {
             if p.entry == Entry::Link {
                 self.asm.bind(p.jump);
                 self.take_exit(Some(Asm::place(p.jump) as u32), p.target, p.variant, p.plain);
@@ -356,6 +365,7 @@ impl Lowering<'_, '_> {
                 self.take_exit(None, p.target, p.variant, p.plain);
             }
         }
+        self.room.pending = pending;
     }
 
     /// The interpreter does the current instruction, and the fragment is left.
@@ -372,9 +382,9 @@ impl Lowering<'_, '_> {
         variant: super::Variant,
         plain: bool,
     ) {
-        let number = self.exit_base + self.exits.len() as u32;
+        let number = self.exit_base + self.room.exits.len() as u32;
         let stub = self.asm.here() as u32;
-        self.exits.push(Exit { place, stub, target: target as i32, variant, plain });
+        self.room.exits.push(Exit { place, stub, target: target as i32, variant, plain });
         self.asm.call_gs(frame::TAKE_EXIT);
         self.asm.bytes(&number.to_le_bytes());
     }

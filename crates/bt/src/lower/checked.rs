@@ -95,7 +95,7 @@ impl Lowering<'_, '_> {
 
     /// Where the current instruction's constant was copied to.
     fn copied(&self, at: usize) -> i32 {
-        let start = self.map.first().map_or(0, |place| i32::from(place.guest));
+        let start = self.room.map.first().map_or(0, |place| i32::from(place.guest));
         frame::CODE_COPY + self.current as i32 + at as i32 - (start & !7)
     }
 

@@ -15,7 +15,7 @@ impl Lowering<'_, '_> {
         if signed && size < 4 || !memory && high_byte {
             return false;
         }
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         // All flags are undefined afterwards, but the interpreter may have to show them if it raises #DE.
         self.spill(live_before | crate::unit::STATUS);
         if memory {

@@ -11,15 +11,16 @@
 //! INV-GROUP-1: a remembered difference is used only while no translation was taken back since its check: the engine leaves the fragment when
 //! an instruction that it did for it took back any.
 
-use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, Register};
 
 use super::memory::Operand;
-use super::registers::{host_number, in_frame, is_write};
+use super::registers::{host_number, in_frame};
 use super::scratch::Scratch;
-use super::{Facts, Lowering, ident, segment, vector};
+use super::{Facts, Lowering, segment, vector};
 use crate::emit::{S0, S1, SP};
 use crate::frame;
 use crate::hints::Form;
+use crate::look::{Look, gpr_number};
 use crate::unit::Unit;
 
 /// Bytes from a group's first to its last at most: the longer, the more often it crosses a page.
@@ -60,24 +61,42 @@ struct Value {
     offset: i32,
 }
 
+impl Value {
+    /// The instruction writes `r`, which has this value.
+    fn change(&mut self, i: &Instruction, r: Register, facts: Facts) {
+        let full = r.full_register();
+        let (change, size) = match facts.legacy {
+            None => (constant_change(i, full), 8),
+            Some(_) => (constant_change_legacy(i, full), 4),
+        };
+        match change.and_then(|c| self.offset.checked_add(c)) {
+            Some(offset) if r.size() == size => self.offset = offset,
+            _ => *self = Self { version: self.version + 1, offset: 0 },
+        }
+    }
+}
+
 /// Which accesses share checks.
 #[derive(Default)]
 pub(super) struct Plan {
     groups: Vec<Group>,
     /// For each instruction its group, and the displacement of its access from the group's lowest byte.
     members: Vec<Option<(usize, i32)>>,
-    /// For each instruction, whether it writes memory.
-    writes: Vec<bool>,
     /// Groups whose check was emitted.
     open: u32,
 }
 
 fn number(r: Register) -> usize {
-    r.full_register().number() & 15
+    usize::from(gpr_number(r) & 15)
 }
 
 /// The access of an instruction, if it can share a check.
-fn access(i: &Instruction, facts: Facts, write: bool) -> Option<Access> {
+fn access(i: &Instruction, facts: Facts, look: &Look) -> Option<Access> {
+    // PUSH and its kin are not among those.
+    if look.ident && !look.memory {
+        return None;
+    }
+    let write = look.writes;
     let stack = |disp, size, write| Access {
         base: Register::RSP,
         index: Register::None,
@@ -100,17 +119,18 @@ fn access(i: &Instruction, facts: Facts, write: bool) -> Option<Access> {
         Code::Retnd => return Some(stack(0, 4, false)),
         _ => {}
     }
-    let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+    if !look.memory {
+        return None;
+    }
     let segment = matches!(i.memory_segment(), Register::FS | Register::GS);
-    if !memory || segment || i.has_rep_prefix() || i.has_repne_prefix() || i.mnemonic() == Mnemonic::Lea {
+    if segment || i.has_rep_prefix() || i.has_repne_prefix() || i.mnemonic() == Mnemonic::Lea {
         return None;
     }
     let bits = matches!(i.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
-    let plain = ident::is_ident(i) && !bits && i.mnemonic() != Mnemonic::Cmpxchg16b;
-    let aligned = match vector::group_access(i, facts) {
-        Some(aligned) => aligned,
-        None if plain => false,
-        None => return None,
+    let aligned = match look.ident && i.mnemonic() != Mnemonic::Cmpxchg16b {
+        true if bits => return None,
+        true => false,
+        false => vector::group_access(i, facts)?,
     };
     let size = i.memory_size();
     let size = if size.is_broadcast() { size.element_size() } else { size.size() };
@@ -194,41 +214,39 @@ fn constant_change(i: &Instruction, r: Register) -> Option<i32> {
 }
 
 impl Plan {
-    /// The plan of a unit.
-    pub fn new(unit: &Unit, facts: Facts, info: &mut InstructionInfoFactory) -> Self {
-        let count = unit.instructions.len();
-        let mut plan =
-            Self { members: vec![None; count], writes: Vec::with_capacity(count), ..Self::default() };
-        let mut values = [Value::default(); 17];
+    /// Forgets what is in it.
+    pub fn clear(&mut self) {
+        self.groups.clear();
+        self.members.clear();
+        self.open = 0;
+    }
+
+    /// The plan of a unit, in an empty one. Completes what was seen of its instructions.
+    pub fn make(&mut self, unit: &Unit, looks: &mut [Look], facts: Facts, info: &mut InstructionInfoFactory) {
+        self.members.resize(unit.instructions.len(), None);
+        let mut values = [Value::default(); 16];
         let mut epoch = 0;
-        for (n, i) in unit.instructions.iter().enumerate() {
-            let info = info.info(i);
-            let write = info.used_memory().iter().any(|m| is_write(m.access()));
-            plan.writes.push(write);
-            let adapted = unit.hints.has(i.ip(), Form::Direct) || unit.hints.has(i.ip(), Form::Halves);
-            if let Some(a) = access(i, facts, write).filter(|_| !facts.plain && !adapted) {
-                plan.add(n, a, &values, epoch);
-            }
-            epoch += u32::from(matches!(i.mnemonic(), Mnemonic::Stac | Mnemonic::Clac));
-            for u in info.used_registers() {
-                let r = u.register();
-                if is_write(u.access()) && r.is_gpr() {
-                    let v = &mut values[number(r)];
-                    let full = r.full_register();
-                    let (change, size) = match facts.legacy {
-                        None => (constant_change(i, full), 8),
-                        Some(_) => (constant_change_legacy(i, full), 4),
-                    };
-                    match change.and_then(|c| v.offset.checked_add(c)) {
-                        Some(offset) if r.size() == size => v.offset = offset,
-                        _ => *v = Value { version: v.version + 1, offset: 0 },
-                    }
+        for (n, (i, look)) in unit.instructions.iter().zip(looks).enumerate() {
+            let adapted = || unit.hints.has(i.ip(), Form::Direct) || unit.hints.has(i.ip(), Form::Halves);
+            let shared = |look: &Look| access(i, facts, look).filter(|_| !facts.plain && !adapted());
+            // What the instruction changes counts for those behind it.
+            if look.is_known() {
+                if let Some(a) = shared(look) {
+                    self.add(n, a, &values, epoch);
+                }
+                look.each_written(i, info, |r| values[number(r)].change(i, r, facts));
+            } else {
+                let before = values;
+                look.each_written(i, info, |r| values[number(r)].change(i, r, facts));
+                if let Some(a) = shared(look) {
+                    self.add(n, a, &before, epoch);
                 }
             }
+            let changes_ac = !look.ident && matches!(i.mnemonic(), Mnemonic::Stac | Mnemonic::Clac);
+            epoch += u32::from(changes_ac);
         }
-        plan.disband(unit);
-        plan.finish();
-        plan
+        self.disband(unit);
+        self.finish();
     }
 
     /// Groups that often fail are none.
@@ -245,11 +263,6 @@ impl Plan {
         }
     }
 
-    /// Whether an instruction writes memory.
-    pub fn writes(&self, n: usize) -> bool {
-        self.writes.get(n).copied().unwrap_or(true)
-    }
-
     /// Which groups' checks were emitted, as a mask.
     pub const fn open(&self) -> u32 {
         self.open
@@ -260,7 +273,7 @@ impl Plan {
         self.open = open;
     }
 
-    fn add(&mut self, n: usize, a: Access, values: &[Value; 17], epoch: u32) {
+    fn add(&mut self, n: usize, a: Access, values: &[Value; 16], epoch: u32) {
         let value = |r: Register| if r.is_gpr() { values[number(r)] } else { Value::default() };
         let (b, x) = (value(a.base), value(a.index));
         let moved = i64::from(b.offset) + i64::from(x.offset) * i64::from(a.scale);
@@ -314,20 +327,20 @@ impl Lowering<'_, '_> {
     /// The operand of the current instruction's access at `disp` off the given base and index, if it shares a check with others. Guest flags
     /// are spilled where the check is; otherwise they stay.
     pub(super) fn grouped(&mut self, i: &Instruction, live_before: u32) -> Option<Operand> {
-        let (group, above) = self.plan.members.get(self.number).copied().flatten()?;
-        let stack = !(0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        let (group, above) = self.room.plan.members.get(self.number).copied().flatten()?;
+        let stack = !self.look.memory;
         let disp = match pushed(i) {
             Some(size) => -size,
             None if stack => 0,
             None => displacement(i, self.facts.legacy.is_some())?,
         };
-        let mut held = self.held.delta == Some(group);
-        let first = self.misses.len();
-        if self.plan.open >> group & 1 == 0 {
+        let mut held = self.held.delta == Some(group as u8);
+        let first = self.room.misses.len();
+        if self.room.plan.open >> group & 1 == 0 {
             let own = super::Own {
                 above: above as u16,
                 size: if stack { stack_bytes(i) } else { i.memory_size().size() } as u8,
-                write: self.plan.writes(self.number),
+                write: self.look.writes,
             };
             self.open_group(i, group, disp.checked_sub(above)?, stack, live_before, own)?;
             held = true;
@@ -351,7 +364,7 @@ impl Lowering<'_, '_> {
         live_before: u32,
         own: super::Own,
     ) -> Option<()> {
-        let g = self.plan.groups.get(group)?;
+        let g = self.room.plan.groups.get(group)?;
         let (len, write, aligned) = ((g.high - g.low) as usize, g.write, g.aligned.is_some());
         self.spill(live_before);
         self.held = Scratch::default();
@@ -362,12 +375,12 @@ impl Lowering<'_, '_> {
             return None;
         }
         let first = self.check_range(len, write, retry, aligned, own);
-        let last = self.misses.len();
+        let last = self.room.misses.len();
         self.asm.store(frame::DELTAS + 8 * group as i32, S1);
         for miss in first..last {
-            self.plain_exits.push(miss);
+            self.room.plain_exits.push(miss);
         }
-        self.plan.open |= 1 << group;
+        self.room.plan.open |= 1 << group;
         Some(())
     }
 

@@ -1,6 +1,6 @@
 //! Integer instructions that are themselves again.
 
-use iced_x86::{ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::Lowering;
 use super::memory::Operand;
@@ -9,96 +9,7 @@ use super::scratch::Scratch;
 use super::segment::{address_bits, displacement, names_high_byte};
 use crate::emit::{S0, S1};
 use crate::frame;
-use crate::unit::{self, STATUS};
-
-/// Instructions that may be executed as they are, their operands renamed.
-pub(super) fn is_ident(i: &Instruction) -> bool {
-    use Mnemonic as M;
-    let plain = matches!(
-        i.mnemonic(),
-        M::Mov
-            | M::Movzx
-            | M::Movsx
-            | M::Movsxd
-            | M::Lea
-            | M::Add
-            | M::Or
-            | M::Adc
-            | M::Sbb
-            | M::And
-            | M::Sub
-            | M::Xor
-            | M::Cmp
-            | M::Test
-            | M::Inc
-            | M::Dec
-            | M::Neg
-            | M::Not
-            | M::Shl
-            | M::Sal
-            | M::Shr
-            | M::Sar
-            | M::Rol
-            | M::Ror
-            | M::Rcl
-            | M::Rcr
-            | M::Shld
-            | M::Shrd
-            | M::Imul
-            | M::Mul
-            | M::Bswap
-            | M::Cbw
-            | M::Cwde
-            | M::Cdqe
-            | M::Cwd
-            | M::Cdq
-            | M::Cqo
-            | M::Xchg
-            | M::Xadd
-            | M::Cmpxchg
-            | M::Cmpxchg8b
-            | M::Cmpxchg16b
-            | M::Bt
-            | M::Bts
-            | M::Btr
-            | M::Btc
-            | M::Bsf
-            | M::Bsr
-            | M::Movbe
-            | M::Movnti
-            | M::Clc
-            | M::Stc
-            | M::Cmc
-            | M::Lahf
-            | M::Sahf
-    );
-    let extended = matches!(
-        i.mnemonic(),
-        M::Popcnt
-            | M::Lzcnt
-            | M::Tzcnt
-            | M::Crc32
-            | M::Andn
-            | M::Bextr
-            | M::Blsi
-            | M::Blsmsk
-            | M::Blsr
-            | M::Bzhi
-            | M::Mulx
-            | M::Pdep
-            | M::Pext
-            | M::Rorx
-            | M::Sarx
-            | M::Shlx
-            | M::Shrx
-            | M::Adcx
-            | M::Adox
-    );
-    let fence = matches!(i.mnemonic(), M::Pause | M::Lfence | M::Mfence | M::Sfence);
-    let conditional = i.condition_code() != ConditionCode::None && i.flow_control() == FlowControl::Next;
-    let gprs_only = (0..i.op_count()).all(|n| i.op_kind(n) != OpKind::Register || i.op_register(n).is_gpr());
-    (plain || extended || fence || conditional) && gprs_only
-}
+use crate::unit::STATUS;
 
 /// Puts a host operand in place of the instruction's memory operand.
 pub(super) fn set_memory(i: &mut Instruction, at: Operand) {
@@ -117,9 +28,7 @@ pub(super) fn set_memory(i: &mut Instruction, at: Operand) {
 
 impl Lowering<'_, '_> {
     pub(super) fn ident(&mut self, i: &Instruction, live_before: u32, reads: bool) -> bool {
-        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
-        let (_, written) = unit::flag_effects(i);
-        let touches = i.rflags_modified() & STATUS != 0;
+        let super::Look { written, touches, memory, .. } = self.look;
         // Flags that the instruction keeps must be in the host's when it writes others.
         let needs = reads
             || touches && live_before & !written != 0
@@ -171,7 +80,7 @@ impl Lowering<'_, '_> {
         if size == 0 || size > 16 {
             return false;
         }
-        let write = self.plan.writes(self.number);
+        let write = self.look.writes;
         let aligned = i.mnemonic() == Mnemonic::Cmpxchg16b;
         let Some(operand) = self.operand(i, live_before, size, write, aligned) else { return false };
         self.with_operand(i, needs, touches, operand)
@@ -203,7 +112,7 @@ impl Lowering<'_, '_> {
     ) -> Option<Operand> {
         self.spill(live_before);
         self.held = Scratch::default();
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         let retry = self.asm.here();
         if !self.address(i, size, write) {
             return None;
@@ -224,7 +133,7 @@ impl Lowering<'_, '_> {
         if names_high_byte(i) {
             return self.with_high_byte(i, needs, touches, operand);
         }
-        let Some((mut renamed, used)) = rename(i, &free, &mut self.info) else {
+        let Some((mut renamed, used)) = rename(i, &free, &mut self.room.info) else {
             return self.with_value(i, needs, touches, operand);
         };
         let mut at = operand;
@@ -244,7 +153,7 @@ impl Lowering<'_, '_> {
         }
         self.store_borrowed(&used);
         // Whoever comes back from a miss brings nothing.
-        if operand.first == self.misses.len() && !operand.uses(S0) {
+        if operand.first == self.room.misses.len() && !operand.uses(S0) {
             let delta = self.kept.delta;
             self.kept = self.held;
             self.kept.delta = delta;
@@ -261,7 +170,7 @@ impl Lowering<'_, '_> {
     /// As [`Lowering::with_operand`] for what names more of the frame's registers than there is room for beside the operand: its value is
     /// loaded first. (MULX of two of them; bignum libraries are full of it.)
     fn with_value(&mut self, i: &Instruction, needs: bool, touches: bool, operand: Operand) -> bool {
-        let Some((renamed, used)) = rename_value(i, &mut self.info) else { return false };
+        let Some((renamed, used)) = rename_value(i, &mut self.room.info) else { return false };
         self.asm.load_from(i.memory_size().size(), S1, operand.place());
         self.held = Scratch::default();
         self.kept = Scratch::default();

@@ -194,7 +194,7 @@ impl Lowering<'_, '_> {
     /// The access of a miss may go on here if it writes `size` bytes to lines of a traced page that are not code; with a size of 0 it may not.
     pub(super) fn may_pass(&mut self, miss: usize, size: u8) {
         let here = self.asm.here();
-        if let Some(Miss { what: What::Write { size: s, pass, .. }, .. }) = self.misses.get_mut(miss) {
+        if let Some(Miss { what: What::Write { size: s, pass, .. }, .. }) = self.room.misses.get_mut(miss) {
             (*s, *pass) = (size, here);
         }
     }
@@ -209,7 +209,7 @@ impl Lowering<'_, '_> {
         aligned: bool,
         own: super::Own,
     ) -> usize {
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         let kind = SiteKind::Group { size: len as u16, write, own };
         self.lookup_tag(write);
         self.asm.cmp_imm(S0, 4096 - len as i32);
@@ -247,23 +247,23 @@ impl Lowering<'_, '_> {
         } else {
             What::Access { refill, retry }
         };
-        self.misses.push(Miss { jump, what, done: None, site, variant: self.variant });
-        self.misses.len() - 1
+        self.room.misses.push(Miss { jump, what, done: None, site, variant: self.variant });
+        self.room.misses.len() - 1
     }
 
     /// The instruction leaves the straight line by `jump` and is done by the interpreter. Guest flags must be in the frame. The number
     /// of its miss.
     pub(super) fn interpret_if(&mut self, jump: Fixup) -> usize {
         let site = self.site(SiteKind::Callout);
-        self.misses.push(Miss { jump, what: What::Check, done: None, site, variant: self.variant });
-        self.misses.len() - 1
+        self.room.misses.push(Miss { jump, what: What::Check, done: None, site, variant: self.variant });
+        self.room.misses.len() - 1
     }
 
     /// The instruction of the misses from number `from` on is complete here; those of groups go on elsewhere.
     pub(super) fn complete(&mut self, from: usize, flags_in_host: bool) {
         let here = self.asm.here();
-        for n in from..self.misses.len() {
-            if !self.plain_exits.contains(&n) {
+        for n in from..self.room.misses.len() {
+            if !self.room.plain_exits.contains(&n) {
                 self.complete_one(n, here, flags_in_host);
             }
         }
@@ -271,10 +271,10 @@ impl Lowering<'_, '_> {
 
     /// Where translated code goes on after miss `n` if its access is not simply tried again.
     pub(super) fn complete_one(&mut self, n: usize, at: usize, flags_in_host: bool) {
-        if let Some(m) = self.misses.get_mut(n) {
+        if let Some(m) = self.room.misses.get_mut(n) {
             m.done = Some(at);
             let number = (m.site - self.site_base) as usize;
-            if let Some(site) = self.sites.get_mut(number) {
+            if let Some(site) = self.room.sites.get_mut(number) {
                 site.done = at as u16;
                 site.flags_in_host = flags_in_host;
             }
@@ -293,7 +293,7 @@ impl Lowering<'_, '_> {
 
     /// Where translated code goes on behind an access that the interpreter did for the second form.
     pub(super) fn complete_halves(&mut self, halves: Halves, at: usize, flags_in_host: bool) {
-        if let Some(site) = self.sites.get_mut((halves.site - self.site_base) as usize) {
+        if let Some(site) = self.room.sites.get_mut((halves.site - self.site_base) as usize) {
             site.done = at as u16;
             site.flags_in_host = flags_in_host;
         }
@@ -301,18 +301,19 @@ impl Lowering<'_, '_> {
 
     /// The site of a miss.
     pub(super) fn miss_site(&self, n: usize) -> Option<super::Site> {
-        let number = self.misses.get(n)?.site - self.site_base;
-        self.sites.get(number as usize).copied()
+        let number = self.room.misses.get(n)?.site - self.site_base;
+        self.room.sites.get(number as usize).copied()
     }
 
     /// Rights where a miss is.
     pub(super) fn miss_variant(&self, n: usize) -> super::Variant {
-        self.misses.get(n).map_or(self.variant, |m| m.variant)
+        self.room.misses.get(n).map_or(self.variant, |m| m.variant)
     }
 
     /// Out-of-line code: misses call out and retry, or find their instruction done.
     pub(super) fn finish_misses(&mut self) {
-        for m in std::mem::take(&mut self.misses) {
+        let mut misses = std::mem::take(&mut self.room.misses);
+        for m in misses.drain(..) {
             self.asm.bind(m.jump);
             match m.what {
                 What::Access { refill, retry } => {
@@ -344,5 +345,6 @@ impl Lowering<'_, '_> {
                 }
             }
         }
+        self.room.misses = misses;
     }
 }

@@ -20,6 +20,7 @@ mod legacy;
 mod memory;
 mod pair;
 mod registers;
+mod room;
 mod scratch;
 mod segment;
 mod stack;
@@ -28,17 +29,17 @@ mod system;
 mod touch;
 mod vector;
 
-use iced_x86::{Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic};
+use iced_x86::{Code, FlowControl, Instruction, Mnemonic};
 
 use crate::emit::{Asm, S0};
 use crate::frame;
 use crate::hints::Hints;
+use crate::look::Look;
 use crate::normal::Decoding;
 use crate::unit::{self, Reader, STATUS, Unit};
 
-use branch::PendingExit;
 pub use legacy::Legacy;
-use memory::Miss;
+use room::Room;
 use scratch::Scratch;
 pub use system::TRAP;
 pub use touch::Touch;
@@ -282,40 +283,32 @@ const ENTRY_BYTES: usize = 5;
 
 struct Lowering<'a, 'p> {
     asm: Asm,
+    /// The lists.
+    room: Box<Room>,
     /// Offset of the inner entry.
     inner: usize,
     facts: Facts,
     checked: Option<Checked>,
     targets: Targets<'a, 'p>,
-    info: InstructionInfoFactory,
     /// Rights at the current instruction.
     variant: Variant,
     /// Guest flags are in the host's; else they are in the frame (or dead).
     in_host: bool,
     /// Guest x87 and vector registers are in the host's.
     fp_loaded: bool,
-    misses: Vec<Miss>,
-    exits: Vec<Exit>,
-    pending: Vec<PendingExit>,
-    sites: Vec<Site>,
     site_base: u32,
     exit_base: u32,
     callouts: usize,
-    map: Vec<Place>,
-    plan: group::Plan,
     /// Number of the current instruction in the unit.
     number: usize,
     /// What the scratch registers hold before the current instruction, as far as it has not clobbered them, and behind it.
     held: Scratch,
     kept: Scratch,
-    /// What stands behind the straight line.
-    seldom: Vec<pair::Seldom>,
-    /// Misses of groups: they go on in code without groups.
-    plain_exits: Vec<usize>,
     hints: &'a Hints,
     making: adapt::Making,
-    /// Second forms that are still to be made, and the one just made.
-    halves: Vec<adapt::Pending>,
+    /// That of the current instruction.
+    look: Look,
+    /// The second form that was just made.
     second: Option<memory::Halves>,
     /// In so many instructions the code polls, because IF may have become set: 2 behind STI, 1 in its shadow and behind POPF.
     poll_in: u8,
@@ -370,43 +363,7 @@ fn translate_as(
     (site_base, exit_base): (u32, u32),
     announced: &dyn Fn(&Instruction) -> bool,
 ) -> Fragment {
-    let mut l = Lowering {
-        asm: Asm::new(facts.bmi2),
-        inner: 0,
-        facts,
-        checked,
-        targets: Targets { reader, known: Vec::with_capacity(8), unseen: checked.is_some() },
-        info: InstructionInfoFactory::new(),
-        variant: facts.variant,
-        in_host: false,
-        fp_loaded: false,
-        misses: Vec::with_capacity(32),
-        exits: Vec::with_capacity(16),
-        pending: Vec::with_capacity(16),
-        sites: Vec::with_capacity(48),
-        site_base,
-        exit_base,
-        callouts: 0,
-        map: Vec::with_capacity(unit.instructions.len()),
-        plan: group::Plan::default(),
-        number: 0,
-        held: Scratch::default(),
-        kept: Scratch::default(),
-        seldom: Vec::new(),
-        plain_exits: Vec::new(),
-        hints: &unit.hints,
-        making: adapt::Making::Plain,
-        halves: Vec::new(),
-        second: None,
-        poll_in: 0,
-        last: false,
-        falls: false,
-        code: Code::INVALID,
-        touch: None,
-        faults_first: false,
-        current: 0,
-        next: 0,
-    };
+    let mut l = Lowering::new(Room::take(), unit, reader, facts, checked, (site_base, exit_base));
     let start = unit.instructions.first().map_or(0, Instruction::ip);
     if facts.page_rip.is_none() {
         l.asm.lea(crate::emit::S1, S0, None, -(start as i32));
@@ -415,20 +372,21 @@ fn translate_as(
     let inner = l.asm.here();
     l.inner = inner;
     let failed = l.check_bytes(unit);
-    let live = liveness(unit, &mut l.targets);
-    l.plan = group::Plan::new(unit, facts, &mut l.info);
+    l.look_at(unit);
     let mut open = true;
-    for (n, (i, &live_after)) in unit.instructions.iter().zip(&live[1..]).enumerate() {
-        l.number = n;
-        l.map.push(Place { guest: i.ip() as u16, host: l.asm.here() as u32 });
+    for (n, i) in unit.instructions.iter().enumerate() {
+        let live_after = l.room.live.get(n + 1).copied().unwrap_or(STATUS);
+        l.begin(n);
+        l.room.map.push(Place { guest: i.ip() as u16, host: l.asm.here() as u32 });
         l.last = i.next_ip() == unit.end as u64;
         open = l.instruction(i, live_after, announced(i));
     }
     let leave = l.asm.here();
     if open {
-        l.poll_after_shadow(unit.end as u64, live.last().copied().unwrap_or(STATUS));
+        let live = l.room.live.last().copied().unwrap_or(STATUS);
+        l.poll_after_shadow(unit.end as u64, live);
         l.falls = true;
-        l.leave_to(unit.end as u64, live.last().copied().unwrap_or(STATUS));
+        l.leave_to(unit.end as u64, live);
     }
     let straight = l.asm.here();
     l.finish_halves(unit);
@@ -445,44 +403,97 @@ fn translate_as(
         l.asm.store(frame::RIP, S0);
         l.asm.jmp_gs(frame::LEAVE);
     }
-    Fragment {
-        code: l.asm.code,
+    let ranges = l.targets.ranges(unit, std::mem::take(&mut l.room.ranges));
+    let fragment = Fragment {
+        code: std::mem::take(&mut l.asm.code),
         inner,
         stale_inner,
         stale_outer,
-        exits: l.exits,
-        sites: l.sites,
-        map: l.map,
+        exits: std::mem::take(&mut l.room.exits),
+        sites: std::mem::take(&mut l.room.sites),
+        map: std::mem::take(&mut l.room.map),
         leave,
         straight,
         accesses,
         callouts: l.callouts,
-        ranges: l.targets.ranges(unit),
+        ranges,
         variable: checked.map_or(0, |_| checked::variable_bytes(unit)),
+    };
+    l.leave_room();
+    fragment
+}
+
+impl<'a, 'p> Lowering<'a, 'p> {
+    fn new(
+        mut room: Box<Room>,
+        unit: &'a Unit,
+        reader: &'a mut Reader<'p>,
+        facts: Facts,
+        checked: Option<Checked>,
+        (site_base, exit_base): (u32, u32),
+    ) -> Self {
+        let code = std::mem::take(&mut room.code);
+        let known = std::mem::take(&mut room.known);
+        Lowering {
+            asm: Asm::within(code, room.encoder.take(), facts.bmi2),
+            room,
+            inner: 0,
+            facts,
+            checked,
+            targets: Targets { reader, known, unseen: checked.is_some() },
+            variant: facts.variant,
+            in_host: false,
+            fp_loaded: false,
+            site_base,
+            exit_base,
+            callouts: 0,
+            number: 0,
+            held: Scratch::default(),
+            kept: Scratch::default(),
+            hints: &unit.hints,
+            making: adapt::Making::Plain,
+            look: Look::default(),
+            second: None,
+            poll_in: 0,
+            last: false,
+            falls: false,
+            code: Code::INVALID,
+            touch: None,
+            faults_first: false,
+            current: 0,
+            next: 0,
+        }
+    }
+
+    /// Leaves the lists to the next translation.
+    fn leave_room(self) {
+        let mut room = self.room;
+        let (code, encoder) = self.asm.into_parts();
+        (room.code, room.encoder, room.known) = (code, Some(encoder), self.targets.known);
+        room.leave();
     }
 }
 
-/// Live flags before each instruction, and after the last.
-fn liveness(unit: &Unit, targets: &mut Targets<'_, '_>) -> Vec<u32> {
+/// Live flags before each instruction, and after the last, into `live`, which is empty.
+fn liveness(unit: &Unit, looks: &[Look], targets: &mut Targets<'_, '_>, live: &mut Vec<u32>) {
     let count = unit.instructions.len();
-    let mut live = vec![0; count + 1];
+    live.resize(count + 1, 0);
     let last = unit.instructions.last();
-    live[count] = match last {
+    let mut after = match last {
         Some(i) if i.is_jmp_short_or_near() && !unit::is_narrow_branch(i) => {
             targets.live(i.near_branch_target())
         }
         Some(i) if unit::ends_unit(i) => STATUS,
         _ => targets.live(unit.end as u64),
     };
-    for (n, i) in unit.instructions.iter().enumerate().rev() {
-        let (read, written) = unit::flag_effects(i);
-        let mut after = live[n + 1];
-        if unit::is_conditional(i) {
+    live[count] = after;
+    for ((i, look), live) in unit.instructions.iter().zip(looks).zip(&mut *live).rev() {
+        if !look.falls && unit::is_conditional(i) {
             after |= targets.live(i.near_branch_target());
         }
-        live[n] = after & !written | read;
+        after = after & !look.written | look.read;
+        *live = after;
     }
-    live
 }
 
 /// Live flags at places of the page, found once each.
@@ -508,16 +519,29 @@ impl Targets<'_, '_> {
         live
     }
 
-    /// What the unit lies in, and what was looked at for live flags where it may be left.
-    fn ranges(&self, unit: &Unit) -> Vec<(u16, u16)> {
+    /// What the unit lies in, and what was looked at for live flags where it may be left; into a list that is empty.
+    fn ranges(&self, unit: &Unit, mut ranges: Vec<(u16, u16)>) -> Vec<(u16, u16)> {
         let start = unit.instructions.first().map_or(0, Instruction::ip);
-        let mut ranges = vec![(start as u16, unit.end.min(4096) as u16)];
+        ranges.push((start as u16, unit.end.min(4096) as u16));
         ranges.extend(self.known.iter().map(|k| (k.0 as u16, k.2 as u16)));
         ranges
     }
 }
 
 impl Lowering<'_, '_> {
+    /// What is to be known of the unit before its first instruction is translated.
+    fn look_at(&mut self, unit: &Unit) {
+        self.room.looks.extend(unit.instructions.iter().map(Look::at));
+        liveness(unit, &self.room.looks, &mut self.targets, &mut self.room.live);
+        self.room.plan.make(unit, &mut self.room.looks, self.facts, &mut self.room.info);
+    }
+
+    /// The instruction of this number is the current one.
+    fn begin(&mut self, number: usize) {
+        self.number = number;
+        self.look = self.room.looks.get(number).copied().unwrap_or_default();
+    }
+
     /// The RIP of an offset in the page (it may lie outside) into a register; flags stay.
     fn rip_to(&mut self, register: u8, offset: u64) {
         let legacy = self.facts.legacy.is_some();
@@ -541,7 +565,7 @@ impl Lowering<'_, '_> {
     }
 
     fn site(&mut self, kind: SiteKind) -> u32 {
-        self.sites.push(Site {
+        self.room.sites.push(Site {
             guest: self.current as u16,
             len: (self.next - self.current) as u8,
             flags_in_host: false,
@@ -552,7 +576,7 @@ impl Lowering<'_, '_> {
             touch: self.touch,
             kind,
         });
-        self.site_base + self.sites.len() as u32 - 1
+        self.site_base + self.room.sites.len() as u32 - 1
     }
 
     /// Translates one instruction. False: control does not fall through it.
@@ -562,12 +586,13 @@ impl Lowering<'_, '_> {
         self.code = i.code();
         self.touch = Touch::of(i);
         // A masked access may leave its first elements out; the target of an indirect call is checked before the push.
-        self.faults_first = !i.has_op_mask() && i.flow_control() != FlowControl::IndirectCall;
-        let (read, written) = unit::flag_effects(i);
+        self.faults_first =
+            !i.has_op_mask() && (self.look.falls || i.flow_control() != FlowControl::IndirectCall);
+        let Look { read, written, .. } = self.look;
         let live_before = live_after & !written | read;
         self.held = std::mem::take(&mut self.kept);
         self.poll_after_shadow(self.current, live_before);
-        if i.flow_control() != FlowControl::Next {
+        if !self.look.falls {
             let direct = unit::is_conditional(i) && self.reachable(i.near_branch_target());
             if direct && self.conditional_jump(i, read != 0) {
                 return true;
@@ -578,7 +603,8 @@ impl Lowering<'_, '_> {
             return false;
         }
         // With all exceptions masked WAIT finds none.
-        if is_nop(i) || i.mnemonic() == Mnemonic::Wait && self.facts.fp >= FpLevel::X87 {
+        let known = self.look.ident;
+        if !known && (is_nop(i) || i.mnemonic() == Mnemonic::Wait && self.facts.fp >= FpLevel::X87) {
             self.kept = self.held;
             return true;
         }
@@ -595,7 +621,10 @@ impl Lowering<'_, '_> {
             return true;
         }
         let mark = self.mark();
-        let ok = if i.has_rep_prefix() || i.has_repne_prefix() || i.is_string_instruction() {
+        let repeats = i.has_rep_prefix() || i.has_repne_prefix();
+        let ok = if self.look.ident && !repeats {
+            self.ident(i, live_before, reads)
+        } else if repeats || i.is_string_instruction() {
             self.string(i, live_before)
         } else {
             match i.mnemonic() {
@@ -603,7 +632,6 @@ impl Lowering<'_, '_> {
                 Mnemonic::Pop => self.pop(i, live_before),
                 Mnemonic::Leave => self.leave_frame(i, live_before),
                 Mnemonic::Div | Mnemonic::Idiv => self.divide(i, live_before),
-                _ if ident::is_ident(i) => self.ident(i, live_before, reads),
                 _ if self.system(i, live_before) => true,
                 _ => self.vector(i, live_before, reads),
             }
@@ -617,10 +645,10 @@ impl Lowering<'_, '_> {
     fn mark(&self) -> Mark {
         Mark {
             here: self.asm.here(),
-            misses: self.misses.len(),
-            sites: self.sites.len(),
-            plain_exits: self.plain_exits.len(),
-            open: self.plan.open(),
+            misses: self.room.misses.len(),
+            sites: self.room.sites.len(),
+            plain_exits: self.room.plain_exits.len(),
+            open: self.room.plan.open(),
             in_host: self.in_host,
             fp_loaded: self.fp_loaded,
             variant: self.variant,
@@ -630,10 +658,10 @@ impl Lowering<'_, '_> {
     /// Undoes an instruction that turned out to have no translation.
     fn back_to(&mut self, mark: Mark) {
         self.asm.code.truncate(mark.here);
-        self.misses.truncate(mark.misses);
-        self.sites.truncate(mark.sites);
-        self.plain_exits.truncate(mark.plain_exits);
-        self.plan.set_open(mark.open);
+        self.room.misses.truncate(mark.misses);
+        self.room.sites.truncate(mark.sites);
+        self.room.plain_exits.truncate(mark.plain_exits);
+        self.room.plan.set_open(mark.open);
         self.in_host = mark.in_host;
         self.fp_loaded = mark.fp_loaded;
         self.variant = mark.variant;
@@ -680,7 +708,7 @@ impl Lowering<'_, '_> {
         self.asm.bytes(&site.to_le_bytes());
         self.in_host = false;
         self.fp_loaded = false;
-        if let Some(site) = self.sites.last_mut() {
+        if let Some(site) = self.room.sites.last_mut() {
             site.fp_loaded = false;
         }
     }

@@ -54,7 +54,7 @@ impl Lowering<'_, '_> {
         }
         self.asm.gs(Op::Cmp, HOST_SP, frame::PAIRS_END);
         let jump = self.asm.jcc(cc::BE);
-        self.seldom.push(Seldom::NoRoom { jump, back: self.asm.here() });
+        self.room.seldom.push(Seldom::NoRoom { jump, back: self.asm.here() });
         let known = self.facts.page_rip.and_then(|rip| i32::try_from(rip.wrapping_add(next) as i64).ok());
         match (known, held) {
             (Some(rip), _) => self.asm.push_imm(rip),
@@ -94,12 +94,13 @@ impl Lowering<'_, '_> {
         let other = self.asm.jcc(cc::NE);
         self.asm.ret();
         let site = self.site(SiteKind::Branch { popped });
-        self.seldom.push(Seldom::Return { jumps: [poll, other], site, variant: self.variant });
+        self.room.seldom.push(Seldom::Return { jumps: [poll, other], site, variant: self.variant });
     }
 
     /// What is seldom, behind the straight line.
     pub(super) fn finish_seldom(&mut self) {
-        for seldom in std::mem::take(&mut self.seldom) {
+        let mut all = std::mem::take(&mut self.room.seldom);
+        for seldom in all.drain(..) {
             match seldom {
                 Seldom::NoRoom { jump, back } => {
                     self.asm.bind(jump);
@@ -113,5 +114,6 @@ impl Lowering<'_, '_> {
                 }
             }
         }
+        self.room.seldom = all;
     }
 }

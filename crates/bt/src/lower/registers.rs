@@ -1,12 +1,15 @@
 //! Guest registers to host registers.
 
+use std::ops::{Deref, DerefMut};
+
 use iced_x86::{EncodingKind, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
 
 use crate::emit::{S0, S1, SP};
 use crate::frame;
+use crate::look::{gpr_number, is_write};
 
 /// A guest register of the frame that an instruction uses, in a scratch register meanwhile.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Borrowed {
     pub guest: Register,
     pub host: u8,
@@ -14,20 +17,50 @@ pub(super) struct Borrowed {
     pub store: bool,
 }
 
-/// Guest registers that live in the frame.
-pub(super) fn in_frame(r: Register) -> bool {
-    matches!(r.full_register(), Register::R13 | Register::R14 | Register::R15)
+/// The registers that an instruction borrows: few.
+#[derive(Default)]
+pub(super) struct Borrowing {
+    all: [Borrowed; 4],
+    count: usize,
 }
 
-pub(super) fn frame_slot(r: Register) -> i32 {
-    frame::GPR + 8 * r.full_register().number() as i32
+impl Borrowing {
+    fn push(&mut self, borrowed: Borrowed) {
+        if let Some(place) = self.all.get_mut(self.count) {
+            *place = borrowed;
+            self.count += 1;
+        }
+    }
+}
+
+impl Deref for Borrowing {
+    type Target = [Borrowed];
+
+    fn deref(&self) -> &[Borrowed] {
+        &self.all[..self.count]
+    }
+}
+
+impl DerefMut for Borrowing {
+    fn deref_mut(&mut self) -> &mut [Borrowed] {
+        &mut self.all[..self.count]
+    }
+}
+
+/// Guest registers that live in the frame.
+pub(super) const fn in_frame(r: Register) -> bool {
+    matches!(gpr_number(r), 13..=15)
+}
+
+pub(super) const fn frame_slot(r: Register) -> i32 {
+    frame::GPR + 8 * (gpr_number(r) & 15) as i32
 }
 
 /// The host register number of a guest register that is not in the frame.
-pub(super) fn host_number(r: Register) -> u8 {
-    match r.full_register() {
-        Register::RSP => SP,
-        full => full.number() as u8,
+pub(super) const fn host_number(r: Register) -> u8 {
+    match gpr_number(r) {
+        4 => SP,
+        number => number & 15,
     }
 }
 
@@ -55,9 +88,9 @@ pub(super) fn rename(
     i: &Instruction,
     scratch: &[u8],
     info: &mut InstructionInfoFactory,
-) -> Option<(Instruction, Vec<Borrowed>)> {
+) -> Option<(Instruction, Borrowing)> {
     let mut renamed = *i;
-    let mut used: Vec<Borrowed> = Vec::new();
+    let mut used = Borrowing::default();
     for n in 0..i.op_count() {
         if i.op_kind(n) != OpKind::Register || !i.op_register(n).is_gpr() {
             continue;
@@ -100,12 +133,12 @@ pub(super) fn rename(
 pub(super) fn rename_value(
     i: &Instruction,
     info: &mut InstructionInfoFactory,
-) -> Option<(Instruction, Vec<Borrowed>)> {
+) -> Option<(Instruction, Borrowing)> {
     if i.encoding() != EncodingKind::VEX {
         return None;
     }
     let mut renamed = *i;
-    let mut used: Vec<Borrowed> = Vec::new();
+    let mut used = Borrowing::default();
     let mut written = [S0, S1].into_iter();
     for n in 0..i.op_count() {
         let access = info.info(i).op_access(n);
@@ -141,8 +174,4 @@ pub(super) fn rename_value(
         used.push(Borrowed { guest, host, load, store });
     }
     Some((renamed, used))
-}
-
-pub(super) const fn is_write(access: OpAccess) -> bool {
-    matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
 }

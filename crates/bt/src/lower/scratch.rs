@@ -13,10 +13,10 @@ use crate::emit::{Op, S0, S1};
 #[derive(Clone, Copy, Default)]
 pub(super) struct Scratch {
     /// The group whose difference is in [`S1`].
-    pub delta: Option<usize>,
+    pub delta: Option<u8>,
     guests: [Option<Register>; 2],
     /// Which of the two was used last.
-    recent: usize,
+    recent: u8,
 }
 
 const HOSTS: [u8; 2] = [S0, S1];
@@ -35,18 +35,19 @@ impl Scratch {
 
     /// [`S1`] holds a group's difference.
     pub const fn hold_delta(&mut self, group: usize) {
-        self.delta = Some(group);
+        // There are at most [`crate::frame::MAX_GROUPS`].
+        self.delta = Some(group as u8);
         self.guests[1] = None;
     }
 
     /// `host` holds the value of `guest`, and nothing else does.
     pub fn hold(&mut self, host: u8, guest: Register) {
         self.lose(guest);
-        let slot = usize::from(host == S1);
+        let slot = u8::from(host == S1);
         if slot == 1 {
             self.delta = None;
         }
-        self.guests[slot] = Some(guest.full_register());
+        self.guests[usize::from(slot)] = Some(guest.full_register());
         self.recent = slot;
     }
 
@@ -79,7 +80,7 @@ impl Scratch {
         match full {
             [false, _] => 0,
             [true, false] => 1,
-            [true, true] => 1 - self.recent,
+            [true, true] => 1 - self.recent as usize,
         }
     }
 }
@@ -87,15 +88,19 @@ impl Scratch {
 impl Lowering<'_, '_> {
     /// An instruction on registers only, its operands renamed. False: it cannot be encoded.
     pub(super) fn on_registers(&mut self, i: &Instruction) -> bool {
+        if !self.look.renamed {
+            self.kept = self.held;
+            return self.asm.instruction(i);
+        }
         let order = self.held.order(i);
-        let Some((renamed, used)) = rename(i, &order, &mut self.info) else { return false };
+        let Some((renamed, used)) = rename(i, &order, &mut self.room.info) else { return false };
         self.load_borrowed(&used);
         if !self.asm.instruction(&renamed) {
             return false;
         }
         self.store_borrowed(&used);
         self.kept = self.held;
-        for b in &used {
+        for b in used.iter() {
             self.kept.hold(b.host, b.guest);
         }
         true

@@ -129,7 +129,7 @@ impl Lowering<'_, '_> {
         operand: Operand,
     ) -> bool {
         // Beside AH, DIL cannot be named, and these instructions have no implicit operands in it.
-        let Some((mut renamed, borrowed)) = rename(i, &[], &mut self.info) else { return false };
+        let Some((mut renamed, borrowed)) = rename(i, &[], &mut self.room.info) else { return false };
         let edi = (0..i.op_count())
             .any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).full_register() == Register::RDI);
         if edi || !borrowed.is_empty() {

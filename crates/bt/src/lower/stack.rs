@@ -41,7 +41,7 @@ impl Lowering<'_, '_> {
                 self.push_one(i, Value::Immediate(i.immediate(0) as i32), live_before);
             }
             Code::Push_rm64 | Code::Push_rm32 | Code::Push_rm16 if i.op0_kind() == OpKind::Memory => {
-                let first = self.misses.len();
+                let first = self.room.misses.len();
                 self.spill(live_before);
                 if self.own_operand(i, 0, item(i), false, false).is_none() {
                     return false;
@@ -63,7 +63,7 @@ impl Lowering<'_, '_> {
             return false;
         };
         self.spill(live_before);
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         let retry = self.asm.here();
         if !self.stack_address(-(item(i) as i32), 2, true) {
             return false;
@@ -117,7 +117,7 @@ impl Lowering<'_, '_> {
         let grouped = self.grouped(i, live_before);
         let mut to = grouped.unwrap_or_else(|| {
             self.spill(live_before);
-            let first = self.misses.len();
+            let first = self.room.misses.len();
             let retry = self.asm.here();
             self.stack_address(-(size as i32), size, true);
             self.check(size, true, retry);
@@ -173,7 +173,7 @@ impl Lowering<'_, '_> {
         let size = item(i);
         self.grouped(i, live_before).unwrap_or_else(|| {
             self.spill(live_before);
-            let first = self.misses.len();
+            let first = self.room.misses.len();
             let retry = self.asm.here();
             self.stack_address(0, size, false);
             self.check(size, false, retry);

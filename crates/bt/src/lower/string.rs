@@ -127,7 +127,7 @@ impl Lowering<'_, '_> {
 
     /// MOVS (`write`) and CMPS.
     fn two_places(&mut self, size: usize, write: bool, live_before: u32) {
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         self.spill(live_before);
         let retry = self.asm.here();
         self.asm.mov(S0, RSI);
@@ -167,7 +167,7 @@ impl Lowering<'_, '_> {
     /// A repeated instruction. One that compares ends where the condition `until` holds. With a count of zero the flags stay what they were,
     /// so both ways have them in the frame.
     fn repeat(&mut self, form: Form, size: usize, until: u8, live_before: u32) {
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         self.spill(live_before);
         let turn = self.asm.here();
         self.asm.test(RCX);

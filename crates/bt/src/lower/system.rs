@@ -127,11 +127,17 @@ impl Lowering<'_, '_> {
 
     /// Behind an instruction that may have set IF, when its shadow is over: leaves at `offset` if the alarm is set.
     pub(super) fn poll_after_shadow(&mut self, offset: u64, live: u32) {
+        if self.poll_in != 0 {
+            self.count_shadow(offset, live);
+        }
+    }
+
+    fn count_shadow(&mut self, offset: u64, live: u32) {
         if self.poll_in == 1 {
             self.spill(live);
             self.poll_at(offset);
         }
-        self.poll_in = self.poll_in.saturating_sub(1);
+        self.poll_in -= 1;
     }
 
     /// Sets the alarm if a signal waits. Clobbers flags and [`S0`].
@@ -171,7 +177,7 @@ impl Lowering<'_, '_> {
 
     fn pop_flags(&mut self, i: &Instruction, supervisor: bool) {
         let size = stack::item(i);
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         self.in_host = false;
         if supervisor {
             self.poll_here();
@@ -279,7 +285,7 @@ impl Lowering<'_, '_> {
         if self.facts.legacy.is_some() || i.op1_kind() != OpKind::Register {
             return false;
         }
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         self.spill(live_before);
         self.register_to(S0, i.op1_register());
         self.asm.and32(S0, 0xffff);
@@ -357,7 +363,7 @@ impl Lowering<'_, '_> {
     }
 
     fn write_base(&mut self, i: &Instruction, live_before: u32) {
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         self.spill(live_before);
         self.register_to(S0, i.op0_register());
         if i.op0_register().size() == 8 {

@@ -9,7 +9,6 @@ use super::scratch::Scratch;
 use super::{FpLevel, Lowering};
 use crate::emit::{S0, S1, cc};
 use crate::frame;
-use crate::unit::{self, STATUS};
 
 /// The six exception masks in the x87 control word, and those in MXCSR (SDM 1 8.1.5, 10.2.3).
 const FCW_MASKS: u32 = 0x3f;
@@ -120,12 +119,10 @@ impl Lowering<'_, '_> {
         if level(i).is_none_or(|l| l > self.facts.fp) {
             return false;
         }
-        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
         if (0..i.op_count()).any(|n| !plain_operand(i, n)) {
             return false;
         }
-        let (_, written) = unit::flag_effects(i);
-        let touches = i.rflags_modified() & STATUS != 0;
+        let super::Look { written, touches, memory, .. } = self.look;
         let needs = reads || touches && live_before & !written != 0;
         if !self.fp_loaded {
             self.spill(live_before);
@@ -152,7 +149,7 @@ impl Lowering<'_, '_> {
         if !(1..=64).contains(&size) {
             return false;
         }
-        let write = self.plan.writes(self.number);
+        let write = self.look.writes;
         let aligned = must_align(i, size);
         let Some(operand) = self.operand(i, live_before, size, write, aligned) else { return false };
         self.with_operand(i, needs, touches, operand)
@@ -186,7 +183,7 @@ impl Lowering<'_, '_> {
         if self.facts.fp < needs {
             return false;
         }
-        let first = self.misses.len();
+        let first = self.room.misses.len();
         self.spill(live_before);
         if !self.fp_loaded {
             self.load_fp();
