@@ -155,7 +155,7 @@ fn followed(slot: i32) -> bool {
 }
 
 fn is_jump(i: &Instruction) -> bool {
-    i.is_jcc_short_or_near() || i.is_jmp_short_or_near()
+    i.is_jcc_short_or_near() || i.is_jmp_short_or_near() || bt::unit::count(i).is_some()
 }
 
 /// A call that does not come back.
@@ -538,6 +538,10 @@ impl Verifier<'_> {
             self.fail(i, "a word is left on the host's stack");
         }
         if is_jump(i) {
+            // LOOP counts RCX down, whichever way it goes.
+            if bt::unit::count(i).is_some_and(|(opcode, _)| opcode != 0xe3) {
+                self.state.registers[1] = self.fresh();
+            }
             if i.near_branch_target() > i.ip() {
                 let state = State { pairs: found.jumped(), ..self.state.clone() };
                 self.arriving.entry(i.near_branch_target()).or_default().push(state);
