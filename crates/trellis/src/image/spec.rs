@@ -161,7 +161,7 @@ impl ImageSpec {
     }
 
     /// From a name as `trellis image list` shows it (`debian-generic-amd64`), from `debian` alone, or from a known
-    /// flavour alone (`generic`, `memtest86+`).
+    /// flavour without the architecture (`generic`, `debian-rootfs-generic`, `memtest86+`).
     ///
     /// # Errors
     /// Anything else, with the nearest name.
@@ -172,8 +172,12 @@ impl ImageSpec {
         if let "rootfs" | "debian-rootfs" = name {
             return Self::default_debian().with_rootfs();
         }
-        if FLAVOURS.iter().any(|&(_, flavour, _)| flavour == name) {
-            return Self::from_options(None, Some(name));
+        // Flavours that have a name here need no architecture beside it.
+        let short = name.strip_prefix("debian-").unwrap_or(name);
+        let (of_disk, flavour) = short.strip_prefix("rootfs-").map_or((false, short), |f| (true, f));
+        if FLAVOURS.iter().any(|&(_, known, _)| known == flavour) {
+            let spec = Self::from_options(None, Some(flavour))?;
+            return if of_disk { spec.with_rootfs() } else { Ok(spec) };
         }
         let parts = name.strip_prefix("debian-").and_then(|rest| rest.rsplit_once('-'));
         let arch = match parts {
@@ -283,6 +287,10 @@ mod tests {
         assert_eq!(name("686-pae").unwrap(), "debian-686-pae-i386");
         assert_eq!(name("debian-rootfs").unwrap(), "debian-rootfs-amd64");
         assert_eq!(name("debian-rootfs-generic-amd64").unwrap(), "debian-rootfs-generic-amd64");
+        assert_eq!(name("debian-rootfs-generic").unwrap(), "debian-rootfs-generic-amd64");
+        assert_eq!(name("rootfs-rt").unwrap(), "debian-rootfs-rt-amd64");
+        assert_eq!(name("debian-686-pae").unwrap(), "debian-686-pae-i386");
+        assert!(name("debian-rootfs-686-pae").is_err() && name("debian-rootfs-amd46").is_err());
         assert!(
             name("debian-rootfs-686-pae-i386").is_err() && name("debian-rootfs-memtest86+-amd64").is_err()
         );

@@ -272,10 +272,13 @@ fn copy_data(
 #[must_use]
 pub fn greeting(image: &Image, manifest: &Manifest) -> String {
     let disk = manifest.disk.as_deref().unwrap_or_default();
+    // The short name, where there is one.
+    let short = manifest.name.trim_end_matches("-amd64");
+    let is_known = ImageSpec::from_name(short).is_ok_and(|spec| spec.name() == manifest.name);
     format!(
         "boot it with: trellis boot {} --cpus 2 --memory 1G\nits disk is {}; what the guest writes stays there (--snapshot: not)\n\
          log in on the console as root, without a password; by ssh with a key only\n",
-        manifest.name.trim_end_matches("-amd64"),
+        if is_known { short } else { &manifest.name },
         image.directory.join(disk).display(),
     )
 }
